@@ -1,0 +1,21 @@
+"""What a user is told when an input cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """An input that cannot be used: one sentence with the value, what is accepted, and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def unknown_name(kind: str, name: object, choices: Iterable[str]) -> InputError:
+    """The error for a name that is not in a table: lists the choices and the closest one."""
+    choices = sorted(choices)
+    close = get_close_matches(str(name), choices, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(choices)}")

@@ -1,0 +1,44 @@
+"""What the machine can do: the device to use, and the number formats it is good at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Config:
+    """The runtime settings.
+
+    Attributes:
+        DEVICE: the torch device to work on, ``"cuda"``, ``"mps"`` or ``"cpu"``: the first of these that
+            the machine has, unless another is given.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.DEVICE: str = best_device() if device is None else device
+
+    def __repr__(self) -> str:
+        return f"Config(DEVICE={self.DEVICE!r})"
+
+
+def best_device() -> str:
+    """``"cuda"``, ``"mps"`` or ``"cpu"``: the first that is present."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def has_native_bf16(device: torch.device | str) -> bool:
+    """Whether bfloat16 is computed in hardware, and so faster than float32 (elsewhere it is up to 20 times slower)."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.device(device).type == "cpu":
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
