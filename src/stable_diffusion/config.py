@@ -143,7 +143,7 @@ class SamplerConfig:
 
     name: str = "ddim"
     """One of ``ddpm ddim pndm euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc lcm``, or the name that another program uses."""
-    spacing: Literal["leading", "linspace", "trailing", "karras"] | None = None
+    spacing: Literal["leading", "linspace", "trailing", "karras", "lcm"] | None = None
     """How the levels are spread; None for the sampler's own."""
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 draws as much noise as DDPM does."""
@@ -284,10 +284,10 @@ MINI = ModelConfig(
     unet=UNetConfig(
         in_channels=8,
         out_channels=8,
-        block_out_channels=(96, 192, 320),
+        block_out_channels=(96, 192, 288),
         layers_per_block=1,
         attention_levels=(False, True, True),
-        num_attention_heads=(1, 3, 5),
+        num_attention_heads=(3, 6, 9),
         cross_attention_dim=384,
         use_linear_projection=True,
         pooled_projection_dim=384,

@@ -1,0 +1,211 @@
+"""Captioned images in COCO's format: a folder of pictures and one JSON file with their captions."""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from stable_diffusion.data.item import Item
+from stable_diffusion.errors import InputError
+from stable_diffusion.images import check_header, open_image
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
+_TEST_SPLIT = "COCO publishes no captions for its test pictures: use val2017 or train2017"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoReport:
+    """What a loader found, and what it left out and why; ``str`` gives lines to read."""
+
+    pictures: int
+    """Pictures that can be used."""
+    captions: int
+    """Captions of these pictures."""
+    images_without_captions: tuple[str, ...] = ()
+    """Names of pictures, in the folder or in the JSON file, that no usable caption belongs to."""
+    captions_without_images: tuple[str, ...] = ()
+    """Names of pictures that have captions and no file, and ``image_id …`` for ids that no picture has."""
+    unreadable: tuple[str, ...] = ()
+    """Names of files that have captions and are no pictures."""
+    unusable_captions: tuple[str, ...] = ()
+    """Names of the pictures of captions that are empty or no text, once for each such caption."""
+
+    @property
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        """The names that were left out, by reason; empty if there are none."""
+        reasons = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {reason.replace("_", " "): names for reason, names in reasons.items() if isinstance(names, tuple) and names}
+
+    def __str__(self) -> str:
+        lines = [f"{self.pictures} pictures with {self.captions} captions"]
+        for reason, names in self.left_out.items():
+            more = ", …" if len(names) > 3 else ""
+            lines.append(f"  left out: {len(names)} {reason} ({', '.join(names[:3])}{more})")
+        return "\n".join(lines)
+
+
+class CocoImageLoader:
+    """The pictures of a folder that a COCO captions file describes, ordered by file name.
+
+    What cannot be used is counted and named in ``report``, and in one warning. The header of every picture is
+    read when the loader is made.
+
+    Args:
+        image_folder: holds the pictures; names in the JSON file are relative to it.
+        captions_file: JSON with ``images`` (``id``, ``file_name``) and ``annotations`` (``image_id``,
+            ``caption``).
+
+    Raises:
+        InputError: the folder or the file is missing, the file is not of this form or names a picture outside
+            the folder, or no picture with a caption is left.
+    """
+
+    report: CocoReport
+
+    def __init__(self, image_folder: str | Path, captions_file: str | Path) -> None:
+        self.image_folder = Path(image_folder)
+        self.captions_file = Path(captions_file)
+        if not self.image_folder.is_dir():
+            raise InputError(f"there is no folder of pictures {str(image_folder)!r}: check the path")
+        images, annotations = _read(self.captions_file)
+        names = _names(images, self.captions_file)
+        captions: dict[str, list[str]] = {name: [] for name in names.values()}
+        orphans: dict[str, None] = {}  # a set that keeps the order
+        unusable = []
+        for annotation in annotations:
+            name = names.get(annotation["image_id"])
+            caption = annotation.get("caption")
+            text = " ".join(caption.split()) if isinstance(caption, str) else ""
+            if name is None:
+                orphans[f"image_id {annotation['image_id']}"] = None
+            elif text:
+                captions[name].append(text)
+            else:
+                unusable.append(name)
+
+        files = _files(self.image_folder, captions)
+        here = {name: files.pop(_key(name), None) for name in sorted(captions)}
+        usable = {name: file for name, file in here.items() if file is not None and captions[name]}
+        with ThreadPoolExecutor(8) as pool:
+            bad = {name for name, ok in zip(usable, pool.map(self._is_picture, usable.values()), strict=True) if not ok}
+        self._names = [name for name in usable if name not in bad]
+        self._files = [usable[name] for name in self._names]
+        self._captions = [tuple(captions[name]) for name in self._names]
+        bare = [name for name in here if not captions[name]]
+        self.report = CocoReport(
+            pictures=len(self._names),
+            captions=sum(map(len, self._captions)),
+            images_without_captions=tuple(sorted([*bare, *files.values()])),
+            captions_without_images=(
+                *(name for name, file in here.items() if file is None and captions[name]),
+                *orphans,
+            ),
+            unreadable=tuple(sorted(bad)),
+            unusable_captions=tuple(sorted(unusable)),
+        )
+        if not self._names:
+            found = ", ".join(f"{len(v)} {reason} ({v[0]})" for reason, v in self.report.left_out.items())
+            raise InputError(
+                f"no picture in {str(image_folder)!r} has a caption in {str(captions_file)!r} "
+                f"({found or 'both are empty'}): check that the two belong together"
+            )
+        if self.report.left_out:
+            warnings.warn(f"{self.captions_file.name}: {self.report}", stacklevel=2)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Item:
+        """Raises InputError if the picture cannot be decoded."""
+        return Item(open_image(self.path(index)), self._captions[index])
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
+
+    def name(self, index: int) -> str:
+        """The picture's file name as the JSON file gives it."""
+        return self._names[index]
+
+    def path(self, index: int) -> Path:
+        """The picture's file."""
+        return self.image_folder / self._files[index]
+
+    def _is_picture(self, file: str) -> bool:
+        try:
+            check_header(self.image_folder / file)
+        except InputError:
+            return False
+        return True
+
+
+def _read(path: Path) -> tuple[list[Any], list[Any]]:
+    """The file's lists of images and of annotations. Raises InputError if it has not the form that COCO's have."""
+    test_split = f" ({_TEST_SPLIT})" if "test20" in path.name else ""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"cannot open the captions file {str(path)!r}{test_split}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the captions file {str(path)!r} is not JSON ({error}): fetch it again") from error
+    images = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(images, list):
+        raise InputError(f"{str(path)!r} is not a COCO captions file: it needs the lists 'images' and 'annotations'")
+    annotations = data.get("annotations")
+    if not isinstance(annotations, list):
+        raise InputError(f"{str(path)!r} lists pictures and no captions ({_TEST_SPLIT}, or another captions file)")
+    for number, annotation in enumerate(annotations):
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("image_id"), (int, str)):
+            raise InputError(f"annotation {number} in {str(path)!r} has no 'image_id': fetch or export the file again")
+    if annotations and not any("caption" in annotation for annotation in annotations):
+        raise InputError(f"the annotations in {str(path)!r} have no captions: use the captions_….json of the same set")
+    return images, annotations
+
+
+def _names(images: list[Any], captions_file: Path) -> dict[int | str, str]:
+    """File names by image id; entries of one file share a name. Raises InputError for names out of the folder."""
+    names: dict[int | str, str] = {}
+    for number, image in enumerate(images):
+        entry = image if isinstance(image, dict) else {}
+        key, file_name = entry.get("id"), entry.get("file_name")
+        where = f"image {number} in {str(captions_file)!r}"
+        if not isinstance(key, (int, str)) or not isinstance(file_name, str) or not file_name:
+            raise InputError(f"{where} has no 'id' and 'file_name': fetch or export the file again")
+        parts = (*PurePosixPath(file_name).parts, *PureWindowsPath(file_name).parts)
+        anchor = PurePosixPath(file_name).anchor or PureWindowsPath(file_name).anchor
+        if anchor or ".." in parts:
+            raise InputError(f"{where} names a file outside the folder, {file_name!r}: use paths relative to it")
+        name = str(PurePosixPath(file_name))
+        if names.setdefault(key, name) != name:
+            raise InputError(f"{where} has the id {key!r} of another picture: give each picture its own")
+    return names
+
+
+def _files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The pictures in the folder, and all files in the subfolders of ``names``, by key: paths relative to it.
+
+    Reading folders is faster than asking for each of 118,000 files, and finds those whose accents are spelt
+    with other code points.
+    """
+    names = list(names)
+    wanted = {_key(name) for name in names}
+    found = {}
+    for parent in sorted({"."} | {str(PurePosixPath(name).parent) for name in names}):
+        if not (folder / parent).is_dir():
+            continue
+        with os.scandir(folder / parent) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                file = str(PurePosixPath(parent, entry.name))
+                if _key(file) in wanted or (Path(entry.name).suffix.lower() in _SUFFIXES and entry.is_file()):
+                    found[_key(file)] = file
+    return found
+
+
+def _key(name: str) -> str:
+    return os.path.normcase(unicodedata.normalize("NFC", name))

@@ -1,0 +1,314 @@
+"""Samplers: from noise to clean latents along a list of levels.
+
+A sampler is a function ``f(denoise, x, levels, *, noise)`` that yields a Step for every level but the last. It
+knows nothing of networks: ``denoise(x, level)`` gives clean latents. All of them start from alpha = 0, the first
+level of a rectified flow and of a zero-terminal-SNR schedule, and so divide by no alpha that can be 0. A new sampler is one function here and one line
+in the table at the foot.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stable_diffusion.config import SamplerConfig
+from stable_diffusion.diffusion.objective import Denoiser, posterior_deviation, to_eps
+from stable_diffusion.diffusion.schedule import Grid, Level, Schedule, Spacing
+from stable_diffusion.errors import InputError, unknown_name
+
+Latents = Float[Tensor, "b c h w"]
+Noise = Callable[[], Latents]
+"""Draws standard normal latents, each image's from its own generator."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a sampler yields: latents on their way."""
+
+    index: int
+    """Number of the step, from 0."""
+    total: int
+    """Number of steps of the whole walk."""
+    level: Level
+    """The level that was denoised."""
+    x: Latents
+    """The latents at the next level."""
+    x0: Latents
+    """The clean latents that the network saw in them."""
+
+
+def _ratio(level: Level, to: Level) -> float:
+    """(sigma / alpha) at `to` over that at `level`: e^-h of the DPM-Solver papers; 0 from alpha = 0 or to clean."""
+    return (to.sigma * level.alpha) / (level.sigma * to.alpha)
+
+
+def _transfer(x0: Latents, eps: Latents, to: Level) -> Latents:
+    """The point at level `to` of the line that x0 and eps span: a DDIM step (Song et al. 2020, equation 12)."""
+    return to.alpha * x0 + to.sigma * eps
+
+
+def ddim(
+    denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise, eta: float = 0.0
+) -> Iterator[Step]:
+    """Song et al. 2020, equations 12 and 16: eta 0 is deterministic, eta 1 is DDPM's posterior.
+
+    With eta 0 it is Euler's method on Karras et al. 2022, equation 1, and on a rectified flow's line; with eta 1
+    it is k-diffusion's ancestral Euler.
+    """
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        eps = to_eps(x0, x, level.alpha, level.sigma)
+        deviation = eta * posterior_deviation(level, to)
+        x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - deviation**2, 0.0)) * eps
+        if deviation > 0:
+            x = x + deviation * noise()
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
+def ddpm(
+    denoise: Denoiser,
+    x: Latents,
+    levels: list[Level],
+    *,
+    noise: Noise,
+    variance: Literal["small", "large"] = "small",
+) -> Iterator[Step]:
+    """Ho et al. 2020, algorithm 2, with either variance of section 3.2: the posterior's, or beta."""
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        eps = to_eps(x0, x, level.alpha, level.sigma)
+        posterior = posterior_deviation(level, to)
+        x = to.alpha * x0 + math.sqrt(to.sigma**2 - posterior**2) * eps
+        if to.sigma > 0:
+            beta = 1 - (level.alpha / to.alpha) ** 2
+            x = x + (posterior if variance == "small" else math.sqrt(beta)) * noise()
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
+def pndm(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
+    """Liu et al. 2022 (PNDM) as Stable Diffusion uses it: linear multistep on eps, without Runge-Kutta steps.
+
+    The first step asks the network twice, at both of its ends, and takes the mean (equation 22 of order 1).
+    """
+    history: list[Latents] = []
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        history = [to_eps(x0, x, level.alpha, level.sigma), *history[:3]]
+        e = history
+        if len(e) == 1 and to.sigma > 0 and i + 2 < len(levels):
+            ahead = _transfer(x0, e[0], to)
+            again = to_eps(denoise(ahead, to), ahead, to.alpha, to.sigma)
+            eps = (again + e[0]) / 2
+        elif len(e) == 1:
+            eps = e[0]
+        elif len(e) == 2:
+            eps = (3 * e[0] - e[1]) / 2
+        elif len(e) == 3:
+            eps = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+        else:
+            eps = (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
+        # A DDIM step with `eps` in place of the network's: the noise that is not e[0] moves x0 as well.
+        moved = to.sigma - to.alpha * level.sigma / level.alpha if level.alpha > 0 else 0.0
+        x = _transfer(x0, e[0], to) + moved * (eps - e[0])
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
+def heun(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
+    """Karras et al. 2022, algorithm 1: an Euler step, corrected by the slope at its end.
+
+    Plain Euler on the last step, and from alpha = 0, where sigma / alpha is infinite.
+    """
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        eps = to_eps(x0, x, level.alpha, level.sigma)
+        x = _transfer(x0, eps, to)
+        ratio = _ratio(level, to)
+        if ratio > 0:
+            ahead = denoise(x, to)
+            x = x + to.alpha * (1 / ratio - 1) / 2 * (ahead - x0)
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
+def dpmpp_2m(
+    denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise, sde: bool = False
+) -> Iterator[Step]:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), or its SDE form (appendix B there).
+
+    The first step and the last are of first order.
+    """
+    before: Latents | None = None
+    h_before = math.inf
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        ratio = _ratio(level, to)
+        h = -math.log(ratio) if ratio > 0 else math.inf
+        x0_ahead = x0
+        if before is not None and to.sigma > 0:
+            x0_ahead = x0 + h / (2 * h_before) * (x0 - before)
+        decay = ratio**2 if sde else ratio
+        kept = to.sigma / level.sigma * (ratio if sde else 1)
+        x = kept * x + to.alpha * (1 - decay) * x0_ahead
+        if sde and to.sigma > 0:
+            x = x + to.sigma * math.sqrt(1 - ratio**2) * noise()
+        before, h_before = x0, h
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
+def unipc(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
+    """UniPC of order 2, B(h) = e^h - 1, on x0 (Zhao et al. 2023, algorithms 1 and 2).
+
+    Each step predicts; the next network call corrects what it predicted, at no extra call.
+    """
+    start, start_level = x, levels[0]  # where the step that is being corrected began
+    history: list[tuple[Latents, Level]] = []  # x0 and level of earlier calls, newest first
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        if history:
+            x = _unipc_step(start, history, start_level, level, corrected=x0)
+        history = [(x0, level), *history[:1]]
+        start, start_level = x, level
+        x = _unipc_step(start, history if to.sigma > 0 else history[:1], level, to)
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
+def _unipc_step(
+    x: Latents,
+    history: list[tuple[Latents, Level]],
+    level: Level,
+    to: Level,
+    corrected: Latents | None = None,
+) -> Latents:
+    """A step from `level` to `to`: UniP, or UniC where `corrected` is the network's x0 at `to`."""
+    x0 = history[0][0]
+    ratio = _ratio(level, to)
+    base = to.sigma / level.sigma * x + to.alpha * (1 - ratio) * x0
+    h = -math.log(ratio) if ratio > 0 else math.inf
+    slope = torch.zeros_like(x)
+    r = 0.0  # place of the older call, in units of this step; minus infinity from alpha = 0
+    if len(history) > 1:
+        older, older_level = history[1]
+        ratio_before = _ratio(older_level, level)
+        h_before = -math.log(ratio_before) if ratio_before > 0 else math.inf
+        r = -h_before / h
+        slope = (older - x0) / r
+    if corrected is None:
+        return base + to.alpha * (1 - ratio) * 0.5 * slope
+    ahead = corrected - x0
+    if r == 0.0 or math.isinf(r):
+        return base + to.alpha * (1 - ratio) * 0.5 * ahead
+    # Equation 9 for p = 2: a_1 + a_2 = b_1 and r a_1 + a_2 = b_2, with b from phi_k(-h) / B(-h).
+    phi_2 = math.expm1(-h) / -h - 1
+    phi_3 = phi_2 / -h - 0.5
+    b_1, b_2 = phi_2 / math.expm1(-h), 2 * phi_3 / math.expm1(-h)
+    a_1 = (b_2 - b_1) / (r - 1)
+    return base + to.alpha * (1 - ratio) * (a_1 * slope + (b_1 - a_1) * ahead)
+
+
+def lcm(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
+    """Latent consistency models (Luo et al. 2023, algorithm 3): jump to clean latents, add noise, again."""
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        # Boundary condition of Song et al. 2023, appendix C, with sigma_data 0.5 and time scaled by 10.
+        scaled = 10 * level.t
+        c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+        x0 = c_skip * x + c_out * x0
+        x = x0 if to.sigma == 0 else _transfer(x0, noise(), to)
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An entry of the table: the function, and how its authors place levels and begin."""
+
+    run: Callable[..., Iterator[Step]]
+    spacing: Spacing = "leading"
+    grid: Grid = "rounded"
+    ends_on_first_timestep: bool = False
+    """Whether the walk ends where the schedule's ``final`` says, not on clean latents."""
+    begins_with_sigma: bool = False
+    """Whether the starting noise is multiplied with sigma instead of 1, under the spacings that reach pure noise."""
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm),
+    "ddim": Sampler(ddim, ends_on_first_timestep=True),
+    "pndm": Sampler(pndm, ends_on_first_timestep=True),
+    "euler": Sampler(ddim, "linspace", "fractional", begins_with_sigma=True),
+    "euler_a": Sampler(functools.partial(ddim, eta=1.0), "linspace", "fractional", begins_with_sigma=True),
+    "heun": Sampler(heun, "linspace", "fractional", begins_with_sigma=True),
+    "dpmpp_2m": Sampler(dpmpp_2m, "linspace", "intervals"),
+    "dpmpp_2m_sde": Sampler(functools.partial(dpmpp_2m, sde=True), "linspace", "intervals"),
+    "unipc": Sampler(unipc, "linspace", "intervals"),
+    "lcm": Sampler(lcm, "lcm"),
+}
+
+# Names of other programs: AUTOMATIC1111's, ComfyUI's and diffusers', in lower case.
+ALIASES = {
+    "euler a": "euler_a",
+    "euler_ancestral": "euler_a",
+    "dpm++ 2m": "dpmpp_2m",
+    "dpm++ 2m sde": "dpmpp_2m_sde",
+    "plms": "pndm",
+    "uni_pc": "unipc",
+    "ddpmscheduler": "ddpm",
+    "ddimscheduler": "ddim",
+    "pndmscheduler": "pndm",
+    "eulerdiscretescheduler": "euler",
+    "eulerancestraldiscretescheduler": "euler_a",
+    "heundiscretescheduler": "heun",
+    "dpmsolvermultistepscheduler": "dpmpp_2m",
+    "unipcmultistepscheduler": "unipc",
+    "lcmscheduler": "lcm",
+}
+
+
+def sampler_named(name: str) -> Sampler:
+    """The sampler of that name, ours or another program's. Raises InputError with the list for an unknown one."""
+    name = ALIASES.get(name.lower(), name.lower())
+    if name not in SAMPLERS:
+        raise unknown_name("sampler", name, SAMPLERS)
+    return SAMPLERS[name]
+
+
+def sampling_levels(config: SamplerConfig, schedule: Schedule, num_inference_steps: int) -> list[Level]:
+    """The levels that a sampler walks, first to last."""
+    sampler = sampler_named(config.name)
+    levels = schedule.levels(num_inference_steps, _spacing(config, schedule), sampler.grid)
+    return [*levels[:-1], schedule.final()] if sampler.ends_on_first_timestep else levels
+
+
+def initial_scale(config: SamplerConfig, schedule: Schedule, level: Level) -> float:
+    """What standard normal noise is multiplied with to begin text-to-image at the first level."""
+    from_sigma = sampler_named(config.name).begins_with_sigma and _spacing(config, schedule) != "leading"
+    return level.sigma if from_sigma or schedule.is_flow else 1.0
+
+
+def _spacing(config: SamplerConfig, schedule: Schedule) -> Spacing:
+    own = "trailing" if schedule.is_flow else sampler_named(config.name).spacing
+    return own if config.spacing is None else config.spacing
+
+
+def sample(
+    config: SamplerConfig, denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise
+) -> Iterator[Step]:
+    """Runs the configured sampler.
+
+    Raises:
+        InputError: a setting that the sampler does not have, or is out of range.
+    """
+    run = sampler_named(config.name).run
+    if run is ddim and ALIASES.get(config.name.lower(), config.name.lower()) == "ddim":
+        if not 0 <= config.eta <= 1:
+            raise InputError(f"eta must be from 0 to 1, got {config.eta}")
+        return run(denoise, x, levels, noise=noise, eta=config.eta)
+    if run is ddpm:
+        return run(denoise, x, levels, noise=noise, variance=config.variance)
+    return run(denoise, x, levels, noise=noise)

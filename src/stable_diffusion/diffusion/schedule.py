@@ -1,0 +1,248 @@
+"""The forward process: how much picture and how much noise there is at each time.
+
+Everything is float64 on the CPU; networks see float32 scalars.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stable_diffusion.config import ScheduleConfig
+from stable_diffusion.errors import InputError, unknown_name
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level: x = alpha * x0 + sigma * eps, at the time `t` that the network is told.
+
+    `t` runs from 0 (nearly clean) to the number of training timesteps; it is -1 at the clean level, which no
+    network is asked about.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+
+
+CLEAN = Level(-1.0, 1.0, 0.0)
+
+Spacing = Literal["leading", "linspace", "trailing", "karras", "lcm"]
+
+Grid = Literal["rounded", "fractional", "intervals"]
+"""Whole timesteps; fractional ones (k-diffusion's samplers); or whole ones that part the range into `n` intervals,
+one point more than levels (the multistep solvers)."""
+
+LCM_STEPS = 50  # the grid that latent consistency models are distilled on (Luo et al. 2023)
+
+
+def linear_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
+    """Ho et al. 2020, section 4: from 1e-4 to 0.02 there."""
+    return torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float64)
+
+
+def scaled_linear_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
+    """Rombach et al. 2022 (their "linear"): linear in the square root of beta."""
+    ends = math.sqrt(config.beta_start), math.sqrt(config.beta_end)
+    return torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float64) ** 2
+
+
+def cosine_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
+    """Nichol & Dhariwal 2021, equation 17, with beta at most 0.999."""
+    time = torch.arange(config.num_train_timesteps + 1, dtype=torch.float64) / config.num_train_timesteps
+    alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+BETAS = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "cosine": cosine_betas}
+
+
+class Schedule:
+    """The forward process of a configuration, discrete (DDPM's family) or continuous (rectified flow).
+
+    Attributes:
+        alphas_cumprod: alpha squared at t = 0 … T - 1; empty for rectified flow.
+    """
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+        self.num_train_timesteps = config.num_train_timesteps
+        self.alphas_cumprod = torch.empty(0, dtype=torch.float64)
+        if config.kind != "flow":
+            self.alphas_cumprod = torch.cumprod(1 - BETAS[config.kind](config), dim=0)
+            if config.rescale_betas_zero_snr:
+                self.alphas_cumprod = _zero_terminal_snr(self.alphas_cumprod)
+        # sigma / alpha at every timestep; infinite at the end of a zero-terminal-SNR schedule.
+        self._ratios: list[float] = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().tolist()
+
+    @property
+    def is_flow(self) -> bool:
+        return self.config.kind == "flow"
+
+    def level(self, t: float) -> Level:
+        """The level at time `t`, from 0 to T - 1, or from 0 to T for rectified flow.
+
+        Between two timesteps of a discrete schedule sigma / alpha is interpolated linearly, as k-diffusion does.
+        """
+        if self.is_flow:
+            sigma = t / self.num_train_timesteps
+            return Level(t, 1 - sigma, sigma)
+        lower = math.floor(t)
+        if lower == t:
+            alpha_bar = float(self.alphas_cumprod[lower])
+            return Level(t, math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+        low, high = self._ratios[lower], self._ratios[lower + 1]
+        return _preserving(t, low + (t - lower) * (high - low))
+
+    def levels(
+        self, num_inference_steps: int, spacing: Spacing, grid: Grid = "rounded"
+    ) -> list[Level]:
+        """The levels of a walk from noise to clean latents: `num_inference_steps` of them, then the clean one.
+
+        Args:
+            num_inference_steps: at least 1; at most the training timesteps of a discrete schedule.
+            spacing: table 2 of Lin et al. 2023; equation 5 of Karras et al. 2022 with rho = 7; or the skipping
+                of Luo et al. 2023 (LCM) over a 50-step trailing grid. A rectified flow has no timesteps to hit:
+                each of the first three gives equal steps from pure noise.
+            grid: how a sampler's authors round (see `Grid`).
+
+        Raises:
+            InputError: a number of steps outside the range, or a spacing that the schedule cannot have.
+        """
+        if num_inference_steps < 1:
+            raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if spacing not in SPACINGS:
+            raise unknown_name("spacing", spacing, SPACINGS)
+        if self.is_flow:
+            if spacing in ("karras", "lcm"):
+                raise InputError(f"spacing {spacing!r} is for the DDPM family; use 'trailing' for a rectified flow")
+            sigmas = self._shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1])
+            return [*(self.level(sigma * self.num_train_timesteps) for sigma in sigmas.tolist()), CLEAN]
+        most = LCM_STEPS if spacing == "lcm" else self.num_train_timesteps - (grid == "intervals")
+        if num_inference_steps > most:
+            raise InputError(f"num_inference_steps must be at most {most} here, got {num_inference_steps}")
+        return [*SPACINGS[spacing](self, num_inference_steps, grid), CLEAN]
+
+    def final(self) -> Level:
+        """Where the DDIM family ends: clean latents, or the first timestep's level as Stable Diffusion does."""
+        return CLEAN if self.is_flow or self.config.set_alpha_to_one else self.level(0)
+
+    def add_noise(
+        self,
+        x0: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        timesteps: Float[Tensor, " b"] | float,
+    ) -> Float[Tensor, "b c h w"]:
+        """A draw of q(x_t | x_0): ``alpha * x0 + sigma * noise`` (Ho et al. 2020, equation 4).
+
+        Args:
+            x0: clean latents.
+            noise: standard normal.
+            timesteps: one time for each sample, or one for all: 0 … T - 1, or 0 to T for rectified flow.
+
+        Raises:
+            InputError: a time outside the schedule.
+        """
+        alpha, sigma = self.alpha_sigma(torch.as_tensor(timesteps).expand(len(x0)))
+        shape = (-1, 1, 1, 1)
+        alpha, sigma = (value.to(x0.device, x0.dtype).view(shape) for value in (alpha, sigma))
+        return alpha * x0 + sigma * noise
+
+    def alpha_sigma(self, timesteps: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """alpha and sigma at each time, in float64 on the CPU."""
+        last = self.num_train_timesteps - (0 if self.is_flow else 1)
+        times = timesteps.detach().cpu().double()
+        if not bool(((times >= 0) & (times <= last)).all()):
+            raise InputError(f"timesteps must be from 0 to {last}, got {times.tolist()}")
+        levels = [self.level(t) for t in times.tolist()]
+        table = torch.tensor([(level.alpha, level.sigma) for level in levels], dtype=torch.float64)
+        return table[:, 0], table[:, 1]
+
+    def training_timesteps(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Times to train at, from uniform draws in (0, 1).
+
+        Discrete schedules: uniform over 0 … T - 1. Rectified flow: logit-normal (Esser et al. 2024, section
+        3.1), which spends more draws in the middle, then shifted.
+        """
+        uniform = uniform.double()
+        if not self.is_flow:
+            return (uniform * self.num_train_timesteps).floor().clamp(max=self.num_train_timesteps - 1)
+        normal = math.sqrt(2) * torch.erfinv((2 * uniform - 1).clamp(-1 + 1e-12, 1 - 1e-12))
+        return self._shift(torch.sigmoid(normal)) * self.num_train_timesteps
+
+    def _shift(self, sigma: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return self.config.shift * sigma / (1 + (self.config.shift - 1) * sigma)
+
+    def ratio_range(self) -> tuple[float, float]:
+        """The smallest and the largest sigma / alpha of a discrete schedule."""
+        return self._ratios[0], self._ratios[-1]
+
+    def time(self, ratio: float) -> float:
+        """The time at which sigma / alpha is `ratio`, interpolated linearly in its logarithm (k-diffusion)."""
+        last = self.num_train_timesteps - 1
+        upper = min(max(bisect.bisect_right(self._ratios, ratio), 1), last)
+        low, high = math.log(self._ratios[upper - 1]), math.log(self._ratios[upper])
+        return min(max(upper - 1 + (math.log(ratio) - low) / (high - low), 0.0), float(last))
+
+
+def _preserving(t: float, ratio: float) -> Level:
+    """The variance-preserving level (alpha² + sigma² = 1) of a noise-to-signal ratio."""
+    alpha = 1 / math.sqrt(1 + ratio**2)
+    return Level(t, alpha, ratio * alpha)
+
+
+def _zero_terminal_snr(alphas_cumprod: Float[Tensor, " t"]) -> Float[Tensor, " t"]:
+    """Lin et al. 2023, algorithm 1: shifts and scales alpha so that the last is 0 and the first stays."""
+    alpha = alphas_cumprod.sqrt()
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+
+def _leading(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    first = 1 if grid == "intervals" else 0
+    stride = schedule.num_train_timesteps // (steps + first)
+    offset, last = schedule.config.steps_offset, schedule.num_train_timesteps - 1
+    return [schedule.level(min((i + first) * stride + offset, last)) for i in reversed(range(steps))]
+
+
+def _linspace(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    points = steps + 1 if grid == "intervals" else steps
+    times = torch.linspace(schedule.num_train_timesteps - 1, 0, points, dtype=torch.float64)[:steps]
+    return [schedule.level(t) for t in (times if grid == "fractional" else times.round()).tolist()]
+
+
+def _trailing(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    stride = schedule.num_train_timesteps / steps
+    return [schedule.level(round(schedule.num_train_timesteps - i * stride) - 1) for i in range(steps)]
+
+
+def _lcm(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    stride = schedule.num_train_timesteps // LCM_STEPS
+    return [schedule.level((LCM_STEPS - LCM_STEPS * i // steps) * stride - 1) for i in range(steps)]
+
+
+def _karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    low, high = schedule.ratio_range()
+    if math.isinf(high):
+        raise InputError("spacing 'karras' needs a finite noise level; a zero-terminal-SNR schedule has none: use 'trailing'")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ratios = ((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7).tolist()
+    times = [schedule.time(ratio) for ratio in ratios]
+    if grid == "intervals":
+        times = [float(round(t)) for t in times]
+    return [_preserving(t, ratio) for t, ratio in zip(times, ratios, strict=True)]
+
+
+SPACINGS: dict[str, Callable[[Schedule, int, Grid], list[Level]]] = {
+    "leading": _leading,
+    "linspace": _linspace,
+    "trailing": _trailing,
+    "karras": _karras,
+    "lcm": _lcm,
+}

@@ -1,0 +1,251 @@
+"""Pictures in files, as PIL images and as tensors: the one place where they change from one to the other.
+
+PIL images are outside, float tensors in [-1, 1] inside. torch is imported by the functions that need it, so
+that checking files costs no start-up time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from stable_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+# PIL also opens formats that are programs (EPS runs Ghostscript), which have no place in a set of pictures.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What PIL's decoders raise, besides OSError, on damaged files.
+_DAMAGE = (ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture in a file, fully decoded: RGB, upright, on white where it is transparent.
+
+    The content counts, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
+    cut off, or too large to be decoded safely.
+    """
+    with _opened(path) as image:
+        image.load()
+        return to_rgb(_upright(image))
+
+
+def check_header(path: str | Path) -> None:
+    """Raises InputError unless the file begins as a picture does; what follows the header is not read."""
+    with _opened(path):
+        pass
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB: transparency lies on white, and 16-bit grey is scaled down, not cut off.
+
+    Raises InputError for floating-point images, whose range is not known.
+    """
+    if image.mode == "F":
+        raise InputError("floating-point pictures have no fixed range: convert the picture to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of the image that has the asked aspect ratio, resized; nothing is stretched."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+    """Images of one size as float32 in [-1, 1]. Raises InputError if there are none, or of several sizes."""
+    import torch
+
+    sizes = sorted({image.size for image in images})
+    if len(sizes) != 1:
+        found = ", ".join(f"{width}x{height}" for width, height in sizes) or "none"
+        raise InputError(f"a batch needs images of one size, got {found}: resize them first")
+    pixels = np.stack([np.asarray(to_rgb(image)) for image in images])  # b h w 3
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1).contiguous()
+
+
+def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Tensors as RGB images; values outside [-1, 1] are clamped. Raises InputError for NaN and infinity."""
+    import torch
+
+    pixels = images.detach().to(torch.float32)
+    finite = pixels.isfinite().flatten(1).all(1)  # b
+    if not bool(finite.all()):
+        first = int(finite.logical_not().nonzero()[0, 0]) + 1
+        raise InputError(
+            f"picture {first} of {len(pixels)} has NaN or infinite values, so no file is written: "
+            "check the model's weights, or use float32"
+        )
+    pixels = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def mask_tensor(mask: Image.Image, width: int, height: int) -> Float[Tensor, "1 1 h w"]:
+    """A mask as float32, 1 where it is white (to be repainted) and 0 where black; fitted as ``cover`` does."""
+    import torch
+
+    grey = np.asarray(cover(to_rgb(mask).convert("L"), width, height))  # h w
+    return torch.from_numpy(grey > 127.5).to(torch.float32)[None, None]
+
+
+def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> None:
+    """Writes a PNG that carries the settings that made it; no reader ever sees half a file.
+
+    Two text chunks hold them: ``minisd``, all of them as JSON, and ``parameters``, those that other programs
+    know. ``settings`` holds JSON values. Folders are created. Raises InputError where nothing can be written,
+    or for another suffix than .png.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"pictures are written as PNG: name {str(path)!r} with .png at the end")
+    chunks = PngImagePlugin.PngInfo()
+    # A command line can hold bytes that are no text (lone surrogates). UTF-8 has no form for them, JSON has.
+    chunks.add_text("parameters", parameters(settings).encode("utf-8", "replace").decode("utf-8"))
+    chunks.add_text("minisd", json.dumps(settings))
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            image.save(partial, format="PNG", pnginfo=chunks)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that ``save_png`` stored. Raises InputError if the file holds none."""
+    with _opened(path) as image:
+        text = image.info.get("minisd")
+    if not isinstance(text, str):
+        raise InputError(
+            f"{path} holds no settings of mini-stable-diffusion: give a PNG that it wrote and no program changed"
+        )
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"the settings in {path} are damaged: give a PNG that no program changed")
+    return settings
+
+
+def parameters(settings: dict[str, Any]) -> str:
+    """Settings as the text that AUTOMATIC1111's webui writes and many programs read; missing ones are left out."""
+    sampler, guidance = settings.get("sampler"), settings.get("guidance_scale")
+    spacing = sampler.get("spacing") if isinstance(sampler, dict) else settings.get("spacing")
+    sampler = sampler.get("name") if isinstance(sampler, dict) else sampler
+    guidance = guidance.get("scale") if isinstance(guidance, dict) else guidance
+    size = [settings.get(side) for side in ("width", "height")]
+    fields = {
+        "Steps": settings.get("num_inference_steps"),
+        "Sampler": _WEBUI_SAMPLERS.get(str(sampler), sampler),
+        "Schedule type": "Karras" if spacing == "karras" else None,
+        "CFG scale": guidance,
+        "Seed": settings.get("seed"),
+        "Size": None if None in size else f"{size[0]}x{size[1]}",
+        "Model": settings.get("model"),
+        "Denoising strength": settings.get("strength"),
+    }
+    lines = [str(settings.get("prompt") or "")]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None))
+    return "\n".join(lines).strip()
+
+
+def free_name(folder: str | Path, stem: str, suffix: str = ".png") -> Path:
+    """The first of ``stem.png``, ``stem-2.png``, ``stem-3.png`` … that is not in the folder yet."""
+    path, number = Path(folder, stem + suffix), 1
+    while os.path.lexists(path):
+        number += 1
+        path = path.with_name(f"{stem}-{number}{suffix}")
+    return path
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image in a file, not decoded yet; whatever PIL raises becomes one sentence."""
+    try:
+        with Image.open(path) as image:
+            if image.format not in FORMATS:
+                raise UnidentifiedImageError
+            yield image
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{path} is not a picture that can be read, whatever its name says: "
+            "convert it to PNG or JPEG, or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} is too large to be decoded safely: make the picture smaller, or remove it") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error
+        raise _damaged(path, error) from error
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged or cut off ({error}): fetch or export it again, or remove it")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # After decoding: PIL turns TIFFs itself, and PNGs may hold their EXIF behind the pixels. Broken EXIF says
+    # nothing about the pixels, so it is no reason to refuse a picture.
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except (OSError, *_DAMAGE):
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _quoted(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+_WEBUI_SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}

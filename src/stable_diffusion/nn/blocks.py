@@ -1,0 +1,253 @@
+"""The blocks that the U-Net and the autoencoder are made of, under the names of diffusers' tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+UNET_NORM_EPS = 1e-5
+VAE_NORM_EPS = 1e-6  # also the transformer's entry norm in the U-Net
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The module with its parameters at 0: a new block starts as the identity, a new network predicts 0."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_features(timesteps: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
+    """Cosines, then sines, of the timestep at `width` / 2 frequencies from 1 to 1e-4 (Vaswani et al. 2017).
+
+    Computed in float32, as the published models were trained with, whatever the weights' type.
+    """
+    half = width // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * exponent.exp()[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers that turn timestep features, or a pooled text vector, into the time embedding."""
+
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b width"]:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, around a skip; the time embedding is added in the middle.
+
+    `time_width` None is the autoencoder's block, which knows no time.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, out_channels) if time_width else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], time_embedding: Float[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b c2 h w"]:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and time_embedding is not None:
+            hidden = hidden + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided convolution.
+
+    `asymmetric` pads right and bottom only, as Stable Diffusion's autoencoder does.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Enlarges to `size`, or doubles height and width, by repetition; then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.interpolate(x, size or (2 * x.shape[-2], 2 * x.shape[-1]), mode="nearest"))
+
+
+def attend(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b m d"],
+    value: Float[Tensor, "b m d"],
+    *,
+    num_heads: int,
+    mask: Bool[Tensor, "b m"] | None = None,
+    causal: bool = False,
+    upcast: bool = False,
+) -> Float[Tensor, "b n d"]:
+    """Scaled dot-product attention over `num_heads` heads. `mask` is True where a key may be read."""
+    dtype = query.dtype
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))  # b head n d
+    if upcast:
+        query, key, value = query.float(), key.float(), value.float()
+    attn_mask = None if mask is None else mask[:, None, None, :]
+    if attn_mask is not None and causal:
+        length = query.shape[2]
+        attn_mask = attn_mask & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        causal = False
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=causal)
+    return out.transpose(1, 2).flatten(2).to(dtype)
+
+
+class Attention(nn.Module):
+    """Attention of tokens to themselves or, when given, to a context.
+
+    `groups` adds the group norm in front and the residual that the autoencoder's attention has.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        context_width: int | None = None,
+        bias: bool = False,
+        groups: int | None = None,
+        upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        context_width = context_width or channels
+        self.num_heads = num_heads
+        self.upcast = upcast
+        self.group_norm = nn.GroupNorm(groups, channels, VAE_NORM_EPS) if groups else None
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_width, channels, bias=bias)
+        self.to_v = nn.Linear(context_width, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m d"] | None = None,
+        mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        normed = x if self.group_norm is None else self.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        context = normed if context is None else context
+        query, key, value = self.to_q(normed), self.to_k(context), self.to_v(context)
+        out = self.to_out[0](
+            attend(query, key, value, num_heads=self.num_heads, mask=mask, upcast=self.upcast)
+        )
+        return out if self.group_norm is None else x + out
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU (Shazeer 2020): a linear layer whose first half is gated by the second, then a linear layer."""
+
+    class GEGLU(nn.Module):
+        def __init__(self, channels: int, inner: int) -> None:
+            super().__init__()
+            self.proj = nn.Linear(channels, 2 * inner)
+
+        def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n inner"]:
+            value, gate = self.proj(x).chunk(2, dim=-1)
+            return value * F.gelu(gate)
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The published names have a gap at 1, where training had dropout.
+        self.net = nn.ModuleList(
+            [self.GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)]
+        )
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text if there is any, feed-forward; each normed and added."""
+
+    def __init__(self, channels: int, *, num_heads: int, context_width: int | None, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, num_heads=num_heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(channels) if context_width else None
+        self.attn2 = (
+            Attention(channels, num_heads=num_heads, context_width=context_width, upcast=upcast)
+            if context_width
+            else None
+        )
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = GatedFeedForward(channels)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m d"] | None,
+        mask: Bool[Tensor, "b m"] | None,
+    ) -> Float[Tensor, "b n c"]:
+        x = x + self.attn1(self.norm1(x))
+        if self.attn2 is not None and self.norm2 is not None:
+            x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map, around a skip."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        context_width: int | None,
+        groups: int,
+        linear: bool,
+        upcast: bool,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, VAE_NORM_EPS)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, num_heads=num_heads, context_width=context_width, upcast=upcast)]
+        )
+        self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        context: Float[Tensor, "b m d"] | None,
+        mask: Bool[Tensor, "b m"] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        tokens = _per_pixel(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))  # b hw c
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context, mask)
+        return x + _per_pixel(self.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+def _per_pixel(projection: nn.Module, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    """The projection of every token; a 1x1 convolution is a linear layer with two more axes in its weight."""
+    weight = projection.weight
+    return F.linear(tokens, weight.flatten(1), projection.bias)

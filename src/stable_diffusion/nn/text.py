@@ -1,0 +1,203 @@
+"""Text encoders: one transformer for CLIP and BERT, and the prompt encoder that joins several of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from stable_diffusion.config import TextEncoderConfig
+from stable_diffusion.nn.blocks import attend
+from stable_diffusion.nn.tokenizer import Tokenizer
+
+BERT_NAMES = (
+    # BERT's published names and ours, which are CLIP's. Either side of a row occurs once in a name.
+    ("embeddings.word_embeddings.", "embeddings.token_embedding."),
+    ("embeddings.position_embeddings.", "embeddings.position_embedding."),
+    ("embeddings.token_type_embeddings.", "embeddings.token_type_embedding."),
+    ("embeddings.LayerNorm.", "embeddings.layer_norm."),
+    ("encoder.layer.", "encoder.layers."),
+    (".attention.self.query.", ".self_attn.q_proj."),
+    (".attention.self.key.", ".self_attn.k_proj."),
+    (".attention.self.value.", ".self_attn.v_proj."),
+    (".attention.output.dense.", ".self_attn.out_proj."),
+    (".attention.output.LayerNorm.", ".layer_norm1."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    (".output.LayerNorm.", ".layer_norm2."),
+)
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        bert = config.architecture == "bert"
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embedding = nn.Embedding(2, width) if bert else None
+        self.layer_norm = nn.LayerNorm(width, config.layer_norm_eps) if bert else None
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        x = self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+        if self.token_type_embedding is not None and self.layer_norm is not None:
+            x = self.layer_norm(x + self.token_type_embedding.weight[0])  # prompts are one segment
+        return x
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None, causal: bool
+    ) -> Float[Tensor, "b n d"]:
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attend(query, key, value, num_heads=self.num_heads, mask=mask, causal=causal))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int, inner: int, act: str) -> None:
+        super().__init__()
+        self.act = act
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = self.fc1(x)
+        return self.fc2(F.gelu(x) if self.act == "gelu" else x * torch.sigmoid(1.702 * x))
+
+
+class _Layer(nn.Module):
+    """Self-attention and feed-forward. CLIP norms what goes in, BERT what comes out."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.clip = config.architecture == "clip"
+        self.self_attn = _SelfAttention(width, config.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(width, config.layer_norm_eps)
+        self.mlp = _FeedForward(width, config.intermediate_size, config.hidden_act)
+        self.layer_norm2 = nn.LayerNorm(width, config.layer_norm_eps)
+
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n d"]:
+        if self.clip:
+            x = x + self.self_attn(self.layer_norm1(x), mask, causal=True)
+            return x + self.mlp(self.layer_norm2(x))
+        x = self.layer_norm1(x + self.self_attn(x, mask, causal=False))
+        return self.layer_norm2(x + self.mlp(x))
+
+
+class _Layers(nn.Module):
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Layer(config) for _ in range(config.num_hidden_layers)])
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer (Radford et al. 2021) or BERT (Devlin et al. 2018), under CLIP's names."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Layers(config)
+        clip = config.architecture == "clip"
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if clip else None
+
+    def forward(
+        self, input_ids: Int[Tensor, "b n"], attention_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """The tokens' hidden states. `attention_mask` is True at real tokens; None reads padding too."""
+        x = self.embeddings(input_ids)
+        for layer in self.encoder.layers[: self.config.num_hidden_layers - self.config.skip_last_layers]:
+            x = layer(x, attention_mask)
+        return x if self.final_layer_norm is None else self.final_layer_norm(x)
+
+
+class PromptEmbeds(NamedTuple):
+    """What the U-Net reads of a batch of prompts."""
+
+    tokens: Float[Tensor, "b n d"]
+    mask: Bool[Tensor, "b n"] | None
+    """True where a token may be read; None where all may, padding included, as Stable Diffusion does."""
+    pooled: Float[Tensor, "b p"]
+    """One vector a prompt: CLIP's state at the end token, the mean of BERT's; several encoders' side by side."""
+
+    def to(self, *args: torch.device | torch.dtype) -> PromptEmbeds:
+        """The same on another device or in another floating-point type; the mask stays boolean."""
+        mask = None if self.mask is None else self.mask.to(self.tokens.device)
+        for target in args:
+            if isinstance(target, torch.device) and mask is not None:
+                mask = mask.to(target)
+        return PromptEmbeds(self.tokens.to(*args), mask, self.pooled.to(*args))
+
+    def __add__(self, other: object) -> PromptEmbeds:
+        """The prompts of two batches as one batch."""
+        if not isinstance(other, PromptEmbeds):
+            return NotImplemented
+        mask = None if self.mask is None or other.mask is None else torch.cat([self.mask, other.mask])
+        return PromptEmbeds(
+            torch.cat([self.tokens, other.tokens]), mask, torch.cat([self.pooled, other.pooled])
+        )
+
+
+class PromptEncoder(nn.Module):
+    """Texts to tokens, by one text encoder or by several (CLIP and BERT together, say).
+
+    Each encoder's tokens are projected to the width that the U-Net reads, unless a single encoder has it
+    already, and joined along the sequence.
+    """
+
+    def __init__(
+        self, configs: tuple[TextEncoderConfig, ...], tokenizers: list[Tokenizer], width: int
+    ) -> None:
+        super().__init__()
+        assert len(configs) == len(tokenizers), "one tokenizer an encoder"
+        self.tokenizers = tokenizers
+        self.encoders = nn.ModuleList([TextEncoder(config) for config in configs])
+        single = len(configs) == 1 and configs[0].hidden_size == width
+        self.projections = nn.ModuleList(
+            [] if single else [nn.Linear(config.hidden_size, width) for config in configs]
+        )
+        for encoder in self.encoders:
+            encoder.requires_grad_(encoder.config.trainable)
+
+    def forward(self, texts: list[str]) -> PromptEmbeds:
+        """The embeddings of the texts; words beyond an encoder's context are left out without a word here."""
+        return self.join([self.encode(i, texts) for i in range(len(self.encoders))])
+
+    def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
+        """What one encoder makes of the texts, before the projection: what training caches of a frozen one."""
+        tokenizer, encoder = self.tokenizers[index], self.encoders[index]
+        batch = tokenizer(texts)
+        device = encoder.embeddings.token_embedding.weight.device
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        if encoder.config.architecture == "bert":
+            tokens = encoder(ids, mask)
+            real = mask[..., None].to(tokens.dtype)
+            return PromptEmbeds(tokens, mask, (tokens * real).sum(dim=1) / real.sum(dim=1))
+        tokens = encoder(ids)
+        end = (ids == tokenizer.end_id).int().argmax(dim=1)  # the first end token; padding may repeat it
+        return PromptEmbeds(tokens, None, tokens[torch.arange(len(texts), device=device), end])
+
+    def join(self, parts: list[PromptEmbeds]) -> PromptEmbeds:
+        """The encoders' embeddings projected and joined. A mask is made only where some encoder has one."""
+        tokens = [part.tokens for part in parts]
+        if self.projections:
+            tokens = [project(x) for project, x in zip(self.projections, tokens, strict=True)]
+        mask = None
+        if any(part.mask is not None for part in parts):
+            full = [torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in tokens]
+            mask = torch.cat([f if p.mask is None else p.mask for p, f in zip(parts, full, strict=True)], dim=1)
+        return PromptEmbeds(torch.cat(tokens, dim=1), mask, torch.cat([part.pooled for part in parts], dim=1))

@@ -1,0 +1,170 @@
+"""The U-Net that predicts the noise in latents, from the smallest preset to Stable Diffusion 2.1.
+
+Its attributes carry the names of diffusers' tensors, so a published checkpoint loads without a table.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from stable_diffusion.config import UNetConfig
+from stable_diffusion.nn.blocks import (
+    UNET_NORM_EPS,
+    Downsample,
+    ResnetBlock,
+    SpatialTransformer,
+    TimestepEmbedding,
+    Upsample,
+    timestep_features,
+    zero,
+)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by a transformer where the level has attention."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        index: int,
+        channels: list[tuple[int, int]],
+        *,
+        attention: bool,
+        time_width: int,
+        down: bool = False,
+        up: bool = False,
+    ) -> None:
+        super().__init__()
+        groups = config.norm_num_groups
+        width = config.block_out_channels[index]
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(c_in, c_out, groups=groups, eps=UNET_NORM_EPS, time_width=time_width)
+                for c_in, c_out in channels
+            ]
+        )
+        self.attentions = nn.ModuleList(
+            [
+                SpatialTransformer(
+                    width,
+                    num_heads=config.num_attention_heads[index],
+                    context_width=config.cross_attention_dim,
+                    groups=groups,
+                    linear=config.use_linear_projection,
+                    upcast=config.upcast_attention,
+                )
+                for _ in range(len(channels) if attention else 0)
+            ]
+        )
+        self.downsamplers = nn.ModuleList([Downsample(width)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(width)] if up else [])
+
+
+class UNet(nn.Module):
+    """The noise predictor (Ronneberger et al. 2015; Rombach et al. 2022, section 3.3).
+
+    A way down through the levels, a middle, and a way up that reads what each step of the way down left.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        time_width = 4 * widths[0]
+        last = len(widths) - 1
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], time_width)
+        self.class_embedding: nn.Module | None = None
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time_width)
+        elif config.pooled_projection_dim is not None:
+            self.class_embedding = TimestepEmbedding(config.pooled_projection_dim, time_width)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of what the way up will read
+        for i, width in enumerate(widths):
+            channels = [(skips[-1], width)] + [(width, width)] * (config.layers_per_block - 1)
+            self.down_blocks.append(
+                Level(
+                    config,
+                    i,
+                    channels,
+                    attention=config.attention_levels[i],
+                    time_width=time_width,
+                    down=i < last,
+                )
+            )
+            skips += [width] * (config.layers_per_block + (i < last))
+
+        middle = Level(config, last, [(widths[-1], widths[-1])] * 2, attention=True, time_width=time_width)
+        del middle.attentions[1]  # the middle is block, transformer, block
+        self.mid_block = middle
+
+        self.up_blocks = nn.ModuleList()
+        current = widths[-1]
+        for i, width in reversed(list(enumerate(widths))):
+            channels = []
+            for _ in range(config.layers_per_block + 1):
+                channels.append((current + skips.pop(), width))
+                current = width
+            self.up_blocks.append(
+                Level(
+                    config, i, channels, attention=config.attention_levels[i], time_width=time_width, up=i > 0
+                )
+            )
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], UNET_NORM_EPS)
+        self.conv_out = zero(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+
+    def forward(
+        self,
+        sample: Float[Tensor, "b c h w"],
+        timesteps: Float[Tensor, " b"],
+        encoder_hidden_states: Float[Tensor, "b n d"] | None = None,
+        encoder_attention_mask: Bool[Tensor, "b n"] | None = None,
+        class_labels: Int[Tensor, " b"] | Float[Tensor, "b p"] | None = None,
+    ) -> Float[Tensor, "b c2 h w"]:
+        """The prediction for noisy latents.
+
+        Args:
+            sample: noisy latents of about unit deviation.
+            timesteps: the noise level of each sample, from 0 (clean) to the number of training timesteps.
+            encoder_hidden_states: text tokens; None for a network without text.
+            encoder_attention_mask: True where a token may be read; None reads all.
+            class_labels: labels, or pooled text vectors, for a network that has an embedding for them.
+        """
+        features = timestep_features(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
+        time = self.time_embedding(features)
+        if self.class_embedding is not None:
+            time = time + self.class_embedding(class_labels)
+
+        text = (encoder_hidden_states, encoder_attention_mask)
+        hidden = self.conv_in(sample)
+        skips = [hidden]
+        for level in self.down_blocks:
+            for i, resnet in enumerate(level.resnets):
+                hidden = resnet(hidden, time)
+                if level.attentions:
+                    hidden = level.attentions[i](hidden, *text)
+                skips.append(hidden)
+            for downsample in level.downsamplers:
+                hidden = downsample(hidden)
+                skips.append(hidden)
+
+        hidden = self.mid_block.resnets[0](hidden, time)
+        hidden = self.mid_block.attentions[0](hidden, *text)
+        hidden = self.mid_block.resnets[1](hidden, time)
+
+        for level in self.up_blocks:
+            for i, resnet in enumerate(level.resnets):
+                hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
+                if level.attentions:
+                    hidden = level.attentions[i](hidden, *text)
+            for upsample in level.upsamplers:
+                hidden = upsample(hidden, tuple(skips[-1].shape[-2:]))  # the skip's size: odd sizes come back
+
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))

@@ -1,0 +1,280 @@
+"""Autoencoders: pixels to latents and back.
+
+Every codec here has ``encode(images) -> latents`` of unit deviation, ``decode(latents) -> images`` in [-1, 1],
+and a ``config`` with ``factor`` (pixels per latent along a side) and ``latent_channels``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from stable_diffusion.config import AutoencoderKLConfig, AutoencoderTinyConfig
+from stable_diffusion.nn.blocks import VAE_NORM_EPS, Attention, Downsample, ResnetBlock, Upsample
+
+
+class Posterior(NamedTuple):
+    """The diagonal Gaussian q(z|x) of the KL autoencoder, in the units of its weights (not scaled)."""
+
+    mean: Float[Tensor, "b c h w"]
+    logvar: Float[Tensor, "b c h w"]
+
+    def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """A draw, given standard normal noise."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def mode(self) -> Float[Tensor, "b c h w"]:
+        """The most likely latents: the mean."""
+        return self.mean
+
+    def kl(self) -> Float[Tensor, " b"]:
+        """KL divergence from the standard normal, in nats per picture (Kingma & Welling 2013, appendix B)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class VectorQuantizer(nn.Module):
+    """Snaps every latent pixel to its nearest codebook entry (van den Oord et al. 2017, equation 2)."""
+
+    COMMITMENT = 0.25  # beta of equation 3
+
+    def __init__(self, codebook_size: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, channels)
+        nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
+
+    def forward(
+        self, z: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b h w"], Float[Tensor, ""]]:
+        """Quantised latents (gradients pass straight through), the entries' numbers, and the codebook loss."""
+        pixels = z.movedim(1, -1)  # b h w c
+        indices = torch.cdist(pixels.flatten(0, 2), self.embedding.weight).argmin(dim=-1)
+        entries = self.embedding(indices).view_as(pixels).movedim(-1, 1)
+        loss = F.mse_loss(entries, z.detach()) + self.COMMITMENT * F.mse_loss(z, entries.detach())
+        return z + (entries - z).detach(), indices.view(pixels.shape[:-1]), loss
+
+
+class _Middle(nn.Module):
+    """Block, attention over all pixels with one head, block."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(channels, num_heads=1, bias=True, groups=groups)])
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(channels, channels, groups=groups, eps=VAE_NORM_EPS) for _ in range(2)]
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        x = self.resnets[0](x)
+        x = self.attentions[0](x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[-2:])
+        return self.resnets[1](x)
+
+
+class _Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution or none."""
+
+    def __init__(
+        self, in_channels: int, channels: int, layers: int, groups: int, *, down: bool = False, up: bool = False
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [
+                ResnetBlock(in_channels if i == 0 else channels, channels, groups=groups, eps=VAE_NORM_EPS)
+                for i in range(layers)
+            ]
+        )
+        self.downsamplers = nn.ModuleList([Downsample(channels, asymmetric=True)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if up else [])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = block(x)
+        return x
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: AutoencoderKLConfig, out_channels: int) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [
+                _Level(before, width, config.layers_per_block, groups, down=i < len(widths) - 1)
+                for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+            ]
+        )
+        self.mid_block = _Middle(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], VAE_NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = _Middle(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            [
+                _Level(before, width, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
+                for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+            ]
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], VAE_NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
+
+    def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        z = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            z = level(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's autoencoder, with the KL or the VQ regulariser (Rombach et al. 2022, section 3.1)."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        self.config = config
+        z = config.latent_channels
+        moments = z if config.codebook_size else 2 * z
+        self.encoder = _Encoder(config, moments)
+        self.quant_conv = nn.Conv2d(moments, moments, 1)
+        self.quantize = VectorQuantizer(config.codebook_size, z) if config.codebook_size else None
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.decoder = _Decoder(config)
+
+    def posterior(self, images: Float[Tensor, "b 3 h w"]) -> Posterior:
+        """q(z|x); under the VQ regulariser a point, whose log-variance is -30."""
+        moments = self.quant_conv(self.encoder(images))
+        if self.quantize is not None:
+            return Posterior(moments, torch.full_like(moments, -30))
+        mean, logvar = moments.chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30, 20))
+
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+        """Latents of unit deviation: the posterior's mode, scaled. Images are in [-1, 1]."""
+        return self.posterior(images).mode() * self.config.scaling_factor
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Images in about [-1, 1]; under the VQ regulariser the latents are quantised first."""
+        z = latents / self.config.scaling_factor
+        if self.quantize is not None:
+            z, _, _ = self.quantize(z)
+        return self.decoder(self.post_quant_conv(z))
+
+    @torch.no_grad()
+    def normalise(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
+        """Folds a measured mean and deviation of ``encode``'s latents into the outermost convolutions.
+
+        Afterwards latents have mean 0 and deviation 1 and every picture decodes as before. Needs
+        ``scaling_factor`` 1; a codebook is moved along.
+        """
+        assert self.config.scaling_factor == 1, "published weights keep their scaling factor"
+        c = len(mean)
+        self.quant_conv.weight[:c] /= std[:, None, None, None]
+        self.quant_conv.bias[:c] = (self.quant_conv.bias[:c] - mean) / std
+        if self.quantize is None:
+            self.quant_conv.bias[c:] -= 2 * std.log()
+        else:
+            self.quantize.embedding.weight.sub_(mean).div_(std)
+        weight = self.post_quant_conv.weight
+        self.post_quant_conv.bias += (weight[:, :, 0, 0] * mean).sum(dim=1)
+        weight *= std[None, :, None, None]
+
+
+class _TinyBlock(nn.Module):
+    """Three convolutions and a skip, ReLU throughout, no normalisation: what a CPU runs fastest."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        same = in_channels == channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1, bias=False)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        return F.relu(self.conv(x) + self.skip(x))
+
+
+class _Layers(nn.Module):
+    """A sequence under the published names `layers.N`."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        return self.layers(x)
+
+
+class AutoencoderTiny(nn.Module):
+    """A light autoencoder of plain ReLU blocks; with the default configuration, TAESD (madebyollin/taesd).
+
+    The decoder first squashes latents to (-3, 3), so that an outlier cannot spoil a picture.
+    """
+
+    def __init__(self, config: AutoencoderTinyConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, z, patch = config.block_out_channels, config.latent_channels, config.patch_size
+        pixels = config.in_channels * patch**2
+
+        def conv(c_in: int, c_out: int, *, stride: int = 1, bias: bool = True) -> nn.Module:
+            return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=bias)
+
+        down: list[nn.Module] = [nn.PixelUnshuffle(patch)] if patch > 1 else []
+        down.append(conv(pixels, widths[0]))
+        for i, (width, blocks) in enumerate(zip(widths, config.encoder_blocks, strict=True)):
+            if i > 0:
+                down.append(conv(widths[i - 1], width, stride=2, bias=False))
+            down += [_TinyBlock(width, width) for _ in range(blocks)]
+        self.encoder = _Layers([*down, conv(widths[-1], z)])
+
+        up: list[nn.Module] = [conv(z, widths[-1]), nn.ReLU()]
+        for i in reversed(range(len(widths))):
+            up += [_TinyBlock(widths[i], widths[i]) for _ in range(config.decoder_blocks[i])]
+            if i > 0:
+                up += [nn.Upsample(scale_factor=2), conv(widths[i], widths[i - 1], bias=False)]
+        up.append(conv(widths[0], pixels))
+        self.decoder = _Layers([*up, nn.PixelShuffle(patch)] if patch > 1 else up)
+
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+        """Latents of about unit deviation. Images are in [-1, 1]."""
+        return self.encoder((images + 1) / 2)
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Images in about [-1, 1]."""
+        return self.decoder(torch.tanh(latents / 3) * 3) * 2 - 1
+
+    @torch.no_grad()
+    def normalise(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
+        """Folds a measured mean and deviation of the encoder's output into its last convolution.
+
+        The decoder is left as it is: training shows it normalised latents from the start.
+        """
+        last = self.encoder.layers[-1]
+        last.weight /= std[:, None, None, None]
+        last.bias.sub_(mean).div_(std)
+
+
+AUTOENCODERS = {"kl": AutoencoderKL, "tiny": AutoencoderTiny}
+
+
+def autoencoder(config: AutoencoderKLConfig | AutoencoderTinyConfig) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder that a configuration describes, with random weights."""
+    return AUTOENCODERS[config.kind](config)
