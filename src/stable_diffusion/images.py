@@ -40,7 +40,18 @@ _UPRIGHT = {
 }
 
 # What PIL's decoders raise, besides OSError, on damaged files.
-_DAMAGE = (ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+_DAMAGE = (
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -136,7 +147,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             image.save(partial, format="PNG", pnginfo=chunks)
-            os.replace(partial, path)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
@@ -209,7 +220,9 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             "convert it to PNG or JPEG, or remove it"
         ) from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large to be decoded safely: make the picture smaller, or remove it") from error
+        raise InputError(
+            f"{path} is too large to be decoded safely: make the picture smaller, or remove it"
+        ) from error
     except OSError as error:
         if error.errno is not None:
             raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error

@@ -41,7 +41,11 @@ class CocoReport:
     def left_out(self) -> dict[str, tuple[str, ...]]:
         """The names that were left out, by reason; empty if there are none."""
         reasons = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {reason.replace("_", " "): names for reason, names in reasons.items() if isinstance(names, tuple) and names}
+        return {
+            reason.replace("_", " "): names
+            for reason, names in reasons.items()
+            if isinstance(names, tuple) and names
+        }
 
     def __str__(self) -> str:
         lines = [f"{self.pictures} pictures with {self.captions} captions"]
@@ -94,7 +98,11 @@ class CocoImageLoader:
         here = {name: files.pop(_key(name), None) for name in sorted(captions)}
         usable = {name: file for name, file in here.items() if file is not None and captions[name]}
         with ThreadPoolExecutor(8) as pool:
-            bad = {name for name, ok in zip(usable, pool.map(self._is_picture, usable.values()), strict=True) if not ok}
+            bad = {
+                name
+                for name, ok in zip(usable, pool.map(self._is_picture, usable.values()), strict=True)
+                if not ok
+            }
         self._names = [name for name in usable if name not in bad]
         self._files = [usable[name] for name in self._names]
         self._captions = [tuple(captions[name]) for name in self._names]
@@ -129,6 +137,10 @@ class CocoImageLoader:
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The picture's captions, without decoding it."""
+        return self._captions[index]
+
     def name(self, index: int) -> str:
         """The picture's file name as the JSON file gives it."""
         return self._names[index]
@@ -151,20 +163,30 @@ def _read(path: Path) -> tuple[list[Any], list[Any]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"cannot open the captions file {str(path)!r}{test_split}: {error.strerror}") from error
+        raise InputError(
+            f"cannot open the captions file {str(path)!r}{test_split}: {error.strerror}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"the captions file {str(path)!r} is not JSON ({error}): fetch it again") from error
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
-        raise InputError(f"{str(path)!r} is not a COCO captions file: it needs the lists 'images' and 'annotations'")
+        raise InputError(
+            f"{str(path)!r} is not a COCO captions file: it needs the lists 'images' and 'annotations'"
+        )
     annotations = data.get("annotations")
     if not isinstance(annotations, list):
-        raise InputError(f"{str(path)!r} lists pictures and no captions ({_TEST_SPLIT}, or another captions file)")
+        raise InputError(
+            f"{str(path)!r} lists pictures and no captions ({_TEST_SPLIT}, or another captions file)"
+        )
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or not isinstance(annotation.get("image_id"), (int, str)):
-            raise InputError(f"annotation {number} in {str(path)!r} has no 'image_id': fetch or export the file again")
+            raise InputError(
+                f"annotation {number} in {str(path)!r} has no 'image_id': fetch or export the file again"
+            )
     if annotations and not any("caption" in annotation for annotation in annotations):
-        raise InputError(f"the annotations in {str(path)!r} have no captions: use the captions_….json of the same set")
+        raise InputError(
+            f"the annotations in {str(path)!r} have no captions: use the captions_….json of the same set"
+        )
     return images, annotations
 
 
@@ -180,7 +202,9 @@ def _names(images: list[Any], captions_file: Path) -> dict[int | str, str]:
         parts = (*PurePosixPath(file_name).parts, *PureWindowsPath(file_name).parts)
         anchor = PurePosixPath(file_name).anchor or PureWindowsPath(file_name).anchor
         if anchor or ".." in parts:
-            raise InputError(f"{where} names a file outside the folder, {file_name!r}: use paths relative to it")
+            raise InputError(
+                f"{where} names a file outside the folder, {file_name!r}: use paths relative to it"
+            )
         name = str(PurePosixPath(file_name))
         if names.setdefault(key, name) != name:
             raise InputError(f"{where} has the id {key!r} of another picture: give each picture its own")

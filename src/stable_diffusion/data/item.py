@@ -26,6 +26,10 @@ class CaptionedImages(Protocol):
         """Raises InputError if the picture cannot be decoded, IndexError past the end."""
         ...
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The picture's captions, without decoding it."""
+        ...
+
     def name(self, index: int) -> str:
         """The picture's file name, unique in the set: for messages and for the keys of caches."""
         ...

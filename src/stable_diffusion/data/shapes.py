@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ Outline = tuple[tuple[float, float], ...]
 
 _DESCRIPTION = "mini-stable-diffusion shapes, version 1"
 _SUPERSAMPLING = 4
-_SINGLE = 0.7
-_WHITE = 0.6
-_JITTER = 10
+_SINGLE = 0.7  # part of the pictures that show one shape
+_WHITE = 0.6  # part of the pictures on white
+_JITTER = 10  # largest difference of a channel from its colour in the table
 _FOLDERS = ("train", "val", "annotations")
 
 
@@ -36,7 +35,7 @@ def _circle(radius: float = 1.0, corners: int = 96) -> Outline:
     return _polar(corners, lambda _: radius)
 
 
-def _polar(corners: int, radius: Any) -> Outline:
+def _polar(corners: int, radius: Callable[[int], float]) -> Outline:
     """Corners around the centre, the first at the top, clockwise; ``radius`` gives each one's distance."""
     angles = [2 * math.pi * i / corners for i in range(corners)]
     return tuple((radius(i) * math.sin(a), -radius(i) * math.cos(a)) for i, a in enumerate(angles))
@@ -152,10 +151,12 @@ def write_shapes(out: str | Path, count: int = 5000, size: int = 128, seed: int 
     info = {"description": _DESCRIPTION, "count": count, "size": size, "seed": seed}
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         there = _info(out)
         if there.get("description") != _DESCRIPTION:
-            raise InputError(f"{str(out)!r} holds something else than a set of shapes: give an empty or a new folder")
+            raise InputError(
+                f"{str(out)!r} holds something else than a set of shapes: give an empty or a new folder"
+            )
         if there == info:
             return out
     val = max(1, count // 10)
@@ -167,9 +168,11 @@ def write_shapes(out: str | Path, count: int = 5000, size: int = 128, seed: int 
             for folder in _FOLDERS:
                 if (out / folder).is_dir():
                     shutil.rmtree(out / folder)
-                os.replace(Path(partial, folder), out / folder)
+                Path(partial, folder).replace(out / folder)
     except OSError as error:
-        raise InputError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another place") from error
+        raise InputError(
+            f"cannot write {str(out)!r}: {error.strerror or error}; choose another place"
+        ) from error
     return out
 
 
@@ -209,8 +212,8 @@ def _write_split(root: Path, split: str, numbers: range, size: int, seed: int, i
         _draw(rng, figures, background, size).save(root / split / name)
         shows = [asdict(figure) for figure in figures]
         images.append({"id": number, "file_name": name, "width": size, "height": size, "shows": shows})
-        for caption in _captions(rng, figures, background):
-            annotations.append({"id": number * 10 + len(annotations) % 10, "image_id": number, "caption": caption})
+        for nth, caption in enumerate(_captions(rng, figures, background)):
+            annotations.append({"id": number * 10 + nth, "image_id": number, "caption": caption})
     data = {"info": info, "images": images, "annotations": annotations}
     (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(data), encoding="utf-8")
 
@@ -233,7 +236,9 @@ def _draw(rng: random.Random, figures: tuple[_Figure, ...], background: str, siz
     for figure in figures:
         side = SIZES[figure.size] * rng.uniform(0.96, 1.04)
         x, y = (centre + rng.uniform(-0.01, 0.01) for centre in PLACES[figure.place])
-        colour = tuple(min(255, max(0, value + rng.randint(-_JITTER, _JITTER))) for value in COLOURS[figure.colour])
+        colour = tuple(
+            min(255, max(0, value + rng.randint(-_JITTER, _JITTER))) for value in COLOURS[figure.colour]
+        )
         left, top = (math.floor((centre - side / 2) * size) for centre in (x, y))
         edge = math.ceil(side * size) + 2  # the mask's side in pixels
         mask = Image.new("L", (edge * _SUPERSAMPLING, edge * _SUPERSAMPLING))
@@ -242,7 +247,9 @@ def _draw(rng: random.Random, figures: tuple[_Figure, ...], background: str, siz
             corners = [
                 ((x + px * side / 2) * size - left, (y + py * side / 2) * size - top) for px, py in outline
             ]
-            pen.polygon([(px * _SUPERSAMPLING, py * _SUPERSAMPLING) for px, py in corners], fill=0 if number else 255)
+            pen.polygon(
+                [(px * _SUPERSAMPLING, py * _SUPERSAMPLING) for px, py in corners], fill=0 if number else 255
+            )
         image.paste(colour, (left, top), mask.reduce(_SUPERSAMPLING))
     return image
 
@@ -253,9 +260,9 @@ def _captions(rng: random.Random, figures: tuple[_Figure, ...], background: str)
     if background != "white":
         forms.append(f"{forms[0]} on a {background} background")
     captions = [forms[0], *rng.sample(forms[1:], min(len(forms) - 1, rng.choice([2, 3])))]
-    spelling = rng.random()
-    # Prompts come in both spellings.
-    return [text.replace("grey", "gray").replace("centre", "center") if spelling < 0.3 else text for text in captions]
+    if rng.random() < 0.3:  # prompts come in both spellings
+        captions = [text.replace("grey", "gray").replace("centre", "center") for text in captions]
+    return captions
 
 
 def _single(figure: _Figure) -> Iterator[str]:
@@ -271,7 +278,9 @@ def _double(first: _Figure, second: _Figure) -> Iterator[str]:
     """``first`` is on the left or at the top."""
     plain = [f"{figure.colour} {figure.shape}" for figure in (first, second)]
     a, b = (f"{_article(thing)} {thing}" for thing in plain)
-    sized_a, sized_b = (f"a {figure.size} {thing}" for figure, thing in zip((first, second), plain, strict=True))
+    sized_a, sized_b = (
+        f"a {figure.size} {thing}" for figure, thing in zip((first, second), plain, strict=True)
+    )
     beside = first.place == "left"
     forward, backward = ("to the left of", "to the right of") if beside else ("above", "below")
     at_first, at_second = (f"{_preposition(figure.place)} the {figure.place}" for figure in (first, second))

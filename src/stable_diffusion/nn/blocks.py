@@ -112,7 +112,8 @@ def attend(
     dtype = query.dtype
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))  # b head n d
     if upcast:
-        query, key, value = query.float(), key.float(), value.float()
+        wide = torch.promote_types(dtype, torch.float32)  # float64 stays
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
     attn_mask = None if mask is None else mask[:, None, None, :]
     if attn_mask is not None and causal:
         length = query.shape[2]

@@ -164,6 +164,7 @@ class PromptEncoder(nn.Module):
     ) -> None:
         super().__init__()
         assert len(configs) == len(tokenizers), "one tokenizer an encoder"
+        self.configs = configs
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList([TextEncoder(config) for config in configs])
         single = len(configs) == 1 and configs[0].hidden_size == width
@@ -175,21 +176,29 @@ class PromptEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> PromptEmbeds:
         """The embeddings of the texts; words beyond an encoder's context are left out without a word here."""
+        if not self.encoders:  # a model without text: tokens of no length
+            return PromptEmbeds(torch.empty(len(texts), 0, 0), None, torch.empty(len(texts), 0))
         return self.join([self.encode(i, texts) for i in range(len(self.encoders))])
 
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """What one encoder makes of the texts, before the projection: what training caches of a frozen one."""
-        tokenizer, encoder = self.tokenizers[index], self.encoders[index]
-        batch = tokenizer(texts)
-        device = encoder.embeddings.token_embedding.weight.device
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        batch = self.tokenizers[index](texts)
+        device = self.encoders[index].embeddings.token_embedding.weight.device
+        return self.read(index, batch.input_ids.to(device), batch.attention_mask.to(device))
+
+    def read(
+        self, index: int, input_ids: Int[Tensor, "b n"], attention_mask: Bool[Tensor, "b n"]
+    ) -> PromptEmbeds:
+        """What one encoder makes of token numbers, before the projection."""
+        encoder = self.encoders[index]
         if encoder.config.architecture == "bert":
-            tokens = encoder(ids, mask)
-            real = mask[..., None].to(tokens.dtype)
-            return PromptEmbeds(tokens, mask, (tokens * real).sum(dim=1) / real.sum(dim=1))
-        tokens = encoder(ids)
-        end = (ids == tokenizer.end_id).int().argmax(dim=1)  # the first end token; padding may repeat it
-        return PromptEmbeds(tokens, None, tokens[torch.arange(len(texts), device=device), end])
+            tokens = encoder(input_ids, attention_mask)
+            real = attention_mask[..., None].to(tokens.dtype)
+            return PromptEmbeds(tokens, attention_mask, (tokens * real).sum(dim=1) / real.sum(dim=1))
+        tokens = encoder(input_ids)
+        ends = input_ids == self.tokenizers[index].end_id
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return PromptEmbeds(tokens, None, tokens[rows, ends.int().argmax(dim=1)])  # padding may repeat the end
 
     def join(self, parts: list[PromptEmbeds]) -> PromptEmbeds:
         """The encoders' embeddings projected and joined. A mask is made only where some encoder has one."""

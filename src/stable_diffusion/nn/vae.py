@@ -177,10 +177,13 @@ class AutoencoderKL(nn.Module):
         """Folds a measured mean and deviation of ``encode``'s latents into the outermost convolutions.
 
         Afterwards latents have mean 0 and deviation 1 and every picture decodes as before. Needs
-        ``scaling_factor`` 1; a codebook is moved along.
+        ``scaling_factor`` 1. A codebook is moved along; its channels share one deviation, since other
+        proportions would make other entries the nearest.
         """
         assert self.config.scaling_factor == 1, "published weights keep their scaling factor"
         c = len(mean)
+        if self.quantize is not None:
+            std = std.square().mean().sqrt().expand(c)
         self.quant_conv.weight[:c] /= std[:, None, None, None]
         self.quant_conv.bias[:c] = (self.quant_conv.bias[:c] - mean) / std
         if self.quantize is None:

@@ -1,0 +1,49 @@
+"""Mini Stable Diffusion: a compact latent-diffusion system.
+
+    from stable_diffusion import DiffusionModel
+    DiffusionModel.from_pretrained().generate("a red circle")[0].save("circle.png")
+
+Names are imported when they are first used, so that ``import stable_diffusion`` costs no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig
+    from stable_diffusion.data.coco import CocoImageLoader
+    from stable_diffusion.errors import InputError
+    from stable_diffusion.model import DiffusionModel
+    from stable_diffusion.runtime import Config
+
+_HOMES = {
+    "CocoImageLoader": "data.coco",
+    "Config": "runtime",
+    "DiffusionModel": "model",
+    "Guidance": "config",
+    "InputError": "errors",
+    "ModelConfig": "config",
+    "SamplerConfig": "config",
+}
+
+__all__ = [
+    "CocoImageLoader",
+    "Config",
+    "DiffusionModel",
+    "Guidance",
+    "InputError",
+    "ModelConfig",
+    "SamplerConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,266 @@
+"""The training loop: draw a batch, compute its loss, step, average; save, resume, yield."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stable_diffusion.config import StageConfig
+from stable_diffusion.errors import InputError
+
+SAVE_SECONDS = 120.0
+MOST_SKIPPED = 20  # steps in a row that are not finite before training gives up
+COOLDOWN = 0.4  # last part of the steps, over which the learning rate falls to 0
+
+Compiler = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One step of a stage, or of the preparation before it."""
+
+    stage: str
+    index: int
+    """Number of the optimizer update, or of the last row prepared, from 0."""
+    total: int
+    loss: float | None = None
+    learning_rate: float = 0.0
+    images_per_second: float = 0.0
+    skipped: int = 0
+    """Steps so far whose gradient was not finite; they change nothing."""
+
+    def __str__(self) -> str:
+        if self.loss is None:
+            return ""
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return f"loss {self.loss:.4f}, {self.images_per_second:.0f} images/s{skipped}"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The randomness of one step: a pure function of seed, stage and step, so that resuming is exact."""
+
+    seed: int
+    stage: str
+    step: int
+    places: range
+    """Places in the batch that this process computes; of one process, all."""
+    batch_size: int
+    """Of all processes together."""
+
+    def indices(self, count: int) -> list[int]:
+        """Which of `count` samples stand at the places: each once a pass, in a new order every pass."""
+        turns = [divmod(self.step * self.batch_size + place, count) for place in self.places]
+        return [_order(self.seed, self.stage, turn, count)[i] for turn, i in turns]
+
+    def generators(self) -> Iterator[torch.Generator]:
+        """A generator for each place."""
+        for place in self.places:
+            yield torch.Generator().manual_seed(_seed(self.seed, self.stage, self.step, place))
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, stage: str, turn: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(_seed(seed, stage, "order", turn))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+class Stage(Protocol):
+    """What a stage of training is: a module whose forward pass gives the loss of a batch."""
+
+    name: str
+    settings: StageConfig
+
+    def batch(self, draw: Draw) -> tuple[Tensor, ...]:
+        """The tensors of a step, on the device: a pure function of `draw`."""
+        ...
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Tensors of the same shapes, to measure a step's time with before there is data."""
+        ...
+
+    def __call__(self, *batch: Tensor) -> Tensor: ...
+
+
+def learning_rate(settings: StageConfig, step: int, total: int) -> float:
+    """Linear warm-up, constant, then a linear fall to 0 over the last part of the steps."""
+    warmup = min(1.0, (step + 1) / max(1, min(settings.warmup_steps, total // 10)))
+    cooldown = min(1.0, (total - step) / max(1.0, COOLDOWN * total))
+    return settings.learning_rate * warmup * cooldown
+
+
+def train_stage(
+    stage: nn.Module,
+    *,
+    total: int,
+    seed: int,
+    path: Path,
+    step_function: Callable[..., Tensor],
+    autocast: torch.dtype | None,
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[TrainStep]:
+    """Trains the parameters of a stage that require gradients, up to step `total`, and leaves their average in it.
+
+    Args:
+        stage: a `Stage`.
+        total: optimizer updates in all, those of earlier calls included.
+        seed: of order, noise and choice of captions.
+        path: the checkpoint, read when it exists and written every two minutes and at the end.
+        step_function: the stage itself, or compiled or distributed.
+        autocast: number format of the forward pass; None is float32.
+        process: number of this process; the first one writes.
+        processes: how many share each batch.
+
+    Raises:
+        InputError: the loss stays non-finite; the checkpoint keeps the last good state.
+    """
+    settings: StageConfig = stage.settings  # type: ignore[assignment]
+    names, parameters = zip(*((n, p) for n, p in stage.named_parameters() if p.requires_grad), strict=True)
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+        weight_decay=settings.weight_decay,
+        betas=(0.9, 0.99),
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+    average = [p.detach().clone() for p in parameters]
+    first, skipped = _load(path, names, parameters, average, optimizer, scaler) if path.is_file() else (0, 0)
+    in_a_row, saved_at, began = 0, time.monotonic(), time.monotonic()
+
+    stage.train()
+    step = first
+    try:
+        for step in range(first, total):
+            places = range(process, settings.batch_size, processes)
+            batch = stage.batch(Draw(seed, stage.name, step, places, settings.batch_size))
+            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = step_function(*batch)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step, total)
+            finite = bool(torch.isfinite(norm))
+            if finite:
+                scaler.step(optimizer)
+                decay = min(settings.ema_decay, (1 + step) / (10 + step))
+                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
+            if in_a_row >= MOST_SKIPPED:
+                raise InputError(
+                    f"{stage.name}: the gradient was not finite {MOST_SKIPPED} times in a row at step {step + 1};"
+                    f" lower the learning rate (now {settings.learning_rate}) and run again from the last good state"
+                )
+            if process == 0 and (step + 1 == total or time.monotonic() - saved_at > SAVE_SECONDS):
+                _save(path, step + 1, skipped, names, parameters, average, optimizer, scaler)
+                saved_at = time.monotonic()
+            speed = (step + 1 - first) * settings.batch_size / max(time.monotonic() - began, 1e-9)
+            yield TrainStep(stage.name, step, total, float(loss.detach()), group["lr"], speed, skipped)
+    except GeneratorExit:  # stopped between two steps: this is a good state
+        if process == 0:
+            _save(path, step + 1, skipped, names, parameters, average, optimizer, scaler)
+        raise
+    finally:
+        stage.eval()
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+
+
+class CompiledOrEager:
+    """A compiled step that falls back to the plain one, with one warning, where compiling is not possible."""
+
+    def __init__(self, stage: nn.Module, compiler: Compiler) -> None:
+        self.stage = stage
+        self.step: Callable[..., Tensor] = compiler(stage)
+        self.tried = False
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        if self.tried:
+            return self.step(*batch)
+        self.tried = True
+        try:
+            return self.step(*batch)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error.inner_exception).strip().splitlines()[0]
+            warnings.warn(f"training runs uncompiled, since torch.compile failed here: {reason}", stacklevel=2)
+            self.step = self.stage
+            return self.stage(*batch)
+
+
+def _save(
+    path: Path,
+    step: int,
+    skipped: int,
+    names: tuple[str, ...],
+    parameters: tuple[Tensor, ...],
+    average: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Writes weights, average and optimizer state beside the checkpoint's name, then puts them in place."""
+    tensors = {}
+    for name, parameter, mean in zip(names, parameters, average, strict=True):
+        tensors[f"weights.{name}"] = parameter.detach()
+        tensors[f"average.{name}"] = mean
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    metadata = {"step": str(step), "skipped": str(skipped), "scale": str(scaler.get_scale())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_suffix(".part")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, building, metadata=metadata)
+    os.replace(building, path)
+
+
+@torch.no_grad()
+def _load(
+    path: Path,
+    names: tuple[str, ...],
+    parameters: tuple[Tensor, ...],
+    average: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[int, int]:
+    """Restores what ``_save`` wrote; gives the next step and the number skipped so far."""
+    with safe_open(path, "pt") as file:
+        stored: dict[str, list[str]] = {}
+        for key in file.keys():
+            if key.startswith("optimizer."):
+                _, field, name = key.split(".", 2)
+                stored.setdefault(name, []).append(field)
+        for name, parameter, mean in zip(names, parameters, average, strict=True):
+            parameter.copy_(file.get_tensor(f"weights.{name}"))
+            mean.copy_(file.get_tensor(f"average.{name}"))
+            state: dict[str, Any] = {}
+            for field in stored.get(name, []):
+                value = file.get_tensor(f"optimizer.{field}.{name}")
+                like = torch.empty_like(parameter) if value.shape == parameter.shape and value.ndim > 0 else value
+                state[field] = like.copy_(value) if like is not value else value.to(parameter.device)
+            if state:
+                optimizer.state[parameter] = state
+        metadata = file.metadata()
+    if scaler.is_enabled() and math.isfinite(float(metadata["scale"])):
+        scaler.load_state_dict({**scaler.state_dict(), "scale": float(metadata["scale"])})
+    return int(metadata["step"]), int(metadata["skipped"])
