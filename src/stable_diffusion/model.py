@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import autoencoder
+from stable_diffusion.runtime import first_process
 
 if TYPE_CHECKING:
     from stable_diffusion.data.item import CaptionedImages
@@ -425,7 +426,7 @@ class DiffusionModel(nn.Module):
         """
         if isinstance(data, bool):
             return super().train(data)
-        from stable_diffusion.training.run import Plan, train_model
+        from stable_diffusion.training.run import train_model
 
         folder = Path("runs") / self.config.name if output_dir is None else Path(output_dir)
         progress = train_model(
@@ -438,19 +439,28 @@ class DiffusionModel(nn.Module):
             autocast=autocast,
             compiler=compiler,
         )
-        with contextlib.closing(progress), _Bar() as bar:
-            for event in progress:
-                if isinstance(event, Plan):
-                    print(event, flush=True)
-                    continue
-                bar.show(event)
-                if callback is not None and callback(event) is True:
-                    break
-            else:
-                self.save_pretrained(folder / "model")
+        if _exhaust(progress, callback):
+            self.save_pretrained(folder / "model")
         if not return_state_dict:
             return None
         return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+
+
+    def check(self, data: CaptionedImages, *, output_dir: str | Path, autocast: bool = False) -> bool:
+        """Learns eight of the pictures by heart and draws them from their captions; prints and returns the verdict.
+
+        The model must be made from ``training.check.check_config``. It is of no use afterwards.
+        """
+        from stable_diffusion.training.check import Verdict, overfit
+
+        verdicts: list[Verdict] = []
+
+        def keep(event: object) -> None:
+            if isinstance(event, Verdict):
+                verdicts.append(event)
+
+        _exhaust(overfit(self, data, Path(output_dir), autocast=autocast), keep)
+        return verdicts[0].learns
 
 
 def _serve_compiled(wrapper: nn.Module, name: str, model: nn.Module | None) -> None:
@@ -475,6 +485,21 @@ def _serve_compiled(wrapper: nn.Module, name: str, model: nn.Module | None) -> N
 
 
 register_module_module_registration_hook(_serve_compiled)
+
+
+def _exhaust(progress: Generator[Any, None, None], callback: Callable[[Any], bool | None] | None) -> bool:
+    """Runs a training to its end and shows it; False where the callback stopped it."""
+    from stable_diffusion.training.loop import TrainStep
+
+    with contextlib.closing(progress), _Bar() as bar:
+        for event in progress:
+            if isinstance(event, TrainStep):
+                bar.show(event)
+            elif first_process():
+                print(event, flush=True)
+            if callback is not None and callback(event) is True:
+                return False
+    return True
 
 
 class _Bar:
@@ -504,14 +529,14 @@ class _Bar:
         self.bar.update(event.index + 1 - self.bar.n)
         if event.loss is not None:
             self.bar.set_postfix_str(str(event), refresh=False)
-        if self.bar.disable and time.monotonic() - self.spoke > 60:
+        if self.bar.disable and first_process() and time.monotonic() - self.spoke > 60:
             self.spoke = time.monotonic()
             print(f"{event.stage} {event.index + 1}/{event.total} {event}", flush=True)
 
 
 def _watched() -> bool:
-    """Whether a person looks: a terminal, or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether a person looks at this process: a terminal, or a notebook."""
+    return first_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:

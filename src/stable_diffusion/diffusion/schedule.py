@@ -194,6 +194,8 @@ class Schedule:
 
 def _preserving(t: float, ratio: float) -> Level:
     """The variance-preserving level (alpha² + sigma² = 1) of a noise-to-signal ratio."""
+    if math.isinf(ratio):  # between the last two timesteps of a zero-terminal-SNR schedule
+        return Level(t, 0.0, 1.0)
     alpha = 1 / math.sqrt(1 + ratio**2)
     return Level(t, alpha, ratio * alpha)
 
@@ -207,8 +209,10 @@ def _zero_terminal_snr(alphas_cumprod: Float[Tensor, " t"]) -> Float[Tensor, " t
 def _leading(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     first = 1 if grid == "intervals" else 0
     stride = schedule.num_train_timesteps // (steps + first)
-    offset, last = schedule.config.steps_offset, schedule.num_train_timesteps - 1
-    return [schedule.level(min((i + first) * stride + offset, last)) for i in reversed(range(steps))]
+    # The offset shrinks where it would push the first timestep past the last one.
+    room = schedule.num_train_timesteps - 1 - (steps - 1 + first) * stride
+    offset = min(schedule.config.steps_offset, room)
+    return [schedule.level((i + first) * stride + offset) for i in reversed(range(steps))]
 
 
 def _linspace(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:

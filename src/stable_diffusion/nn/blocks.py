@@ -119,7 +119,14 @@ def attend(
         length = query.shape[2]
         attn_mask = attn_mask & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         causal = False
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=causal)
+    if query.requires_grad and query.device.type == "cpu" and not causal:
+        # Written out, since the fused kernel's backward pass is slow on a CPU (benchmarks/LOG.md).
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        out = scores.softmax(dim=-1) @ value
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2).to(dtype)
 
 

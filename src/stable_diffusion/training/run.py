@@ -72,7 +72,7 @@ def train_model(
     resume: bool = True,
     autocast: bool = False,
     compiler: Compiler | None = None,
-) -> Iterator[Plan | TrainStep]:
+) -> Generator[Plan | TrainStep, None, None]:
     """Trains a model's parts in place: first the plan, then every step of every stage.
 
     Arguments and errors are those of ``DiffusionModel.train``.
@@ -227,7 +227,7 @@ def _measure(stage: AutoencoderStage | DenoiserStage, step: Callable[..., Tensor
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             loss = step(*batch)
         loss.backward()
-        float(loss)  # waits for the device
+        float(loss.detach())  # waits for the device
         times.append(time.perf_counter() - began)
         stage.zero_grad(set_to_none=True)
     return OVERHEAD * sum(times[1:]) / 2

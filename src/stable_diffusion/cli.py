@@ -1,0 +1,270 @@
+"""The command ``minisd``: one function a command. torch is imported when a command needs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from stable_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from stable_diffusion import DiffusionModel
+
+SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+
+
+def generate(
+    prompt: tyro.conf.Positional[tuple[str, ...]] = (),
+    *,
+    model: Path | None = None,
+    negative: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    seed: int | None = None,
+    size: str | None = None,
+    count: int = 1,
+    image: Path | None = None,
+    mask: Path | None = None,
+    strength: float | None = None,
+    output: Path = Path("pictures"),
+    device: str | None = None,
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+) -> None:
+    """Draw pictures from words, or from a picture and words, and print their paths.
+
+    Args:
+        prompt: What to draw, in quotes; several prompts give several pictures.
+        model: A model folder, ours or diffusers'. By default the model that the package carries.
+        negative: What to steer away from.
+        steps: Steps of the walk from noise to picture.
+        guidance: How strongly to follow the prompt; 1 is no guidance.
+        sampler: ddpm, ddim, pndm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, unipc or lcm.
+        seed: Seed of the first picture; the next one's is one more. By default one is drawn, and stored.
+        size: Size in pixels: 128, or WIDTHxHEIGHT.
+        count: Pictures of each prompt.
+        image: A picture to begin with.
+        mask: A picture that is white where --image is to be repainted.
+        strength: How much of --image is given up, above 0 up to 1. By default 0.8.
+        output: Folder for the pictures, or one picture's name; nothing is ever overwritten.
+        device: cuda, mps or cpu. By default the first of these that is there.
+        from_: A picture made here: make it again, with other settings where they are given.
+    """
+    from stable_diffusion import Config, DiffusionModel, images
+
+    given = {
+        "model": None if model is None else str(model),
+        "negative_prompt": negative,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "seed": seed,
+        "image": None if image is None else str(image),
+        "mask_image": None if mask is None else str(mask),
+        "strength": strength,
+    }
+    settings = {key: value for key, value in given.items() if value is not None}
+    if size is not None:
+        settings |= _size(size)
+    if from_ is not None:
+        settings = {**images.read_settings(from_), **settings}
+        prompt = prompt or (str(settings["prompt"]),)
+    settings.pop("prompt", None)
+    if not prompt:
+        raise InputError('what shall be drawn? Give a prompt in quotes: minisd generate "a red circle"')
+    source = settings.pop("model", None)
+    diffusion_model = DiffusionModel.from_pretrained(source).to(Config(device).DEVICE)
+    first = settings.pop("seed", None)
+    if first is None:
+        first = int.from_bytes(os.urandom(4), "big")
+    for number, text in enumerate(text for text in prompt for _ in range(count)):
+        picture = _draw(diffusion_model, text, {**settings, "seed": first + number})
+        path = _free_path(output, text, first + number)
+        images.save_png(picture, path, picture.info["settings"] | {"model": source})
+        print(path, flush=True)
+
+
+def _draw(model: DiffusionModel, prompt: str, settings: dict[str, Any]) -> Image.Image:
+    """One picture, from settings as a picture stores them or as the command was given.
+
+    One at a time, so that a picture has the same bytes whether it was made alone or among others.
+    """
+    from stable_diffusion import Guidance, SamplerConfig
+
+    arguments = dict(settings)
+    if "spacing" in arguments:
+        fields = {key: arguments.pop(key) for key in ("spacing", "eta", "variance")}
+        arguments["sampler"] = SamplerConfig(name=arguments["sampler"], **fields)
+    if "guidance_interval" in arguments:
+        interval, rescale = tuple(arguments.pop("guidance_interval")), arguments.pop("guidance_rescale")
+        arguments["guidance_scale"] = Guidance(scale=arguments["guidance_scale"], interval=interval, rescale=rescale)
+    began, steps = time.perf_counter(), 0
+
+    def count(_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    (picture,) = model.generate(prompt, **arguments, callback=count)
+    print(f"{steps} steps, {steps / (time.perf_counter() - began):.1f} steps a second", file=sys.stderr)
+    sources = {key: settings[key] for key in ("image", "mask_image") if key in settings}
+    picture.info["settings"] |= sources
+    return picture
+
+
+def train(
+    recipe: tyro.conf.Positional[Path | None] = None,
+    *,
+    images: Path | None = None,
+    captions: Path | None = None,
+    config: str = "mini",
+    output: Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    fresh: bool = False,
+    autocast: bool = True,
+    check: bool = False,
+    device: str | None = None,
+) -> None:
+    """Train a model from a recipe, or from a folder of images with COCO captions. The same command goes on.
+
+    Args:
+        recipe: A recipe file, such as recipes/shapes-128.toml.
+        images: The image folder, instead of a recipe.
+        captions: The captions file in COCO format.
+        config: The preset to train from images: mini.
+        output: Folder of checkpoints and of the finished model; by default runs/ and the model's name.
+        steps: Steps of each stage, instead of the recipe's number of passes.
+        minutes: Time for the whole training, instead of steps.
+        fresh: Begin anew instead of going on from a checkpoint.
+        autocast: Compute in 16 bits where the device is good at it.
+        check: Only learn eight of the pictures by heart, in minutes, and say whether the set-up learns.
+        device: cuda, mps or cpu. By default the first of these that is there.
+    """
+    from stable_diffusion import CocoImageLoader, Config, DiffusionModel
+    from stable_diffusion.config import preset
+    from stable_diffusion.training.recipe import read_recipe
+
+    if recipe is not None:
+        if images is not None or captions is not None:
+            raise InputError("give a recipe, or --images and --captions, not both")
+        plan = read_recipe(recipe)
+        settings, data = plan.config, plan.open_data()
+    else:
+        if images is None or captions is None:
+            raise InputError("give a recipe file, or both --images and --captions")
+        settings, data = preset(config), CocoImageLoader(images, captions)
+    folder = Path("runs") / settings.name if output is None else output
+    where = Config(device).DEVICE
+    if check:
+        from stable_diffusion.training.check import check_config
+
+        model = DiffusionModel(check_config(settings)).to(where)
+        if not model.check(data, output_dir=folder.with_name(f"{folder.name}-check"), autocast=autocast):
+            raise SystemExit(1)
+        return
+    model = DiffusionModel(settings).to(where)
+    model.train(
+        data, steps=steps, minutes=minutes, output_dir=folder, resume=not fresh, autocast=autocast
+    )
+    print(folder / "model")
+
+
+def data(
+    kind: tyro.conf.Positional[Literal["shapes"]],
+    *,
+    out: Path,
+    count: int = 5000,
+    size: int = 128,
+    seed: int = 0,
+) -> None:
+    """Make a set of captioned images in COCO format.
+
+    Args:
+        kind: shapes: coloured shapes in several sizes and places, drawn here.
+        out: The folder to make.
+        count: Number of pictures; every tenth is held out.
+        size: Side of the pictures in pixels.
+        seed: Of the drawing; the same seed gives the same files.
+    """
+    from stable_diffusion.data.shapes import write_shapes
+
+    print(write_shapes(out, count=count, size=size, seed=seed))
+
+
+def info(path: tyro.conf.Positional[Path | None] = None) -> None:
+    """Say what a model folder or a picture is; without a path, what the package's own model is.
+
+    Args:
+        path: A model folder, or a picture made here.
+    """
+    from stable_diffusion import images
+
+    if path is not None and path.is_file():
+        for key, value in images.read_settings(path).items():
+            print(f"{key}: {value}")
+        return
+    from stable_diffusion.checkpoints import read
+    from stable_diffusion.checkpoints.checkpoint import packaged
+
+    checkpoint = read(packaged("model") if path is None else path)
+    config = checkpoint.config
+    print(f"{config.name}: {config.sample_size} pixels, {config.schedule.kind} schedule,"
+          f" predicts {config.schedule.prediction_type}")  # fmt: skip
+    parts = {"unet": checkpoint.unet, "vae": checkpoint.vae}
+    parts |= {f"text encoder {i + 1}": state for i, state in enumerate(checkpoint.text_encoders)}
+    for name, state in parts.items():
+        formats = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+        print(f"  {name}: {sum(t.numel() for t in state.values()) / 1e6:.1f} million parameters in {', '.join(formats)}")
+    print(f"  by default {config.num_inference_steps} steps of {config.sampler.name}, guidance {config.guidance.scale}")
+    for prompt in config.prompts:
+        print(f'  minisd generate "{prompt}"')
+
+
+def _size(text: str) -> dict[str, int]:
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise InputError(f"--size must be a number of pixels, or WIDTHxHEIGHT such as 128x192, got {text!r}")
+    return {"width": int(match[1]), "height": int(match[2] or match[1])}
+
+
+def _free_path(output: Path, prompt: str, seed: int) -> Path:
+    """A name that no file has: in the folder `output` by prompt and seed, or `output` itself, numbered."""
+    from stable_diffusion.images import free_name
+
+    if output.suffix.lower() == ".png":
+        return free_name(output.parent, output.stem)
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
+    return free_name(output, f"{words}-{seed}")
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"minisd: note: {message}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command. Input that cannot be used is one sentence on stderr and exit code 2."""
+    warnings.showwarning = _show_warning
+    commands = {"generate": generate, "train": train, "data": data, "info": info}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="minisd",
+            description="Pictures from words, on a machine of your own.",
+            args=arguments,
+        )
+    except InputError as error:
+        print(f"minisd: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("minisd: stopped; the same command goes on with a training", file=sys.stderr)
+        raise SystemExit(130) from None
