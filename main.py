@@ -1,6 +1,6 @@
 """Trains a model on a folder of captioned images in COCO format: the README's sample as a script.
 
-    python main.py IMAGE_FOLDER CAPTIONS_FILE
+Use: ``python main.py IMAGE_FOLDER CAPTIONS_FILE``
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from stable_diffusion.utils import Config
 
 
 def main(image_folder: str, captions_file: str) -> None:
+    """Trains the mini model into ``runs/mini``, on the best device that is there."""
     config = Config()
     if "cuda" in config.DEVICE:
         torch.set_float32_matmul_precision("high")

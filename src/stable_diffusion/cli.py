@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,7 +62,7 @@ def generate(
     """
     from stable_diffusion import Config, DiffusionModel, images
 
-    given = {
+    given: dict[str, Any] = {
         "model": None if model is None else str(model),
         "negative_prompt": negative,
         "num_inference_steps": steps,
@@ -107,7 +107,9 @@ def _draw(model: DiffusionModel, prompt: str, settings: dict[str, Any]) -> Image
         arguments["sampler"] = SamplerConfig(name=arguments["sampler"], **fields)
     if "guidance_interval" in arguments:
         interval, rescale = tuple(arguments.pop("guidance_interval")), arguments.pop("guidance_rescale")
-        arguments["guidance_scale"] = Guidance(scale=arguments["guidance_scale"], interval=interval, rescale=rescale)
+        arguments["guidance_scale"] = Guidance(
+            scale=arguments["guidance_scale"], interval=interval, rescale=rescale
+        )
     began, steps = time.perf_counter(), 0
 
     def count(_: object) -> None:
@@ -173,9 +175,7 @@ def train(
             raise SystemExit(1)
         return
     model = DiffusionModel(settings).to(where)
-    model.train(
-        data, steps=steps, minutes=minutes, output_dir=folder, resume=not fresh, autocast=autocast
-    )
+    model.train(data, steps=steps, minutes=minutes, output_dir=folder, resume=not fresh, autocast=autocast)
     print(folder / "model")
 
 
@@ -224,8 +224,11 @@ def info(path: tyro.conf.Positional[Path | None] = None) -> None:
     parts |= {f"text encoder {i + 1}": state for i, state in enumerate(checkpoint.text_encoders)}
     for name, state in parts.items():
         formats = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
-        print(f"  {name}: {sum(t.numel() for t in state.values()) / 1e6:.1f} million parameters in {', '.join(formats)}")
-    print(f"  by default {config.num_inference_steps} steps of {config.sampler.name}, guidance {config.guidance.scale}")
+        millions = sum(tensor.numel() for tensor in state.values()) / 1e6
+        print(f"  {name}: {millions:.1f} million parameters in {', '.join(formats)}")
+    print(
+        f"  by default {config.num_inference_steps} steps of {config.sampler.name}, guidance {config.guidance.scale}"
+    )
     for prompt in config.prompts:
         print(f'  minisd generate "{prompt}"')
 
@@ -254,7 +257,12 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. Input that cannot be used is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
-    commands = {"generate": generate, "train": train, "data": data, "info": info}
+    commands: dict[str, Callable[..., Any]] = {
+        "generate": generate,
+        "train": train,
+        "data": data,
+        "info": info,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

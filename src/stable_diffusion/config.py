@@ -7,7 +7,6 @@ back with ``from_dict``, which refuses unknown keys.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 import typing
 from dataclasses import dataclass, replace
@@ -121,7 +120,7 @@ class ScheduleConfig:
     """The forward process (`diffusion.schedule`) and what the network predicts of it."""
 
     kind: Literal["linear", "scaled_linear", "cosine", "flow"] = "scaled_linear"
-    """``linear`` (DDPM), ``scaled_linear`` (Stable Diffusion), ``cosine`` (improved DDPM), ``flow`` (rectified flow)."""
+    """``linear`` (DDPM), ``scaled_linear`` (Stable Diffusion), ``cosine`` (improved DDPM) or ``flow`` (rectified)."""
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -142,7 +141,7 @@ class SamplerConfig:
     """How sampling walks from noise to latents (`diffusion.samplers`)."""
 
     name: str = "ddim"
-    """One of ``ddpm ddim pndm euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc lcm``, or the name that another program uses."""
+    """One of ``ddpm ddim pndm euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc lcm``, or another program's name."""
     spacing: Literal["leading", "linspace", "trailing", "karras", "lcm"] | None = None
     """How the levels are spread; None for the sampler's own."""
     eta: float = 0.0
@@ -160,7 +159,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on (Kynkäänniemi et al. 2024)."""
     rescale: float = 0.0
-    """How far the prediction's deviation is pulled back to the unguided one's, 0 to 1 (Lin et al. 2023, equation 15)."""
+    """How far the prediction's deviation is pulled back to the unguided one's, 0 to 1 (Lin et al. 2023, eq. 15)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,9 +302,7 @@ MINI = ModelConfig(
     ),
 )
 
-SD15 = ModelConfig(
-    name="sd15", sample_size=512, text_encoders=(CLIP_L,), sampler=SamplerConfig(name="pndm")
-)
+SD15 = ModelConfig(name="sd15", sample_size=512, text_encoders=(CLIP_L,), sampler=SamplerConfig(name="pndm"))
 
 SD21 = replace(
     SD15,
@@ -335,9 +332,7 @@ def preset(name: str) -> ModelConfig:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain dictionaries, lists, numbers and strings, ready for JSON."""
-    return {
-        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def from_dict(cls: type[T], data: dict[str, Any], *, base: T | None = None) -> T:
@@ -345,17 +340,12 @@ def from_dict(cls: type[T], data: dict[str, Any], *, base: T | None = None) -> T
 
     Raises InputError for a key that the class does not have (with the nearest) or a value of the wrong type.
     """
-    known = _field_types(cls)
+    known = typing.get_type_hints(cls)
     for key in data:
         if key not in known:
             raise unknown_name(f"setting of {cls.__name__}", key, known)
     values = {key: _typed(known[key], value, key, getattr(base, key, None)) for key, value in data.items()}
-    return cls(**values) if base is None else typing.cast(T, replace(base, **values))  # type: ignore[type-var]
-
-
-@functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return cls(**values) if base is None else replace(base, **values)  # type: ignore[type-var] # T is a dataclass
 
 
 def _plain(value: Any) -> Any:

@@ -57,8 +57,8 @@ class DiffusionModel(nn.Module):
         folders = [packaged(str(text.packaged)) for text in self.config.text_encoders]
         self.scheduler = Schedule(self.config.schedule)
         self._build(folders)
-        for encoder in self.text_encoder.encoders:
-            if state := native.packaged_text_encoder(encoder.config):
+        for encoder, text in zip(self.text_encoder.encoders, self.config.text_encoders, strict=True):
+            if state := native.packaged_text_encoder(text):
                 encoder.load_state_dict({name: tensor.float() for name, tensor in state.items()})
 
     def _build(self, tokenizer_folders: list[Path]) -> None:
@@ -75,7 +75,9 @@ class DiffusionModel(nn.Module):
         super().train(False)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path | None = None, *, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+    def from_pretrained(
+        cls, path: str | Path | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> DiffusionModel:
         """The model in a folder: ours, or a diffusers folder of Stable Diffusion 1.x or 2.x.
 
         Args:
@@ -93,7 +95,7 @@ class DiffusionModel(nn.Module):
         nn.Module.__init__(model)
         model.config = checkpoint.config
         model.scheduler = Schedule(model.config.schedule)
-        with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        with torch.device("meta"):  # no memory, no random numbers for weights that are about to be replaced
             model._build(checkpoint.tokenizers)
         parts: list[tuple[str, nn.Module, dict[str, Tensor]]] = [
             ("vae", model.vae, checkpoint.vae),
@@ -141,7 +143,9 @@ class DiffusionModel(nn.Module):
     # The three blocks: pixel space, latent space, conditioning.
 
     @torch.no_grad()
-    def encode(self, pictures: Image.Image | Sequence[Image.Image] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+    def encode(
+        self, pictures: Image.Image | Sequence[Image.Image] | Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b c h w"]:
         """Latents of unit deviation for PIL images of one size, or for a tensor in [-1, 1].
 
         Raises:
@@ -214,12 +218,20 @@ class DiffusionModel(nn.Module):
             prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps,
             guidance_scale, sampler, seed, num_images_per_prompt, latents,
         )  # fmt: skip
+        if (
+            self.unet.conv_out.weight.dtype == torch.float16
+            and self.unet.conv_out.weight.device.type == "cpu"
+        ):
+            warnings.warn("float16 is no format to compute in on a CPU: going on in float32", stacklevel=2)
+            self.float()
         try:
             pictures = self._run(request, callback)
         except pipeline.NonFinite:
             if self.unet.conv_out.weight.dtype not in (torch.float16, torch.bfloat16):
                 raise
-            warnings.warn("NaN or infinity in a 16-bit number format: computing again in float32", stacklevel=2)
+            warnings.warn(
+                "NaN or infinity in a 16-bit number format: computing again in float32", stacklevel=2
+            )
             narrow = self.unet.conv_out.weight.dtype
             self.float()
             try:
@@ -230,7 +242,9 @@ class DiffusionModel(nn.Module):
             picture.info["settings"] = self._settings(request, i)
         return pictures
 
-    def _run(self, request: pipeline.Request, callback: Callable[[Step], bool | None] | None) -> list[Image.Image]:
+    def _run(
+        self, request: pipeline.Request, callback: Callable[[Step], bool | None] | None
+    ) -> list[Image.Image]:
         from tqdm.auto import tqdm
 
         total = len(pipeline.plan(self, request)) - 1
@@ -272,7 +286,9 @@ class DiffusionModel(nn.Module):
             )
         negatives = negatives * (len(prompts) // len(negatives))
         if not config.text_encoders and any(prompts):
-            raise InputError(f"the model {config.name!r} has no text encoder: only an empty prompt can be given")
+            raise InputError(
+                f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
+            )
         self._warn_of_cut([*prompts, *negatives])
         count = _integer("num_images_per_prompt", num_images_per_prompt, 1)
         steps = _integer(
@@ -294,7 +310,7 @@ class DiffusionModel(nn.Module):
             raise InputError("mask_image needs the image that it masks: give image as well")
         if not 0 < _number("strength", strength) <= 1:
             raise InputError(f"strength must be above 0 and at most 1, got {strength}")
-        picture = _picture(image)
+        picture, mask = _picture(image), _picture(mask_image)
         width, height = self._size(picture, width, height)
         number = len(prompts) * count
         shape = (number, config.vae.latent_channels, height // config.vae.factor, width // config.vae.factor)
@@ -311,11 +327,13 @@ class DiffusionModel(nn.Module):
             sampler=sampler,
             strength=strength if picture is not None else 1.0,
             image=None if picture is None else images.cover(picture, width, height),
-            mask=None if mask_image is None else images.cover(_picture(mask_image), width, height),
+            mask=None if mask is None else images.cover(mask, width, height),
             latents=latents,
         )
         if pipeline.reads_mask(self) and request.mask is None:
-            raise InputError(f"the model {config.name!r} repaints parts of pictures: give image and mask_image")
+            raise InputError(
+                f"the model {config.name!r} repaints parts of pictures: give image and mask_image"
+            )
         pipeline.plan(self, request)  # refuses steps and spacings that the schedule does not have
         return request
 
@@ -326,7 +344,7 @@ class DiffusionModel(nn.Module):
         if picture is not None:
             default_width, default_height = picture.size
             area = default_width * default_height
-            if area > 4 * own**2:  # far from what the model knows, and slow: the same shape at the model's size
+            if area > 4 * own**2:  # the model knows no such size, and it is slow: the same shape at its own
                 scale = own / math.sqrt(area)
                 default_width, default_height = (max(factor, round(side * scale)) for side in picture.size)
             default_width, default_height = (
@@ -377,15 +395,7 @@ class DiffusionModel(nn.Module):
             settings["strength"] = request.strength
         return settings
 
-    def to(self, *args: Any, **kwargs: Any) -> DiffusionModel:
-        """`torch.nn.Module.to`; float16 on a CPU, which has no arithmetic for it, becomes float32 with a note."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype == torch.float16 and (device or self.unet.conv_out.weight.device).type == "cpu":
-            warnings.warn("float16 is no format to compute in on a CPU: using float32", stacklevel=2)
-            return super().to(device=device, dtype=torch.float32)
-        return super().to(*args, **kwargs)
-
-    def train(  # type: ignore[override]
+    def train(
         self,
         data: CaptionedImages | bool = True,
         *,
@@ -439,12 +449,11 @@ class DiffusionModel(nn.Module):
             autocast=autocast,
             compiler=compiler,
         )
-        if _exhaust(progress, callback):
+        if _exhaust(progress, callback) and first_process():
             self.save_pretrained(folder / "model")
         if not return_state_dict:
             return None
         return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
-
 
     def check(self, data: CaptionedImages, *, output_dir: str | Path, autocast: bool = False) -> bool:
         """Learns eight of the pictures by heart and draws them from their captions; prints and returns the verdict.
@@ -476,12 +485,11 @@ def _serve_compiled(wrapper: nn.Module, name: str, model: nn.Module | None) -> N
         if isinstance(data, bool):
             model.train(data, **settings)
             return wrapper
-        return model.train(data, compiler=wrapper.dynamo_ctx, **settings)
+        compiler: Any = wrapper.dynamo_ctx  # what the caller gave torch.compile
+        return model.train(data, compiler=compiler, **settings)
 
     # Not setattr, which the wrapper passes on to the model.
-    wrapper.__dict__.update(
-        train=train, state_dict=model.state_dict, load_state_dict=model.load_state_dict
-    )
+    wrapper.__dict__.update(train=train, state_dict=model.state_dict, load_state_dict=model.load_state_dict)
 
 
 register_module_module_registration_hook(_serve_compiled)
@@ -547,8 +555,8 @@ def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch
     for problem, keys in (("missing", missing), ("not expected", extra), ("of another shape", wrong)):
         if keys:
             raise InputError(
-                f"the weights of {name} do not fit its configuration: {len(keys)} of {len(wanted)} tensors are {problem}"
-                f" ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+                f"the weights of {name} do not fit its configuration: {len(keys)} of {len(wanted)} tensors are"
+                f" {problem} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
             )
     module.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     for parameter_name, parameter in module.named_parameters():
@@ -563,7 +571,12 @@ def _texts(name: str, value: str | Sequence[str]) -> list[str]:
 
 
 def _integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < least
+        or (most is not None and value > most)
+    ):
         limits = f"at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} must be a whole number, {limits}, got {value!r}")
     return value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
@@ -64,6 +64,14 @@ class NonFinite(InputError):
     """A part of the model gave NaN or infinity."""
 
 
+def _check_finite(part: str, x: Tensor, when: str = "") -> None:
+    if not torch.isfinite(x).all():
+        raise NonFinite(
+            f"{part} gave NaN or infinity{when}: its weights are damaged, or its number format too narrow;"
+            " no picture was made"
+        )
+
+
 @torch.no_grad()
 def generate(parts: Parts, request: Request) -> Iterator[Step]:
     """The steps from noise to clean latents. The last one's ``x`` is what ``decode`` takes."""
@@ -76,23 +84,19 @@ def generate(parts: Parts, request: Request) -> Iterator[Step]:
     x = begin(parts, request, levels, start, known)
     denoise = denoiser(parts, embeds, request.guidance, known, levels[0])
     for step in sample(request.sampler, denoise, x, levels, noise=noise):
-        if not torch.isfinite(step.x).all():
-            raise NonFinite(
-                f"the U-Net gave NaN or infinity at step {step.index + 1} of {step.total}: its weights are damaged,"
-                " or its number format too narrow; no picture was made"
-            )
+        _check_finite("the U-Net", step.x, f" at step {step.index + 1} of {step.total}")
+        if step.index + 1 == step.total and known is not None and known.kept is not None:
+            # The walk may end on a trace of noise.
+            step = replace(step, x=torch.where(known.kept, known.x0, step.x))
         yield step
 
 
 @torch.no_grad()
 def decode(parts: Parts, request: Request, latents: Latents) -> list[Image.Image]:
     """The pictures; where a mask is black, the bytes of the image it belongs to."""
-    pixels = torch.cat([parts.vae.decode(one[None]) for one in latents])  # one by one: memory, and the same bytes
-    if not torch.isfinite(pixels).all():
-        raise NonFinite(
-            "the autoencoder's decoder gave NaN or infinity: its weights are damaged, or its number format too"
-            " narrow; no picture was made"
-        )
+    # One by one: memory, and the same bytes.
+    pixels = torch.cat([parts.vae.decode(one[None]) for one in latents])
+    _check_finite("the autoencoder's decoder", pixels)
     pictures = images.to_pil(pixels.float())
     if request.mask is not None and request.image is not None:
         repaint = request.mask.convert("L").point(lambda value: 255 if value > 127 else 0)
@@ -104,6 +108,7 @@ def encode_prompts(parts: Parts, request: Request) -> tuple[PromptEmbeds, Prompt
     """Embeddings of the prompts and of the negative prompts; each distinct text is encoded once."""
     texts = sorted({*request.prompts, *request.negative_prompts})
     embeds = parts.text_encoder(texts)
+    _check_finite("the text encoder", embeds.tokens)
 
     def rows(prompts: tuple[str, ...]) -> PromptEmbeds:
         index = torch.tensor([texts.index(prompt) for prompt in prompts], device=embeds.tokens.device)
@@ -150,6 +155,11 @@ class Known:
     noise: Latents
     """The noise that the walk began with."""
 
+    @property
+    def kept(self) -> Bool[Tensor, "1 1 h w"] | None:
+        """Where the walk is held to the picture; None without a mask, or where the U-Net reads it itself."""
+        return None if self.mask is None or self.masked is not None else self.mask <= 0.5
+
 
 def encode_image(parts: Parts, request: Request, noise: Latents) -> Known | None:
     """Latents of the picture to change, and its mask at their size; None for text-to-image."""
@@ -158,6 +168,7 @@ def encode_image(parts: Parts, request: Request, noise: Latents) -> Known | None
     weight = parts.unet.conv_out.weight
     pixels = images.to_tensor([request.image]).to(weight)
     x0 = parts.vae.encode(pixels)
+    _check_finite("the autoencoder's encoder", x0)
     if request.mask is None:
         return Known(x0, None, None, noise)
     mask = images.mask_tensor(request.mask, request.width, request.height).to(weight)
@@ -192,12 +203,10 @@ def denoiser(
     prediction_type = parts.scheduler.config.prediction_type
 
     reads_pooled = parts.unet.config.pooled_projection_dim is not None
-    extra = kept = None
-    if known is not None and known.mask is not None:
-        if known.masked is not None:
-            extra = torch.cat([known.mask, known.masked], dim=1)
-        else:
-            kept = known.mask <= 0.5
+    kept = None if known is None else known.kept
+    extra = None
+    if known is not None and known.mask is not None and known.masked is not None:
+        extra = torch.cat([known.mask, known.masked], dim=1)
 
     def network(x: Latents, level: Level, text: PromptEmbeds) -> Latents:
         timesteps = torch.full((len(x),), level.t, dtype=torch.float32, device=x.device)

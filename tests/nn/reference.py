@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from stable_diffusion.config import AutoencoderKLConfig, TextEncoderConfig, UNetConfig
 
+torch.set_num_threads(1)  # these networks are tiny: waiting for a second thread takes longer than the work
+
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """The module in float64 and evaluation mode, with every parameter random: a fresh one hardly moves its output."""
     generator = torch.Generator().manual_seed(seed)
-    norms = {
-        id(m.weight) for m in module.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))
-    }
+    norms = {id(m.weight) for m in module.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))}
     module.double().eval()
     with torch.no_grad():
         for parameter in module.parameters():

@@ -17,7 +17,10 @@ from stable_diffusion.nn.unet import UNet
 from .reference import TOLERANCES, error, normal, reference_unet
 
 SD15_LIKE = UNetConfig(
-    block_out_channels=(16, 32, 32, 32), num_attention_heads=(2, 2, 2, 2), cross_attention_dim=20, norm_num_groups=4
+    block_out_channels=(16, 32, 32, 32),
+    num_attention_heads=(2, 2, 2, 2),
+    cross_attention_dim=20,
+    norm_num_groups=4,
 )
 SD21_LIKE = replace(
     SD15_LIKE,
@@ -55,7 +58,10 @@ MASK = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
 
 def inputs(config: UNetConfig, dtype: torch.dtype, size: tuple[int, int] = (15, 18)) -> dict[str, Tensor]:
     """Two noisy latents of an odd size, by default, with everything that the configuration reads."""
-    batch = {"sample": normal(2, config.in_channels, *size, dtype=dtype), "timesteps": torch.tensor([3.0, 701.0])}
+    batch = {
+        "sample": normal(2, config.in_channels, *size, dtype=dtype),
+        "timesteps": torch.tensor([3.0, 701.0]),
+    }
     if config.cross_attention_dim:
         batch["encoder_hidden_states"] = normal(2, 7, config.cross_attention_dim, seed=1, dtype=dtype)
     if config.num_class_embeds:
@@ -125,7 +131,9 @@ def test_network_without_text_equals_diffusers() -> None:
             parameter.zero_()
     ours = UNet(WITHOUT_TEXT).double().eval()
     text_only = (".attn2.", ".transformer_blocks.0.norm2.")
-    ours.load_state_dict({k: v for k, v in reference.state_dict().items() if not any(part in k for part in text_only)})
+    ours.load_state_dict(
+        {k: v for k, v in reference.state_dict().items() if not any(part in k for part in text_only)}
+    )
     batch = inputs(WITHOUT_TEXT, torch.float64)
     expected = of_reference(reference, {**batch, "encoder_hidden_states": normal(2, 7, 8)})
     assert error(ours(**batch), expected) < 1e-10
@@ -143,7 +151,15 @@ def test_names_are_diffusers(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "mistake",
-    ["block norm eps", "transformer norm eps", "tanh gelu", "gate before value", "sines first", "heads", "timestep"],
+    [
+        "block norm eps",
+        "transformer norm eps",
+        "tanh gelu",
+        "gate before value",
+        "sines first",
+        "heads",
+        "timestep",
+    ],
 )
 def test_planted_mistakes_are_caught(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity can fail: each of these small mistakes moves the prediction by far more than the tolerance."""
@@ -160,7 +176,9 @@ def test_planted_mistakes_are_caught(mistake: str, monkeypatch: pytest.MonkeyPat
     elif mistake == "gate before value":
         geglu = blocks.GatedFeedForward.GEGLU
         monkeypatch.setattr(
-            geglu, "forward", lambda self, x: (lambda gate, value: value * F.gelu(gate))(*self.proj(x).chunk(2, -1))
+            geglu,
+            "forward",
+            lambda self, x: (lambda gate, value: value * F.gelu(gate))(*self.proj(x).chunk(2, -1)),
         )
     elif mistake == "sines first":
         right = unet.timestep_features
@@ -195,7 +213,9 @@ def test_parameter_counts() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [MINI.unet, WITHOUT_TEXT, *CONFIGS.values()], ids=["mini", "no-text", *CONFIGS])
+@pytest.mark.parametrize(
+    "config", [MINI.unet, WITHOUT_TEXT, *CONFIGS.values()], ids=["mini", "no-text", *CONFIGS]
+)
 def test_fresh_network_predicts_zero(config: UNetConfig) -> None:
     """Law: with its last convolution at zero, a fresh network's prediction is exactly 0."""
     prediction = UNet(config)(**inputs(config, torch.float32, (8, 8)))

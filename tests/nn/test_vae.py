@@ -26,7 +26,9 @@ KL = AutoencoderKLConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
 VQ = replace(KL, block_out_channels=(8, 16, 16), latent_channels=3, scaling_factor=1.0, codebook_size=32)
 KLS = {
     "sd": KL,
-    "two-levels": replace(KL, block_out_channels=(8, 16), layers_per_block=1, latent_channels=3, scaling_factor=0.5),
+    "two-levels": replace(
+        KL, block_out_channels=(8, 16), layers_per_block=1, latent_channels=3, scaling_factor=0.5
+    ),
     "grey": replace(KL, block_out_channels=(12, 8, 16), in_channels=1, latent_channels=6),
 }
 CODECS = {"kl": KL, "vq": VQ, "tiny": MINI.vae, "taesd": TAESD}

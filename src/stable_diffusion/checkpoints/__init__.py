@@ -24,4 +24,6 @@ def read(path: str | Path) -> Checkpoint:
         return diffusers.read(path)
     if native.is_native(path):
         return native.read(path)
-    raise InputError(f"{path} is no model folder: it has neither config.json (ours) nor model_index.json (diffusers)")
+    raise InputError(
+        f"{path} is no model folder: it has neither config.json (ours) nor model_index.json (diffusers)"
+    )

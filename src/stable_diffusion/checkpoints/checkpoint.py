@@ -39,7 +39,9 @@ def read_tensors(path: Path) -> State:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from None
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}): copy or download it again"
+        ) from None
 
 
 def packaged(name: str) -> Path:
@@ -58,10 +60,11 @@ def text_state(published: State, config: TextEncoderConfig) -> State:
         for prefix in ("text_model.", "bert."):
             name = name.removeprefix(prefix)
         if config.architecture == "bert":
-            name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            for theirs, ours in BERT_NAMES:
+            older = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+            for theirs, ours in (*older, *BERT_NAMES):
                 name = name.replace(theirs, ours)
-        if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and not name.endswith("position_ids"):
+        kept = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+        if kept and not name.endswith("position_ids"):
             state[name] = tensor
     return state
 

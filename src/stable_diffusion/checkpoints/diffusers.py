@@ -23,6 +23,13 @@ from stable_diffusion.errors import InputError, unknown_name
 # The autoencoder's attention in files of before 2023, and today's names.
 VAE_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# What a configuration must say; for the rest diffusers' defaults hold where it is silent.
+VAE_KEYS = ("in_channels", "latent_channels", "block_out_channels", "layers_per_block")
+UNET_KEYS = (
+    *("in_channels", "out_channels", "block_out_channels", "down_block_types"),
+    *("layers_per_block", "cross_attention_dim", "attention_head_dim"),
+)
+
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -37,10 +44,10 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         InputError: a file is missing or damaged, or the folder holds another kind of model.
     """
-    text = text_encoder_config(_json(folder / "text_encoder" / "config.json"))
-    schedule = _json(folder / "scheduler" / "scheduler_config.json")
-    unet_settings = _json(folder / "unet" / "config.json")
-    vae = autoencoder_config(_json(folder / "vae" / "config.json"))
+    text = text_encoder_config(_json(folder / "text_encoder" / "config.json", "max_position_embeddings"))
+    schedule = _json(folder / "scheduler" / "scheduler_config.json", "_class_name")
+    unet_settings = _json(folder / "unet" / "config.json", *UNET_KEYS)
+    vae = autoencoder_config(_json(folder / "vae" / "config.json", *VAE_KEYS))
     config = ModelConfig(
         name=folder.resolve().name,
         sample_size=unet_settings.get("sample_size", 64) * vae.factor,
@@ -127,7 +134,9 @@ def sampler_config(settings: dict[str, Any]) -> SamplerConfig:
     """The sampler that a ``scheduler_config.json`` names, with its spacing."""
     name = settings["_class_name"]
     if name.lower() not in ALIASES:
-        raise unknown_name("scheduler class", name, [alias for alias in ALIASES if alias.endswith("scheduler")])
+        raise unknown_name(
+            "scheduler class", name, [alias for alias in ALIASES if alias.endswith("scheduler")]
+        )
     spacing = "karras" if settings.get("use_karras_sigmas") else settings.get("timestep_spacing")
     sampler = ALIASES[name.lower()]
     if sampler == "dpmpp_2m" and settings.get("algorithm_type") == "sde-dpmsolver++":
@@ -157,7 +166,8 @@ def _weights(folder: Path, stem: str) -> State:
     raise InputError(f"{folder} has no {stem}.safetensors: a diffusers folder needs it")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, *needed: str) -> dict[str, Any]:
+    """The settings in a file, which must have those that are needed."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -166,4 +176,8 @@ def _json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(settings).__name__}")
+    if missing := [key for key in needed if key not in settings]:
+        raise InputError(
+            f"{path} does not say {', '.join(missing)}: it is no configuration of Stable Diffusion 1.x or 2.x"
+        )
     return settings

@@ -12,7 +12,6 @@ A frozen text encoder that the package carries is not written again: the configu
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -46,7 +45,9 @@ def read(folder: Path) -> Checkpoint:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{folder / 'config.json'} is not JSON ({error}): copy the model folder again") from None
+        raise InputError(
+            f"{folder / 'config.json'} is not JSON ({error}): copy the model folder again"
+        ) from None
     config = from_dict(ModelConfig, settings)
     states, tokenizers = [], []
     for i, text_config in enumerate(config.text_encoders):
@@ -70,8 +71,12 @@ def read_text_encoder(folder: Path, config: TextEncoderConfig) -> State:
 
 def packaged_text_encoder(config: TextEncoderConfig) -> State:
     """The tensors of the text encoder that the package carries under that name; none where it is a tokenizer."""
-    folder = packaged(str(config.packaged))
-    return read_text_encoder(folder, config) if (folder / "model.safetensors").is_file() else {}
+    path = _carried(config)
+    return read_text_encoder(path.parent, config) if path.is_file() else {}
+
+
+def _carried(config: TextEncoderConfig) -> Path:
+    return packaged(str(config.packaged)) / "model.safetensors"
 
 
 def write(
@@ -99,7 +104,7 @@ def write(
         if checkpoint.projections:
             _write_tensors(building / PROJECTION, checkpoint.projections, dtype)
         for i, config in enumerate(checkpoint.config.text_encoders):
-            if config.packaged is not None and not config.trainable:
+            if config.packaged is not None and not config.trainable and _carried(config).is_file():
                 continue
             state = published_text_state(checkpoint.text_encoders[i], config)
             _write_tensors(building / _numbered("text_encoder", i) / "model.safetensors", state, dtype)
@@ -125,11 +130,11 @@ def _write_tensors(path: Path, state: State, dtype: torch.dtype | None) -> None:
 
 def _put_in_place(building: Path, folder: Path) -> None:
     if not folder.exists():
-        os.replace(building, folder)
+        building.replace(folder)
         return
     older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.replace(folder, older / "model")
-    os.replace(building, folder)
+    folder.replace(older / "model")
+    building.replace(folder)
     shutil.rmtree(older)
 
 

@@ -6,7 +6,6 @@ A cache's file name holds a digest of everything that went into it, so that a ch
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,7 +69,7 @@ class ArrayCache:
             done += len(block)
             yield done
         array.flush()
-        os.replace(building, self.path)
+        building.replace(self.path)
 
     def read(self) -> Array:
         """The rows, mapped from disk."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from stable_diffusion.diffusion.schedule import Level, Schedule
@@ -21,6 +21,7 @@ Scalar = Tensor | float
 Latents = Float[Tensor, "b c h w"]
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A network with its schedule, seen from a sampler: noisy latents at a level to clean latents."""
 
@@ -90,7 +91,7 @@ def convert(output: Latents, x: Latents, alpha: Scalar, sigma: Scalar, *, source
 def loss_weight(
     name: str,
     prediction_type: str,
-    timesteps: Float[Tensor, " b"],
+    timesteps: Num[Tensor, " b"],
     schedule: Schedule,
     *,
     snr_gamma: float = 5.0,

@@ -2,8 +2,8 @@
 
 A sampler is a function ``f(denoise, x, levels, *, noise)`` that yields a Step for every level but the last. It
 knows nothing of networks: ``denoise(x, level)`` gives clean latents. All of them start from alpha = 0, the first
-level of a rectified flow and of a zero-terminal-SNR schedule, and so divide by no alpha that can be 0. A new sampler is one function here and one line
-in the table at the foot.
+level of a rectified flow and of a zero-terminal-SNR schedule, and so divide by no alpha that can be 0. A new
+sampler is one function here and one line in the table at the foot.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _unipc_step(
     if corrected is None:
         return base + to.alpha * (1 - ratio) * 0.5 * slope
     ahead = corrected - x0
-    if r == 0.0 or math.isinf(r):
+    if r == 0.0:
         return base + to.alpha * (1 - ratio) * 0.5 * ahead
     # Equation 9 for p = 2: a_1 + a_2 = b_1 and r a_1 + a_2 = b_2, with b from phi_k(-h) / B(-h).
     phi_2 = math.expm1(-h) / -h - 1

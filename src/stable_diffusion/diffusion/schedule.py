@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from stable_diffusion.config import ScheduleConfig
@@ -101,9 +101,7 @@ class Schedule:
         low, high = self._ratios[lower], self._ratios[lower + 1]
         return _preserving(t, low + (t - lower) * (high - low))
 
-    def levels(
-        self, num_inference_steps: int, spacing: Spacing, grid: Grid = "rounded"
-    ) -> list[Level]:
+    def levels(self, num_inference_steps: int, spacing: Spacing, grid: Grid = "rounded") -> list[Level]:
         """The levels of a walk from noise to clean latents: `num_inference_steps` of them, then the clean one.
 
         Args:
@@ -122,7 +120,9 @@ class Schedule:
             raise unknown_name("spacing", spacing, SPACINGS)
         if self.is_flow:
             if spacing in ("karras", "lcm"):
-                raise InputError(f"spacing {spacing!r} is for the DDPM family; use 'trailing' for a rectified flow")
+                raise InputError(
+                    f"spacing {spacing!r} is for the DDPM family; use 'trailing' for a rectified flow"
+                )
             sigmas = self._shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1])
             return [*(self.level(sigma * self.num_train_timesteps) for sigma in sigmas.tolist()), CLEAN]
         most = LCM_STEPS if spacing == "lcm" else self.num_train_timesteps - (grid == "intervals")
@@ -138,7 +138,7 @@ class Schedule:
         self,
         x0: Float[Tensor, "b c h w"],
         noise: Float[Tensor, "b c h w"],
-        timesteps: Float[Tensor, " b"] | float,
+        timesteps: Num[Tensor, "*b"] | float,
     ) -> Float[Tensor, "b c h w"]:
         """A draw of q(x_t | x_0): ``alpha * x0 + sigma * noise`` (Ho et al. 2020, equation 4).
 
@@ -155,7 +155,7 @@ class Schedule:
         alpha, sigma = (value.to(x0.device, x0.dtype).view(shape) for value in (alpha, sigma))
         return alpha * x0 + sigma * noise
 
-    def alpha_sigma(self, timesteps: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    def alpha_sigma(self, timesteps: Num[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """alpha and sigma at each time, in float64 on the CPU."""
         last = self.num_train_timesteps - (0 if self.is_flow else 1)
         times = timesteps.detach().cpu().double()
@@ -234,7 +234,9 @@ def _lcm(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 def _karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     low, high = schedule.ratio_range()
     if math.isinf(high):
-        raise InputError("spacing 'karras' needs a finite noise level; a zero-terminal-SNR schedule has none: use 'trailing'")
+        raise InputError(
+            "spacing 'karras' needs a finite noise level; a zero-terminal-SNR schedule has none: use 'trailing'"
+        )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     ratios = ((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7).tolist()
     times = [schedule.time(ratio) for ratio in ratios]

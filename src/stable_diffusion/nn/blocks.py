@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 UNET_NORM_EPS = 1e-5
 VAE_NORM_EPS = 1e-6  # also the transformer's entry norm in the U-Net
 
+M = TypeVar("M", bound=nn.Module)
 
-def zero(module: nn.Module) -> nn.Module:
+
+def zero(module: M) -> M:
     """The module with its parameters at 0: a new block starts as the identity, a new network predicts 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -110,7 +113,8 @@ def attend(
 ) -> Float[Tensor, "b n d"]:
     """Scaled dot-product attention over `num_heads` heads. `mask` is True where a key may be read."""
     dtype = query.dtype
-    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))  # b head n d
+    # b head n d
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     if upcast:
         wide = torch.promote_types(dtype, torch.float32)  # float64 stays
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
@@ -237,11 +241,11 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, VAE_NORM_EPS)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = _projection(channels, linear)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, num_heads=num_heads, context_width=context_width, upcast=upcast)]
         )
-        self.proj_out = zero(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero(_projection(channels, linear))
 
     def forward(
         self,
@@ -255,7 +259,10 @@ class SpatialTransformer(nn.Module):
         return x + _per_pixel(self.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-def _per_pixel(projection: nn.Module, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+def _projection(channels: int, linear: bool) -> nn.Linear | nn.Conv2d:
+    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+
+def _per_pixel(projection: nn.Linear | nn.Conv2d, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
     """The projection of every token; a 1x1 convolution is a linear layer with two more axes in its weight."""
-    weight = projection.weight
-    return F.linear(tokens, weight.flatten(1), projection.bias)
+    return F.linear(tokens, projection.weight.flatten(1), projection.bias)

@@ -136,11 +136,10 @@ class PromptEmbeds(NamedTuple):
 
     def to(self, *args: torch.device | torch.dtype) -> PromptEmbeds:
         """The same on another device or in another floating-point type; the mask stays boolean."""
-        mask = None if self.mask is None else self.mask.to(self.tokens.device)
+        tokens, mask, pooled = self
         for target in args:
-            if isinstance(target, torch.device) and mask is not None:
-                mask = mask.to(target)
-        return PromptEmbeds(self.tokens.to(*args), mask, self.pooled.to(*args))
+            tokens, pooled = tokens.to(target), pooled.to(target)
+        return PromptEmbeds(tokens, None if mask is None else mask.to(tokens.device), pooled)
 
     def __add__(self, other: object) -> PromptEmbeds:
         """The prompts of two batches as one batch."""
@@ -171,8 +170,8 @@ class PromptEncoder(nn.Module):
         self.projections = nn.ModuleList(
             [] if single else [nn.Linear(config.hidden_size, width) for config in configs]
         )
-        for encoder in self.encoders:
-            encoder.requires_grad_(encoder.config.trainable)
+        for encoder, config in zip(self.encoders, configs, strict=True):
+            encoder.requires_grad_(config.trainable)
 
     def forward(self, texts: list[str]) -> PromptEmbeds:
         """The embeddings of the texts; words beyond an encoder's context are left out without a word here."""
@@ -183,7 +182,7 @@ class PromptEncoder(nn.Module):
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """What one encoder makes of the texts, before the projection: what training caches of a frozen one."""
         batch = self.tokenizers[index](texts)
-        device = self.encoders[index].embeddings.token_embedding.weight.device
+        device = next(self.encoders[index].parameters()).device
         return self.read(index, batch.input_ids.to(device), batch.attention_mask.to(device))
 
     def read(
@@ -191,14 +190,17 @@ class PromptEncoder(nn.Module):
     ) -> PromptEmbeds:
         """What one encoder makes of token numbers, before the projection."""
         encoder = self.encoders[index]
-        if encoder.config.architecture == "bert":
+        if self.configs[index].architecture == "bert":
             tokens = encoder(input_ids, attention_mask)
             real = attention_mask[..., None].to(tokens.dtype)
             return PromptEmbeds(tokens, attention_mask, (tokens * real).sum(dim=1) / real.sum(dim=1))
         tokens = encoder(input_ids)
-        ends = input_ids == self.tokenizers[index].end_id
+        end_id = self.tokenizers[index].end_id
+        assert end_id is not None, "a tokenizer knows its special tokens"
+        ends = input_ids == end_id
         rows = torch.arange(len(tokens), device=tokens.device)
-        return PromptEmbeds(tokens, None, tokens[rows, ends.int().argmax(dim=1)])  # padding may repeat the end
+        first = ends.int().argmax(dim=1)  # padding may repeat the end
+        return PromptEmbeds(tokens, None, tokens[rows, first])
 
     def join(self, parts: list[PromptEmbeds]) -> PromptEmbeds:
         """The encoders' embeddings projected and joined. A mask is made only where some encoder has one."""
@@ -208,5 +210,7 @@ class PromptEncoder(nn.Module):
         mask = None
         if any(part.mask is not None for part in parts):
             full = [torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in tokens]
-            mask = torch.cat([f if p.mask is None else p.mask for p, f in zip(parts, full, strict=True)], dim=1)
+            mask = torch.cat(
+                [f if p.mask is None else p.mask for p, f in zip(parts, full, strict=True)], dim=1
+            )
         return PromptEmbeds(torch.cat(tokens, dim=1), mask, torch.cat([part.pooled for part in parts], dim=1))

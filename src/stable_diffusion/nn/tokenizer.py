@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,8 +23,17 @@ from torch import Tensor
 
 from stable_diffusion.errors import InputError
 
-# The words of CLIP's byte-pair encoding: contractions, runs of letters, single digits, runs of other signs.
-CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+T = TypeVar("T")
+
+# The words of CLIP's byte-pair encoding: special tokens, which come here if typed in capitals, contractions,
+# runs of letters, single digits, runs of other signs.
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+SPECIAL = {  # begin, end, padding, and others that a text may hold
+    "clip": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    "bert": ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"),
+}
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenBatch(NamedTuple):
@@ -45,7 +55,7 @@ class Tokenizer:
         context_length: tokens that texts are padded or cut to, begin and end included.
 
     Raises:
-        InputError: the folder has none of these files.
+        InputError: the folder has none of these files, or damaged ones.
     """
 
     def __init__(self, folder: Path, architecture: Literal["clip", "bert"], context_length: int) -> None:
@@ -55,25 +65,26 @@ class Tokenizer:
         files = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",)}[architecture]
         if all((folder / name).is_file() for name in files):
             self.files = [folder / name for name in files]
-            self._tokenizer = build(folder)
+            self._tokenizer = _undamaged(build, folder)
         elif (folder / "tokenizer.json").is_file():
             self.files = [folder / "tokenizer.json"]
-            self._tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = _undamaged(_from_json, folder)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         else:
-            raise InputError(
-                f"{folder} has no tokenizer: it needs {' and '.join(files)}, or tokenizer.json"
-            )
+            raise InputError(f"{folder} has no tokenizer: it needs {' and '.join(files)}, or tokenizer.json")
         self.files += [
-            path for name in ("special_tokens_map.json", "tokenizer_config.json") if (path := folder / name).is_file()
+            path
+            for name in ("special_tokens_map.json", "tokenizer_config.json")
+            if (path := folder / name).is_file()
         ]
-        begin, end, default_pad = {
-            "clip": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
-            "bert": ("[CLS]", "[SEP]", "[PAD]"),
-        }[architecture]
-        pad = _pad_token(folder) or default_pad
-        self._tokenizer.add_special_tokens([AddedToken(pad, special=True)])
+        settings = _undamaged(_settings, folder)
+        begin, end, default_pad = SPECIAL[architecture][:3]
+        pad = _special(settings.get("pad_token", default_pad)).content
+        # Those of tokenizer.json.
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        special = _special_tokens(settings, architecture)
+        self._tokenizer.add_special_tokens([token for token in special if token.content not in known])
         self.begin_id, self.end_id, self.pad_id = map(self._tokenizer.token_to_id, (begin, end, pad))
 
     def __call__(self, texts: list[str]) -> TokenBatch:
@@ -89,14 +100,30 @@ class Tokenizer:
             mask.append([True] * (len(kept) + 2) + [False] * padding)
         return TokenBatch(torch.tensor(ids), torch.tensor(mask), cut)
 
-    def _encode(self, texts: list[str]) -> list:
+    def _encode(self, texts: list[str]) -> list[Any]:
         return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+
+
+def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
+    """What `build` reads in a tokenizer's folder. Raises InputError for damaged files."""
+    try:
+        return build(folder)
+    except Exception as error:  # the library for tokenizers raises no narrower class
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the tokenizer in {folder} is damaged ({reason}): copy or download it again"
+        ) from error
+
+
+def _from_json(folder: Path) -> FastTokenizer:
+    return FastTokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def _clip(folder: Path) -> FastTokenizer:
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
+    merges = [(first, second) for first, second in pairs]
     tokenizer = FastTokenizer(
         models.BPE(
             vocab=vocab,
@@ -118,28 +145,40 @@ def _clip(folder: Path) -> FastTokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return tokenizer
 
 
 def _bert(folder: Path) -> FastTokenizer:
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    tokenizer = FastTokenizer(
-        models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    # Only a line feed ends a word: multilingual lists hold characters that splitlines takes for line ends.
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    tokenizer = FastTokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
     return tokenizer
 
 
-def _pad_token(folder: Path) -> str | None:
-    """The padding that the folder names: Stable Diffusion 2.x pads with "!", and its special_tokens_map.json rules."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            token = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
-            if token is not None:
-                return str(token["content"] if isinstance(token, dict) else token)
-    return None
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the folder says of its special tokens; special_tokens_map.json, where 2.x pads with "!", rules."""
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path := folder / name).is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            settings |= {key: value for key, value in found.items() if value is not None}
+    return settings
+
+
+def _special_tokens(settings: dict[str, Any], architecture: str) -> list[AddedToken]:
+    """The special tokens, of which published folders say whether they are recognised in capitals too."""
+    named = [settings[role] for role in ROLES if role in settings]
+    tokens = {token.content: token for token in map(_special, [*SPECIAL[architecture], *named])}
+    for token in map(_special, settings.get("added_tokens_decoder", {}).values()):
+        if token.content in tokens:
+            tokens[token.content] = token
+    return list(tokens.values())
+
+
+def _special(token: str | dict[str, Any]) -> AddedToken:
+    flags = {"content": token} if isinstance(token, str) else token
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized")
+    return AddedToken(**{key: flags[key] for key in known if key in flags}, special=True)

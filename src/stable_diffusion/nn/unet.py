@@ -146,6 +146,7 @@ class UNet(nn.Module):
         hidden = self.conv_in(sample)
         skips = [hidden]
         for level in self.down_blocks:
+            assert isinstance(level, Level)
             for i, resnet in enumerate(level.resnets):
                 hidden = resnet(hidden, time)
                 if level.attentions:
@@ -160,6 +161,7 @@ class UNet(nn.Module):
         hidden = self.mid_block.resnets[1](hidden, time)
 
         for level in self.up_blocks:
+            assert isinstance(level, Level)
             for i, resnet in enumerate(level.resnets):
                 hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
                 if level.attentions:

@@ -77,7 +77,14 @@ class _Level(nn.Module):
     """Residual blocks at one resolution, then a change of resolution or none."""
 
     def __init__(
-        self, in_channels: int, channels: int, layers: int, groups: int, *, down: bool = False, up: bool = False
+        self,
+        in_channels: int,
+        channels: int,
+        layers: int,
+        groups: int,
+        *,
+        down: bool = False,
+        up: bool = False,
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
@@ -153,7 +160,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         self.decoder = _Decoder(config)
 
-    def posterior(self, images: Float[Tensor, "b 3 h w"]) -> Posterior:
+    def posterior(self, images: Float[Tensor, "b rgb height width"]) -> Posterior:
         """q(z|x); under the VQ regulariser a point, whose log-variance is -30."""
         moments = self.quant_conv(self.encoder(images))
         if self.quantize is not None:
@@ -161,11 +168,11 @@ class AutoencoderKL(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
-    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+    def encode(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b c h w"]:
         """Latents of unit deviation: the posterior's mode, scaled. Images are in [-1, 1]."""
         return self.posterior(images).mode() * self.config.scaling_factor
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rgb height width"]:
         """Images in about [-1, 1]; under the VQ regulariser the latents are quantised first."""
         z = latents / self.config.scaling_factor
         if self.quantize is not None:
@@ -176,23 +183,24 @@ class AutoencoderKL(nn.Module):
     def normalise(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
         """Folds a measured mean and deviation of ``encode``'s latents into the outermost convolutions.
 
-        Afterwards latents have mean 0 and deviation 1 and every picture decodes as before. Needs
-        ``scaling_factor`` 1. A codebook is moved along; its channels share one deviation, since other
-        proportions would make other entries the nearest.
+        Afterwards latents have mean 0 and deviation 1 and every picture decodes as before. A codebook is
+        moved along; its channels share one deviation, since other proportions would make other entries the
+        nearest.
         """
-        assert self.config.scaling_factor == 1, "published weights keep their scaling factor"
+        mean = mean / self.config.scaling_factor  # the weights' units
         c = len(mean)
+        quant, post = self.quant_conv, self.post_quant_conv
+        assert quant.bias is not None and post.bias is not None
         if self.quantize is not None:
             std = std.square().mean().sqrt().expand(c)
-        self.quant_conv.weight[:c] /= std[:, None, None, None]
-        self.quant_conv.bias[:c] = (self.quant_conv.bias[:c] - mean) / std
+        quant.weight[:c] /= std[:, None, None, None]
+        quant.bias[:c] = (quant.bias[:c] - mean) / std
         if self.quantize is None:
-            self.quant_conv.bias[c:] -= 2 * std.log()
+            quant.bias[c:] -= 2 * std.log()
         else:
             self.quantize.embedding.weight.sub_(mean).div_(std)
-        weight = self.post_quant_conv.weight
-        self.post_quant_conv.bias += (weight[:, :, 0, 0] * mean).sum(dim=1)
-        weight *= std[None, :, None, None]
+        post.bias += (post.weight[:, :, 0, 0] * mean).sum(dim=1)
+        post.weight *= std[None, :, None, None]
 
 
 class _TinyBlock(nn.Module):
@@ -256,11 +264,11 @@ class AutoencoderTiny(nn.Module):
         up.append(conv(widths[0], pixels))
         self.decoder = _Layers([*up, nn.PixelShuffle(patch)] if patch > 1 else up)
 
-    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+    def encode(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b c h w"]:
         """Latents of about unit deviation. Images are in [-1, 1]."""
         return self.encoder((images + 1) / 2)
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rgb height width"]:
         """Images in about [-1, 1]."""
         return self.decoder(torch.tanh(latents / 3) * 3) * 2 - 1
 
@@ -271,6 +279,7 @@ class AutoencoderTiny(nn.Module):
         The decoder is left as it is: training shows it normalised latents from the start.
         """
         last = self.encoder.layers[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
         last.weight /= std[:, None, None, None]
         last.bias.sub_(mean).div_(std)
 

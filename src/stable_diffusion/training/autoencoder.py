@@ -13,7 +13,7 @@ from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 from stable_diffusion.training.loop import Draw
 
 GRADIENT_WEIGHT = 0.5  # edges: without it thin lines soften
-POOLED_WEIGHT = 0.25  # a pooled latent decodes to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
+POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
 KL_WEIGHT = 1e-6  # Rombach et al. 2022, section 3.1: just enough to keep latents together
 LATENT_NOISE = 0.05  # what the light autoencoder's decoder must bear, in the latents' deviations
 
@@ -74,7 +74,9 @@ class AutoencoderStage(nn.Module):
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL | AutoencoderTiny, pictures: Array, count: int = 2048, chunk: int = 32) -> None:
+def normalise(
+    vae: AutoencoderKL | AutoencoderTiny, pictures: Array, count: int = 2048, chunk: int = 32
+) -> None:
     """Measures the latents of up to `count` pictures and gives them mean 0 and deviation 1 for good."""
     device = next(vae.parameters()).device
     step = max(1, len(pictures) // count)

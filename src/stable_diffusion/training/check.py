@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from stable_diffusion import images, pipeline
-from stable_diffusion.config import Guidance, ModelConfig
+from stable_diffusion.config import Guidance, ModelConfig, StageConfig
 from stable_diffusion.data.item import CaptionedImages, Item
 from stable_diffusion.errors import InputError
 from stable_diffusion.training.loop import TrainStep
@@ -36,8 +36,10 @@ class Verdict:
         return self.right >= min(ENOUGH, self.pictures)
 
     def __str__(self) -> str:
-        outcome = "the set-up learns" if self.learns else "the set-up does NOT learn: look at data and settings first"
-        return f"{self.right} of {self.pictures} prompts draw their own picture (error {self.error:.0f} of 255): {outcome}"
+        failed = "the set-up does NOT learn: look at data and settings first"
+        outcome = "the set-up learns" if self.learns else failed
+        right = f"{self.right} of {self.pictures} prompts draw their own picture"
+        return f"{right} (error {self.error:.0f} of 255): {outcome}"
 
 
 class _Few:
@@ -73,8 +75,8 @@ class _Few:
 def check_config(config: ModelConfig) -> ModelConfig:
     """The configuration with a recipe that is long enough for eight pictures."""
 
-    def stage(settings: object, steps: int) -> object:
-        return dataclasses.replace(settings, batch_size=BATCH, min_steps=steps, passes=0.0)  # type: ignore[type-var]
+    def stage(settings: StageConfig, steps: int) -> StageConfig:
+        return dataclasses.replace(settings, batch_size=BATCH, min_steps=steps, passes=0.0)
 
     training = dataclasses.replace(
         config.training,
@@ -108,8 +110,12 @@ def overfit(
         sampler=parts.config.sampler,
     )
     *_, last = pipeline.generate(parts, request)
-    drawn = np.stack([np.asarray(picture, dtype=float) for picture in pipeline.decode(parts, request, last.x)])
-    wanted = np.stack([np.asarray(images.cover(few[i].image, size, size), dtype=float) for i in range(len(few))])
+    drawn = np.stack(
+        [np.asarray(picture, dtype=float) for picture in pipeline.decode(parts, request, last.x)]
+    )
+    wanted = np.stack(
+        [np.asarray(images.cover(few[i].image, size, size), dtype=float) for i in range(len(few))]
+    )
     distances = ((drawn[:, None] - wanted[None]) ** 2).mean(axis=(2, 3, 4)) ** 0.5
     right = int((distances.argmin(axis=1) == np.arange(len(few))).sum())
     yield Verdict(right, len(few), float(distances.diagonal().mean()))

@@ -48,7 +48,9 @@ class DenoiserStage(nn.Module):
 
     name = "denoiser"
 
-    def __init__(self, unet: UNet, text_encoder: PromptEncoder, scheduler: Schedule, config: ModelConfig) -> None:
+    def __init__(
+        self, unet: UNet, text_encoder: PromptEncoder, scheduler: Schedule, config: ModelConfig
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -83,7 +82,7 @@ def _seed(*parts: object) -> int:
 
 
 class Stage(Protocol):
-    """What a stage of training is: a module whose forward pass gives the loss of a batch."""
+    """What a stage of training is: an `nn.Module` whose forward pass gives the loss of a batch."""
 
     name: str
     settings: StageConfig
@@ -97,6 +96,9 @@ class Stage(Protocol):
         ...
 
     def __call__(self, *batch: Tensor) -> Tensor: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def train(self) -> object: ...
+    def eval(self) -> object: ...
 
 
 def learning_rate(settings: StageConfig, step: int, total: int) -> float:
@@ -107,7 +109,7 @@ def learning_rate(settings: StageConfig, step: int, total: int) -> float:
 
 
 def train_stage(
-    stage: nn.Module,
+    stage: Stage,
     *,
     total: int,
     seed: int,
@@ -120,7 +122,7 @@ def train_stage(
     """Trains the parameters of a stage that require gradients, up to step `total`, and leaves their average in it.
 
     Args:
-        stage: a `Stage`.
+        stage: what is trained.
         total: optimizer updates in all, those of earlier calls included.
         seed: of order, noise and choice of captions.
         path: the checkpoint, read when it exists and written every two minutes and at the end.
@@ -132,15 +134,20 @@ def train_stage(
     Raises:
         InputError: the loss stays non-finite; the checkpoint keeps the last good state.
     """
-    settings: StageConfig = stage.settings  # type: ignore[assignment]
-    names, parameters = zip(*((n, p) for n, p in stage.named_parameters() if p.requires_grad), strict=True)
+    settings = stage.settings
+    trained = {name: p for name, p in stage.named_parameters() if p.requires_grad}
+    names, parameters = tuple(trained), tuple(trained.values())
     device = parameters[0].device
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+        groups,
         weight_decay=settings.weight_decay,
         betas=(0.9, 0.99),
         fused=device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
     average = [p.detach().clone() for p in parameters]
     first, skipped = _load(path, names, parameters, average, optimizer, scaler) if path.is_file() else (0, 0)
@@ -190,24 +197,29 @@ def train_stage(
 
 
 class CompiledOrEager:
-    """A compiled step that falls back to the plain one, with one warning, where compiling is not possible."""
+    """Compiles stages; all of them run plain, after one warning, where compiling is not possible."""
 
-    def __init__(self, stage: nn.Module, compiler: Compiler) -> None:
-        self.stage = stage
-        self.step: Callable[..., Tensor] = compiler(stage)
-        self.tried = False
+    def __init__(self, compiler: Compiler) -> None:
+        self.compiler = compiler
+        self.possible = True
 
-    def __call__(self, *batch: Tensor) -> Tensor:
-        if self.tried:
-            return self.step(*batch)
-        self.tried = True
-        try:
-            return self.step(*batch)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error.inner_exception).strip().splitlines()[0]
-            warnings.warn(f"training runs uncompiled, since torch.compile failed here: {reason}", stacklevel=2)
-            self.step = self.stage
-            return self.stage(*batch)
+    def __call__(self, stage: nn.Module) -> Callable[..., Tensor]:
+        compiled = self.compiler(stage)
+
+        def step(*batch: Tensor) -> Tensor:
+            if self.possible:
+                try:
+                    return compiled(*batch)
+                except torch._dynamo.exc.BackendCompilerFailed as error:
+                    self.possible = False
+                    inner = error.inner_exception
+                    reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
+                    warnings.warn(
+                        f"training runs uncompiled, since torch.compile failed here: {reason}", stacklevel=2
+                    )
+            return stage(*batch)
+
+        return step
 
 
 def _save(
@@ -230,8 +242,10 @@ def _save(
     metadata = {"step": str(step), "skipped": str(skipped), "scale": str(scaler.get_scale())}
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_suffix(".part")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, building, metadata=metadata)
-    os.replace(building, path)
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, building, metadata=metadata
+    )
+    building.replace(path)
 
 
 @torch.no_grad()
@@ -246,7 +260,7 @@ def _load(
     """Restores what ``_save`` wrote; gives the next step and the number skipped so far."""
     with safe_open(path, "pt") as file:
         stored: dict[str, list[str]] = {}
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118 (it is no dict)
             if key.startswith("optimizer."):
                 _, field, name = key.split(".", 2)
                 stored.setdefault(name, []).append(field)
@@ -256,7 +270,11 @@ def _load(
             state: dict[str, Any] = {}
             for field in stored.get(name, []):
                 value = file.get_tensor(f"optimizer.{field}.{name}")
-                like = torch.empty_like(parameter) if value.shape == parameter.shape and value.ndim > 0 else value
+                like = (
+                    torch.empty_like(parameter)
+                    if value.shape == parameter.shape and value.ndim > 0
+                    else value
+                )
                 state[field] = like.copy_(value) if like is not value else value.to(parameter.device)
             if state:
                 optimizer.state[parameter] = state

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
 
@@ -84,8 +84,9 @@ def train_model(
             raise InputError(f"{name} must be above 0, got {value}")
     if len(data) == 0:
         raise InputError("there are no captioned pictures to train on: the set is empty")
-    config, state = parts.config, PartialState()
+    config = parts.config
     device = next(parts.unet.parameters()).device
+    state = PartialState(cpu=device.type == "cpu")
     dtype = autocast_dtype(device) if autocast else None
     if parts.unet.conv_out.weight.dtype != torch.float32:
         raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
@@ -94,18 +95,20 @@ def train_model(
     autoencoder = AutoencoderStage(parts.vae, config.training.autoencoder, config.sample_size)
     denoiser = DenoiserStage(parts.unet, parts.text_encoder, parts.scheduler, config)
     for module in (parts.vae, parts.unet):
-        module.to(memory_format=torch.channels_last)
-    functions = {stage.name: _step_function(stage, compiler, state) for stage in (autoencoder, denoiser)}
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
+    compiling = None if compiler is None else CompiledOrEager(compiler)
+    functions = {stage.name: _step_function(stage, compiling, state) for stage in (autoencoder, denoiser)}
 
     identity = digest(to_dict(config), [(data.name(i), data.captions(i)) for i in range(len(data))])
-    with state.main_process_first():
+    if state.is_main_process:
+        _open_folder(output_dir, identity, resume)
+    state.wait_for_everyone()
+    stored = _stored_plan(output_dir, steps, minutes, functions)
+    if stored is None:  # measured by all processes together, as they compute together; the first one's counts
+        plan = _measured_plan(len(data), config, steps, minutes, (autoencoder, denoiser), functions, dtype)
+        stored = broadcast_object_list([plan])[0]
         if state.is_main_process:
-            _open_folder(output_dir, identity, resume)
-        stored = _stored_plan(output_dir, steps, minutes, functions)
-        if stored is None:
-            stored = _measured_plan(len(data), config, steps, minutes, (autoencoder, denoiser), functions, dtype)
-            if state.is_main_process:
-                write_json(output_dir / "run.json", {"identity": identity, **stored})
+            write_json(output_dir / "run.json", {"identity": identity, **stored})
     captions = sorted({caption for i in range(len(data)) for caption in data.captions(i)} - {""})
     yield Plan(
         name=config.name,
@@ -118,7 +121,9 @@ def train_model(
     )
 
     with state.main_process_first():
-        pictures_key, pictures, kept = yield from _decode_pictures(data, config.sample_size, output_dir / "cache")
+        pictures_key, pictures, kept = yield from _decode_pictures(
+            data, config.sample_size, output_dir / "cache"
+        )
     autoencoder.pictures = pictures
     yield from train_stage(
         autoencoder,
@@ -160,12 +165,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _step_function(stage: nn.Module, compiler: Compiler | None, state: PartialState) -> Callable[..., Tensor]:
+def _step_function(
+    stage: nn.Module, compiling: CompiledOrEager | None, state: PartialState
+) -> Callable[..., Tensor]:
     """What computes a stage's loss: the stage, its copies on several devices kept equal, or it compiled."""
     if state.num_processes > 1:
         devices = None if state.device.type == "cpu" else [state.device]
         stage = nn.parallel.DistributedDataParallel(stage.to(state.device), device_ids=devices)
-    return stage if compiler is None else CompiledOrEager(stage, compiler)
+    return stage if compiling is None else compiling(stage)
 
 
 def _open_folder(folder: Path, identity: str, resume: bool) -> None:
@@ -182,7 +189,9 @@ def _open_folder(folder: Path, identity: str, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _stored_plan(folder: Path, steps: int | None, minutes: float | None, stages: dict) -> dict | None:
+def _stored_plan(
+    folder: Path, steps: int | None, minutes: float | None, stages: Iterable[str]
+) -> dict[str, Any] | None:
     """The plan of the run that is being resumed, unless another length is asked for."""
     record = folder / "run.json"
     if not record.is_file():
@@ -202,7 +211,7 @@ def _measured_plan(
     stages: tuple[AutoencoderStage | DenoiserStage, ...],
     functions: dict[str, Callable[..., Tensor]],
     dtype: torch.dtype | None,
-) -> dict:
+) -> dict[str, Any]:
     seconds = {stage.name: _measure(stage, functions[stage.name], dtype) for stage in stages}
     shares = {"autoencoder": AUTOENCODER_SHARE, "denoiser": 1 - AUTOENCODER_SHARE}
     totals = {}
@@ -217,7 +226,9 @@ def _measured_plan(
     return {"steps": totals, "seconds": seconds, "minutes": minutes}
 
 
-def _measure(stage: AutoencoderStage | DenoiserStage, step: Callable[..., Tensor], dtype: torch.dtype | None) -> float:
+def _measure(
+    stage: AutoencoderStage | DenoiserStage, step: Callable[..., Tensor], dtype: torch.dtype | None
+) -> float:
     """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
     batch = stage.example()
     device = batch[0].device
@@ -233,9 +244,13 @@ def _measure(stage: AutoencoderStage | DenoiserStage, step: Callable[..., Tensor
     return OVERHEAD * sum(times[1:]) / 2
 
 
-def _decode_pictures(data: CaptionedImages, size: int, folder: Path) -> Generator[TrainStep, None, tuple[str, Array, list[int]]]:
+def _decode_pictures(
+    data: CaptionedImages, size: int, folder: Path
+) -> Generator[TrainStep, None, tuple[str, Array, list[int]]]:
     """Every picture at the training size; gives their cache's key, the array, and the pictures' numbers."""
-    files = [(data.name(i), (stat := data.path(i).stat()).st_size, stat.st_mtime_ns) for i in range(len(data))]
+    files = [
+        (data.name(i), (stat := data.path(i).stat()).st_size, stat.st_mtime_ns) for i in range(len(data))
+    ]
     key = digest(files, size)
     cache = ArrayCache(folder, "pictures", key, (len(data), size, size, 3), "uint8")
     record = folder / "damaged.json"
@@ -265,7 +280,9 @@ def _decode_pictures(data: CaptionedImages, size: int, folder: Path) -> Generato
 
 
 @torch.no_grad()
-def _encode_pictures(parts: Parts, pictures: Array, pictures_key: str, folder: Path) -> Generator[TrainStep, None, Array]:
+def _encode_pictures(
+    parts: Parts, pictures: Array, pictures_key: str, folder: Path
+) -> Generator[TrainStep, None, Array]:
     """The latents of every picture, in float16."""
     side = pictures.shape[1] // parts.vae.config.factor
     shape = (len(pictures), parts.vae.config.latent_channels, side, side)
@@ -285,7 +302,9 @@ def _encode_pictures(parts: Parts, pictures: Array, pictures_key: str, folder: P
 
 
 @torch.no_grad()
-def _encode_captions(parts: Parts, captions: list[str], folder: Path) -> Generator[TrainStep, None, list[TextCache | None]]:
+def _encode_captions(
+    parts: Parts, captions: list[str], folder: Path
+) -> Generator[TrainStep, None, list[TextCache | None]]:
     """Each frozen encoder's embeddings of the captions; None for an encoder that trains along."""
     caches: list[TextCache | None] = []
     chunks = [captions[i : i + ENCODED_TOGETHER] for i in range(0, len(captions), ENCODED_TOGETHER)]
@@ -304,7 +323,11 @@ def _encode_captions(parts: Parts, captions: list[str], folder: Path) -> Generat
         def blocks(i: int = i) -> Iterator[Array]:
             for chunk in chunks:
                 embeds = parts.text_encoder.encode(i, chunk)
-                mask = torch.ones(embeds.tokens.shape[:2], dtype=torch.bool) if embeds.mask is None else embeds.mask
+                mask = (
+                    torch.ones(embeds.tokens.shape[:2], dtype=torch.bool)
+                    if embeds.mask is None
+                    else embeds.mask
+                )
                 for tokens, real, pooled in zip(embeds.tokens, mask, embeds.pooled, strict=True):
                     yield torch.cat([tokens[real], pooled[None]]).cpu().numpy()
 
@@ -321,7 +344,8 @@ def _arrays(module: nn.Module) -> list[Array]:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file beside its name, then puts it in place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_suffix(".part")
     building.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(building, path)
+    building.replace(path)

@@ -1,0 +1,55 @@
+"""What starting costs: seconds of whole processes, beside an empty Python and `import torch` in the same run.
+
+    python benchmarks/startup.py [--runs 7]
+
+The rows alternate, so that a busy moment of the machine meets all of them; medians, with the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROWS = {
+    "python": [sys.executable, "-c", "pass"],
+    "import stable_diffusion": [sys.executable, "-c", "import stable_diffusion"],
+    "minisd --help": [sys.executable, "-m", "stable_diffusion", "--help"],
+    "import torch": [sys.executable, "-c", "import torch"],
+    "minisd generate": [sys.executable, "-m", "stable_diffusion", "generate", "a red circle", "--seed", "1"],
+}
+LIMITS = (
+    ("import stable_diffusion", "python", 0.2),
+    ("minisd --help", None, 0.5),
+    ("minisd generate", "import torch", 1.3),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=7)
+    runs = parser.parse_args().runs
+    seconds: dict[str, list[float]] = {row: [] for row in ROWS}
+    with tempfile.TemporaryDirectory() as folder:
+        for run in range(runs + 1):
+            for row, command in ROWS.items():
+                began = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True, cwd=folder)
+                if run > 0:  # the first round fills the file cache
+                    seconds[row].append(time.perf_counter() - began)
+    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {runs} runs")
+    for row, values in seconds.items():
+        print(f"{row:26} {statistics.median(values):6.2f} s  ({min(values):.2f} to {max(values):.2f})")
+    for row, base, limit in LIMITS:
+        over = statistics.median(seconds[row]) - (statistics.median(seconds[base]) if base else 0)
+        print(
+            f"{row} over {base or 'nothing'}: {over:.2f} s, limit {limit} s: {'ok' if over <= limit else 'TOO SLOW'}"
+        )
+
+
+if __name__ == "__main__":
+    main()

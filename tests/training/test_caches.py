@@ -1,0 +1,308 @@
+"""What a run prepares once and keeps: when it is used again, when it is made anew, and what is left out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stable_diffusion import DiffusionModel, images
+from stable_diffusion.config import MINILM
+from stable_diffusion.data.cache import ArrayCache, digest
+from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.errors import InputError
+from stable_diffusion.training.denoiser import TextCache
+from stable_diffusion.training.run import _decode_pictures, _encode_captions, _encode_pictures
+from tests.tiny import TEXT, TINY, shapes, tiny_model
+from tests.training.record import Record
+
+
+def result(progress: Any) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(progress)
+        except StopIteration as stop:
+            return stop.value
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> CocoImageLoader:
+    """A set whose files a test may change."""
+    return shapes(tmp_path / "shapes")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often pictures are decoded, and pictures and captions encoded."""
+    counter: Counter[str] = Counter()
+    model = tiny_model()
+    for owner, name in (
+        (CocoImageLoader, "__getitem__"),
+        (type(model.vae), "encode"),
+        (type(model.text_encoder), "encode"),
+    ):
+        label = f"{owner.__name__}.{name.strip('_')}"
+
+        def counting(self: Any, *args: Any, original: Any = getattr(owner, name), label: str = label) -> Any:
+            counter[label] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(owner, name, counting)
+    return counter
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.npy*")}
+
+
+# The array cache.
+
+
+def fill(cache: ArrayCache, rows: np.ndarray) -> list[int]:
+    return list(cache.fill(rows[i : i + 2] for i in range(0, len(rows), 2)))
+
+
+def test_rows_are_written_once_and_read_back(tmp_path: Path) -> None:
+    rows = np.arange(15, dtype=np.float16).reshape(5, 3)
+    cache = ArrayCache(tmp_path / "new", "rows", "key", (5, 3), "float16")
+    assert fill(cache, rows) == [2, 4, 5]
+    assert fill(cache, rows * 0) == [], "they are there"
+    assert cache.read().dtype == np.float16 and np.array_equal(cache.read(), rows)
+
+
+def test_another_key_replaces_and_another_name_does_not(tmp_path: Path) -> None:
+    rows = np.ones((4, 3))
+    for name, key in (("rows", "one"), ("others", "one"), ("rows", "two")):
+        fill(ArrayCache(tmp_path, name, key, (4, 3), "float32"), rows)
+    assert names(tmp_path) == {"others-one.npy", "rows-two.npy"}
+
+
+def test_a_cache_that_was_interrupted_is_filled_again(tmp_path: Path) -> None:
+    rows = np.ones((4, 3))
+    cache = ArrayCache(tmp_path, "rows", "key", (4, 3), "float32")
+    filling = cache.fill(rows[i : i + 1] for i in range(4))
+    next(filling)
+    filling.close()  # type: ignore[attr-defined]
+    assert not cache.path.exists()
+    assert fill(cache, rows) == [2, 4] and names(tmp_path) == {"rows-key.npy"}
+
+
+def test_a_full_disk_is_said_before_anything_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(ArrayCache(tmp_path, "rows", "old", (4, 3), "float32"), np.ones((4, 3)))
+
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(3_900_000_000))
+    cache = ArrayCache(tmp_path, "rows", "key", (10**9,), "float32")
+    with pytest.raises(InputError, match=r"has 3\.9 GB free and training needs 4\.0 GB there for rows: make room"):
+        fill(cache, np.ones(4))
+    assert names(tmp_path) == {"rows-old.npy"}
+
+
+def test_digests_tell_apart_what_differs() -> None:
+    array = np.arange(4.0)
+    parts: list[tuple[object, ...]] = [("a", "bc"), ("ab", "c"), (array,), (array + 1e-9,), (array.astype("f4"),), (1,), ("1",)]
+    assert len({digest(*part) for part in parts}) == len(parts)
+    assert digest("a", array) == digest("a", array.copy())
+
+
+# In a run.
+
+
+def run(folder: Path, data: CocoImageLoader, *, model: DiffusionModel | None = None, **settings: Any) -> set[str]:
+    (model or tiny_model()).train(data, output_dir=folder, steps=2, **settings)
+    return names(folder / "cache")
+
+
+def test_the_second_run_computes_nothing_twice(tmp_path: Path, own: CocoImageLoader, calls: Counter[str]) -> None:
+    def work() -> Counter[str]:
+        calls.clear()
+        run(tmp_path / "run", own)
+        return +calls
+
+    first = work()
+    assert first["CocoImageLoader.getitem"] == len(own) and first["PromptEncoder.encode"] > 0
+    second = work()
+    # Of the first's pictures, latents and captions none; the deviation of the latents is measured.
+    assert second["CocoImageLoader.getitem"] == second["PromptEncoder.encode"] == 0
+    kept = run(tmp_path / "run", own)
+    assert kept == run(tmp_path / "run", own) and len(kept) == 3
+
+
+def parts(kept: set[str]) -> dict[str, str]:
+    return {name.rsplit("-", 1)[0]: name for name in kept}
+
+
+def test_a_changed_picture_makes_new_pictures_and_latents(tmp_path: Path, own: CocoImageLoader) -> None:
+    before = parts(run(tmp_path / "run", own))
+    Image.new("RGB", (32, 32), "red").save(own.path(3))
+    after = parts(run(tmp_path / "run", own))
+    assert {name for name in before if before[name] != after[name]} == {"pictures", "latents"}
+    pictures = np.load(tmp_path / "run/cache" / after["pictures"])
+    assert (pictures[3] == (255, 0, 0)).all()
+    os.utime(own.path(3), ns=(1, 1))
+    assert parts(run(tmp_path / "run", own))["pictures"] != after["pictures"]
+
+
+def test_another_size_makes_all_pictures_anew(tmp_path: Path, own: CocoImageLoader) -> None:
+    small = result(_decode_pictures(own, 16, tmp_path))
+    large = result(_decode_pictures(own, 32, tmp_path))
+    assert small[0] != large[0] and small[1].shape == (9, 16, 16, 3) and large[1].shape == (9, 32, 32, 3)
+    assert len(names(tmp_path)) == 1, "the stale one is removed"
+    for index in range(len(own)):
+        assert np.array_equal(large[1][index], np.asarray(own[index].image)), "32 pixels are the file's own"
+
+
+def test_other_autoencoder_weights_make_new_latents(tmp_path: Path, own: CocoImageLoader) -> None:
+    key, pictures, _ = result(_decode_pictures(own, 32, tmp_path))
+    model = tiny_model()
+    latents = np.array(result(_encode_pictures(model, pictures, key, tmp_path)))
+    expected = model.encode([own[i].image for i in range(len(own))])
+    np.testing.assert_allclose(latents, expected, atol=2e-3)
+    with torch.no_grad():
+        model.vae.encoder.layers[-1].bias[0] += 1e-3
+    stale = names(tmp_path)
+    again = np.array(result(_encode_pictures(model, pictures, key, tmp_path)))
+    assert not np.array_equal(again, latents)
+    assert len(names(tmp_path)) == 2 and len(names(tmp_path) & stale) == 1
+
+
+def test_other_captions_or_text_weights_make_new_embeddings(tmp_path: Path) -> None:
+    model, seen = tiny_model(), []
+    for captions in (["", "a"], ["", "b"], ["", "a"]):
+        result(_encode_captions(model, captions, tmp_path))
+        seen.append(names(tmp_path))
+        assert len(seen[-1]) == 1
+    assert seen[0] == seen[2] != seen[1]
+    with torch.no_grad():
+        model.text_encoder.encoders[0].final_layer_norm.weight[0] = 2  # type: ignore[union-attr]
+    result(_encode_captions(model, ["", "a"], tmp_path))
+    assert names(tmp_path) != seen[2]
+
+
+# Text.
+
+
+CAPTIONS = ["", "a red circle", "grey", "a small blue star in the top left and a large green heart in the middle of it"]
+
+
+@pytest.mark.parametrize("encoders", [(TEXT,), (MINILM,), (replace(TEXT, trainable=True), MINILM)], ids=["clip", "bert", "both"])
+def test_cached_text_is_the_encoders_output(tmp_path: Path, encoders: Any) -> None:
+    unet = replace(TINY.unet, pooled_projection_dim=sum(encoder.hidden_size for encoder in encoders))
+    model = tiny_model(replace(TINY, text_encoders=encoders, unet=unet))
+    caches: list[TextCache | None] = result(_encode_captions(model, CAPTIONS, tmp_path))
+    assert [cache is None for cache in caches] == [encoder.trainable for encoder in encoders]
+    order = [3, 0, 1, 1, 2]
+    for i, cache in enumerate(caches):
+        if cache is None:
+            continue
+        tokens, mask, pooled = cache.read(order)
+        with torch.no_grad():
+            expected = model.text_encoder.encode(i, [CAPTIONS[number] for number in order])
+        real = torch.ones_like(mask) if expected.mask is None else expected.mask
+        assert torch.equal(mask, real)
+        torch.testing.assert_close(tokens[real], expected.tokens[real], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(pooled, expected.pooled, rtol=1e-3, atol=1e-3)
+        assert not tokens[~real].any() and not torch.allclose(tokens[0], tokens[1])
+
+
+# Damage.
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> CocoImageLoader:
+    """Pictures whose half still has a header."""
+    return shapes(tmp_path / "large", count=8, size=64)
+
+
+def test_damaged_pictures_are_named_and_left_out(tmp_path: Path, large: CocoImageLoader) -> None:
+    for index in (0, 4):
+        truncate(large.path(index))
+        with pytest.raises(InputError):
+            images.open_image(large.path(index))
+    message = f"2 pictures cannot be decoded and are left out: {large.name(0)}, {large.name(4)}"
+    for _ in range(2):  # from the files, then from the cache
+        with pytest.warns(UserWarning, match=message):
+            _, pictures, kept = result(_decode_pictures(large, 32, tmp_path / "cache"))
+        assert kept == [1, 2, 3, 5, 6] and pictures.shape == (5, 32, 32, 3)
+        for row, index in enumerate(kept):
+            assert np.array_equal(pictures[row], np.asarray(images.cover(large[index].image, 32, 32)))
+
+
+def test_captions_stay_with_their_pictures(
+    tmp_path: Path, large: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The captions that the denoiser draws for a row are those of the picture that is left in it."""
+    from stable_diffusion.training import run as module
+
+    truncate(large.path(2))
+    stages = []
+
+    class Spy(module.DenoiserStage):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            stages.append(self)
+
+    monkeypatch.setattr(module, "DenoiserStage", Spy)
+    with pytest.warns(UserWarning, match="1 pictures cannot be decoded"):
+        tiny_model().train(large, output_dir=tmp_path / "run", steps=1)
+    (stage,) = stages
+    kept = [index for index in range(len(large)) if index != 2]
+    texts = [tuple(stage.captions[number] for number in numbers) for numbers in stage.captions_of]
+    assert texts == [large.captions(index) for index in kept] and stage.captions[0] == ""
+    assert stage.latents is not None and len(stage.latents) == len(kept)
+
+
+def test_none_decodable_is_an_error(tmp_path: Path, large: CocoImageLoader) -> None:
+    for index in range(len(large)):
+        truncate(large.path(index))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match=f"none of the {len(large)} pictures can be decoded"):
+            tiny_model().train(large, output_dir=tmp_path / "run", steps=1)
+
+
+def test_preparation_is_shown(tmp_path: Path, own: CocoImageLoader) -> None:
+    record = Record()
+    run(tmp_path / "run", own, callback=record)
+    captions = len({caption for i in range(len(own)) for caption in own.captions(i)}) + 1
+    for stage, total in (("reading pictures", 9), ("encoding pictures", 9), ("encoding captions", captions)):
+        steps = record.stage(stage)
+        assert {step.total for step in steps} == {total} and steps[-1].index == total - 1
+        assert [step.index for step in steps] == sorted(step.index for step in steps)
+
+
+def stages(record: Record) -> Iterator[str]:
+    seen = None
+    for event in record.events[1:]:
+        if event.stage != seen:  # type: ignore[attr-defined]
+            seen = event.stage  # type: ignore[attr-defined]
+            yield str(seen)
+
+
+def test_rooms_are_met_in_order(tmp_path: Path, own: CocoImageLoader) -> None:
+    record = Record()
+    run(tmp_path / "run", own, callback=record)
+    assert list(stages(record)) == [
+        "reading pictures",
+        "autoencoder",
+        "encoding pictures",
+        "encoding captions",
+        "denoiser",
+    ]

@@ -1,0 +1,277 @@
+"""The two stages: what a batch holds, what the loss is, and that latents get unit deviation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stable_diffusion import pipeline
+from stable_diffusion.config import MINILM, AutoencoderKLConfig, Guidance, ModelConfig, SamplerConfig
+from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.training.autoencoder import AutoencoderStage, normalise, read_pixels
+from stable_diffusion.training.denoiser import DenoiserStage, TextCache
+from stable_diffusion.training.loop import Draw
+from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
+
+CAPTIONS = ["", "a red circle", "a blue square", "a green heart", "a yellow star"]
+BATCH = 8
+
+
+def stage_of(config: ModelConfig = TINY, pictures: int = 4) -> DenoiserStage:
+    """A denoiser's stage on random latents; picture i has the captions i + 1 and, but the last, i + 2."""
+    model = tiny_model(config)
+    settings = replace(config.training.denoiser, batch_size=BATCH)
+    config = replace(config, training=replace(config.training, denoiser=settings))
+    stage = DenoiserStage(model.unet, model.text_encoder, model.scheduler, config)
+    side = config.sample_size // config.vae.factor
+    latents = torch.randn(pictures, config.vae.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    stage.latents = latents.half().numpy()
+    stage.captions = CAPTIONS
+    stage.captions_of = [[i + 1, i + 2] if i + 2 < len(CAPTIONS) else [i + 1] for i in range(pictures)]
+    stage.text_caches = [None] * len(config.text_encoders)
+    return stage
+
+
+TRAINABLE = replace(TINY, text_encoders=(replace(TEXT, trainable=True),))
+
+
+def draw(step: int = 0, batch: int = BATCH) -> Draw:
+    return Draw(0, "denoiser", step, range(batch), batch)
+
+
+def words(stage: DenoiserStage, ids: torch.Tensor) -> list[str]:
+    """The captions that rows of token numbers are."""
+    known = {tuple(row.tolist()): text for row, text in zip(stage.text_encoder.tokenizers[0](CAPTIONS).input_ids, CAPTIONS, strict=True)}
+    return [known[tuple(row.tolist())] for row in ids]
+
+
+def drawn_captions(stage: DenoiserStage, steps: int) -> list[tuple[int, str]]:
+    """Which picture met which caption."""
+    pairs = []
+    for step in range(steps):
+        *_, ids, _ = stage.batch(draw(step))
+        assert stage.latents is not None
+        pairs += zip(draw(step).indices(len(stage.latents)), words(stage, ids), strict=True)
+    return pairs
+
+
+def test_a_tenth_of_the_captions_is_dropped() -> None:
+    pairs = drawn_captions(stage_of(TRAINABLE), 250)  # 2,000 captions; the deviation of the part is 0.0067
+    assert 0.08 < sum(caption == "" for _, caption in pairs) / len(pairs) < 0.12
+    none, all_ = (replace(TRAINABLE, training=replace(TRAINABLE.training, caption_dropout=p)) for p in (0.0, 1.0))
+    assert "" not in {caption for _, caption in drawn_captions(stage_of(none), 30)}
+    assert {caption for _, caption in drawn_captions(stage_of(all_), 30)} == {""}
+
+
+def test_captions_are_those_of_the_picture_and_all_are_met() -> None:
+    stage = stage_of(TRAINABLE)
+    pairs = {(picture, caption) for picture, caption in drawn_captions(stage, 100) if caption}
+    assert pairs == {(i, CAPTIONS[number]) for i, numbers in enumerate(stage.captions_of) for number in numbers}
+
+
+def test_a_batch_is_latents_noise_and_level() -> None:
+    stage = stage_of(TRAINABLE)
+    assert stage.latents is not None
+    x0, noise, timesteps, alpha, sigma, weight, *_ = stage.batch(draw(3))
+    assert np.array_equal(x0, stage.latents[draw(3).indices(4)].astype(np.float32))
+    assert noise.shape == x0.shape and noise.std() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(sigma, timesteps / 1000)
+    torch.testing.assert_close(alpha, 1 - sigma)
+    assert len(set(timesteps.tolist())) == BATCH and torch.equal(weight, torch.ones(BATCH))
+    again, other = stage.batch(draw(3)), stage.batch(draw(4))
+    assert all(torch.equal(a, b) for a, b in zip(stage.batch(draw(3)), again, strict=True))
+    assert not any(torch.equal(again[i], other[i]) for i in range(4))
+
+
+def test_times_cover_the_schedule_evenly() -> None:
+    times = torch.cat([stage_of(UNCONDITIONAL).batch(draw(step))[2] for step in range(60)]) / 1000
+    assert times.mean() == pytest.approx(0.5, abs=0.05) and times.var() == pytest.approx(1 / 12, abs=0.015)
+    assert 0 <= times.min() < 0.02 and 0.98 < times.max() <= 1
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_processes_read_their_part_of_a_batch(share: int) -> None:
+    stage = stage_of(TRAINABLE)
+    whole = stage.batch(draw(2))
+    part = stage.batch(Draw(0, "denoiser", 2, range(share, BATCH, 2), BATCH))
+    assert all(torch.equal(a[share::2], b) for a, b in zip(whole, part, strict=True))
+
+
+def test_the_example_has_the_shapes_of_a_batch() -> None:
+    for encoders in ((replace(TEXT, trainable=True),), (replace(TEXT, trainable=True), replace(TEXT, trainable=True))):
+        stage = stage_of(replace(TINY, text_encoders=encoders))
+        batch, example = stage.batch(draw()), stage.example()
+        assert [(x.shape, x.dtype, x.stride()) for x in batch] == [(x.shape, x.dtype, x.stride()) for x in example]
+    pictures = autoencoder_stage()
+    batch, example = pictures.batch(draw(0, 4)), pictures.example()
+    assert [(x.shape, x.dtype, x.stride()) for x in batch] == [(x.shape, x.dtype, x.stride()) for x in example]
+
+
+# The loss at the beginning: a U-Net whose last layer is zero predicts zero.
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"), [("flow_prediction", 2.0), ("epsilon", 1.0), ("v_prediction", 1.0), ("sample", 1.0)]
+)
+def test_the_first_loss_is_the_targets_mean_square(prediction: Any, expected: float) -> None:
+    """E|target|^2 for unit latents and noise: 2 for eps - x0, 1 for eps, x0, and alpha eps - sigma x0."""
+    kind = "flow" if prediction == "flow_prediction" else "cosine"
+    config = replace(UNCONDITIONAL, schedule=replace(TINY.schedule, kind=kind, prediction_type=prediction))
+    stage = stage_of(config, pictures=64)
+    with torch.no_grad():
+        losses = [stage(*stage.batch(draw(step))).item() for step in range(10)]
+    assert np.mean(losses) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_perfect_prediction_has_no_loss() -> None:
+    stage = stage_of(UNCONDITIONAL)
+    batch = stage.batch(draw())
+    stage.unet.forward = lambda *_: batch[1] - batch[0]  # type: ignore[method-assign]
+    assert stage(*batch).item() == 0
+
+
+# What the network reads: the same in training and in sampling.
+
+
+@pytest.mark.parametrize("encoder", [TEXT, MINILM, replace(TEXT, trainable=True)], ids=["clip", "bert", "trained"])
+def test_a_dropped_caption_is_samplings_unconditional_one(tmp_path: Path, encoder: Any) -> None:
+    """The U-Net's text input at a dropped caption is what guidance reads, and at a kept one what a prompt gives."""
+    from stable_diffusion.training.run import _encode_captions
+
+    width = encoder.hidden_size
+    unet = replace(TINY.unet, cross_attention_dim=width, pooled_projection_dim=width)
+    config = replace(TINY, text_encoders=(encoder,), unet=unet, training=replace(TINY.training, caption_dropout=0.5))
+    stage = stage_of(config)
+    parts = tiny_model(config)
+    progress = _encode_captions(parts, CAPTIONS, tmp_path)
+    while True:
+        try:
+            next(progress)
+        except StopIteration as stop:
+            stage.text_caches = stop.value
+            break
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def spy(self: object, inputs: tuple[Any, ...], *_: Any) -> None:
+        seen.append(tuple(None if x is None else x.clone() for x in inputs[2:]))
+
+    # A cached caption has no words to read: find the rows of the empty one by their pooled vector.
+    for network in (stage.unet, parts.unet):
+        network.register_forward_pre_hook(spy)
+    with torch.no_grad():
+        stage(*stage.batch(draw(1)))
+        request = pipeline.Request(
+            prompts=("a red circle", "a blue square", "a green heart", "a yellow star"),
+            negative_prompts=("",) * 4,
+            seeds=(0,) * 4,
+            height=32,
+            width=32,
+            num_inference_steps=1,
+            guidance=Guidance(scale=3.0),
+            sampler=SamplerConfig(name="euler", spacing="trailing"),
+        )
+        list(pipeline.generate(parts, request))
+    (tokens, mask, pooled), (sampled_tokens, sampled_mask, sampled_pooled) = seen
+    # Sampling's rows: four unconditional ones, then the prompts in the order of CAPTIONS[1:].
+    table = torch.cat([sampled_pooled[:1], sampled_pooled[4:]])
+    rows = torch.cdist(pooled, table).argmin(dim=1).tolist()
+    assert 0 in rows and any(rows), "some are dropped and some are not"
+    for place, row in enumerate(rows):
+        source = 0 if row == 0 else 3 + row
+        torch.testing.assert_close(pooled[place], sampled_pooled[source], rtol=1e-3, atol=1e-3)
+        real = torch.ones(len(tokens[place]), dtype=torch.bool) if mask is None else mask[place]
+        if mask is not None:
+            assert torch.equal(mask[place], sampled_mask[source])
+        torch.testing.assert_close(tokens[place][real], sampled_tokens[source][real], rtol=1e-3, atol=1e-3)
+
+
+def test_text_caches_pad_with_what_is_masked() -> None:
+    rows = np.arange(14, dtype=np.float16).reshape(7, 2)
+    cache = TextCache(rows, np.array([0, 3, 7]), context_length=5)
+    tokens, mask, pooled = cache.read([1, 0])
+    assert mask.tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3]
+    assert tokens[0, :3].tolist() == rows[3:6].tolist() and tokens[1, :2].tolist() == rows[:2].tolist()
+    assert pooled.tolist() == [rows[6].tolist(), rows[2].tolist()] and not tokens[~mask].any()
+
+
+# The autoencoder.
+
+
+def autoencoder_stage(vae: Any = TINY.vae, count: int = 9) -> AutoencoderStage:
+    model = tiny_model(replace(UNCONDITIONAL, vae=vae))
+    stage = AutoencoderStage(model.vae, TINY.training.autoencoder, 32)
+    stage.pictures = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return stage
+
+
+def test_pixels_are_the_whole_range() -> None:
+    pixels = read_pixels(np.array([[[[0, 255, 51]]]], dtype=np.uint8), [0])
+    assert pixels.flatten().tolist() == pytest.approx([-1, 1, -0.6]) and pixels.shape == (1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "vae", [TINY.vae, KL, replace(KL, scaling_factor=0.18215), VQ], ids=["tiny", "kl", "scaled", "vq"]
+)
+def test_latents_have_unit_deviation(tmp_path: Path, data: CocoImageLoader, vae: AutoencoderKLConfig) -> None:
+    """Of the training's pictures, and with the finished weights: what the denoiser is trained on."""
+    config = replace(UNCONDITIONAL, vae=vae)
+    model = tiny_model(config)
+    model.train(data, output_dir=tmp_path, steps=10)
+    latents = model.encode([data[i].image for i in range(len(data))])
+    per_channel = latents.transpose(0, 1).flatten(1)
+    assert per_channel.mean(dim=1).abs().max() < 0.05
+    if vae is VQ:  # a codebook allows one deviation for all channels
+        assert per_channel.square().mean().sqrt() == pytest.approx(1, abs=0.05)
+    else:
+        assert (per_channel.std(dim=1) - 1).abs().max() < 0.05
+    (file,) = (tmp_path / "cache").glob("latents-*.npy")
+    np.testing.assert_allclose(np.load(file), latents, atol=4e-3)
+
+
+def test_normalising_again_changes_nothing() -> None:
+    stage = autoencoder_stage()
+    assert stage.pictures is not None
+    normalise(stage.vae, stage.pictures, chunk=4)
+    before = stage.vae.encode(read_pixels(stage.pictures, [0, 1])).detach()
+    normalise(stage.vae, stage.pictures, chunk=5)
+    torch.testing.assert_close(stage.vae.encode(read_pixels(stage.pictures, [0, 1])).detach(), before, rtol=1e-3, atol=1e-4)
+
+
+def test_the_light_decoder_learns_on_what_it_will_meet() -> None:
+    """Unit latents during training too, whatever the encoder's scale, and some noise."""
+    stage = autoencoder_stage()
+    with torch.no_grad():
+        stage.vae.encoder.layers[-1].weight *= 50
+        pixels, noise = stage.batch(draw(0, 4))
+        latents, penalty = stage._latents(pixels, 0 * noise)
+        noisy, _ = stage._latents(pixels, noise)
+    assert penalty == 0
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), rtol=0.01, atol=0)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.01
+    torch.testing.assert_close(noisy - latents, 0.05 * noise, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_of_pixels_edges_and_the_pooled_picture() -> None:
+    stage = autoencoder_stage()
+    pixels, noise = stage.batch(draw(0, 4))
+    loss = stage(pixels, noise)
+    stage.vae.decode = lambda z: pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2)  # type: ignore[method-assign]
+    assert stage(pixels, noise).item() == 0 < loss.item()
+    stage.vae.decode = lambda z: 0.1 + (pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2))  # type: ignore[method-assign]
+    assert stage(pixels, noise).item() == pytest.approx(0.1 + 0.25 * 0.1, rel=1e-4), "a constant has no edges"
+
+
+def test_the_kl_draws_from_its_posterior() -> None:
+    stage = autoencoder_stage(KL)
+    pixels, noise = stage.batch(draw(0, 4))
+    mode, penalty = stage._latents(pixels, 0 * noise)
+    drawn, _ = stage._latents(pixels, noise)
+    posterior = stage.vae.posterior(pixels)  # type: ignore[union-attr]
+    torch.testing.assert_close(drawn - mode, noise * (posterior.logvar / 2).exp())
+    torch.testing.assert_close(penalty, 1e-6 * posterior.kl().mean())
+
