@@ -24,7 +24,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help setup image test test-slow lint
+.PHONY: help setup image test test-slow lint bench golden
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -44,6 +44,12 @@ lint: $(VENV)/.installed-dev ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev ## measure what starting costs
+	$(BIN)/python benchmarks/startup.py
+
+golden: $(VENV)/.installed-dev ## draw the golden pictures anew, after a change that is meant to change pictures
+	$(BIN)/python -m tests.test_packaged
 
 # The user's environment takes the versions of the lock too, so that both words install the same torch.
 $(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.lock | $(VENV)/pyvenv.cfg

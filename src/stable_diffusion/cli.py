@@ -22,6 +22,30 @@ if TYPE_CHECKING:
 
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
+# What a picture's settings hold, and which of it only some pictures have.
+STORED: dict[str, tuple[type, ...]] = {
+    "model": (str, type(None)),
+    "prompt": (str,),
+    "negative_prompt": (str,),
+    "seed": (int,),
+    "num_inference_steps": (int,),
+    "guidance_scale": (int, float),
+    "guidance_interval": (list,),
+    "guidance_rescale": (int, float),
+    "sampler": (str,),
+    "spacing": (str, type(None)),
+    "eta": (int, float),
+    "variance": (str,),
+    "width": (int,),
+    "height": (int,),
+}
+SOMETIMES_STORED: dict[str, tuple[type, ...]] = {
+    "strength": (int, float),
+    "image": (str,),
+    "mask_image": (str,),
+}
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
 
 def generate(
     prompt: tyro.conf.Positional[tuple[str, ...]] = (),
@@ -62,6 +86,12 @@ def generate(
     """
     from stable_diffusion import Config, DiffusionModel, images
 
+    if count < 1:
+        raise InputError(f"--count must be at least 1, got {count}")
+    if output.suffix.lower() in OTHER_PICTURES:
+        raise InputError(
+            f"pictures are written as PNG: name {str(output)!r} with .png at the end, or name a folder"
+        )
     given: dict[str, Any] = {
         "model": None if model is None else str(model),
         "negative_prompt": negative,
@@ -77,7 +107,7 @@ def generate(
     if size is not None:
         settings |= _size(size)
     if from_ is not None:
-        settings = {**images.read_settings(from_), **settings}
+        settings = {**_stored(from_), **settings}
         prompt = prompt or (str(settings["prompt"]),)
     settings.pop("prompt", None)
     if not prompt:
@@ -92,6 +122,22 @@ def generate(
         path = _free_path(output, text, first + number)
         images.save_png(picture, path, picture.info["settings"] | {"model": source})
         print(path, flush=True)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The settings in a picture. Raises InputError where they are not those that this command writes."""
+    from stable_diffusion import images
+
+    settings = images.read_settings(path)
+    kinds = STORED | {key: kind for key, kind in SOMETIMES_STORED.items() if key in settings}
+    wrong = [key for key, kind in kinds.items() if key not in settings or not isinstance(settings[key], kind)]
+    wrong += sorted(settings.keys() - kinds.keys())
+    if wrong or len(settings["guidance_interval"]) != 2:
+        raise InputError(
+            f"the settings in {path} are not this version's ({', '.join(wrong[:3]) or 'guidance_interval'}):"
+            " give a PNG that it wrote and no program changed"
+        )
+    return settings
 
 
 def _draw(model: DiffusionModel, prompt: str, settings: dict[str, Any]) -> Image.Image:

@@ -297,8 +297,8 @@ MINI = ModelConfig(
     num_inference_steps=16,
     guidance=Guidance(scale=3.0),
     training=TrainingConfig(
-        autoencoder=StageConfig(batch_size=32, learning_rate=1e-3, passes=6, min_steps=800, ema_decay=0.995),
-        denoiser=StageConfig(batch_size=64, learning_rate=8e-4, passes=30, min_steps=800),
+        autoencoder=StageConfig(batch_size=32, learning_rate=1e-3, passes=6, min_steps=300, ema_decay=0.995),
+        denoiser=StageConfig(batch_size=64, learning_rate=8e-4, passes=30, min_steps=400),
     ),
 )
 

@@ -299,23 +299,27 @@ class DiffusionModel(nn.Module):
         seed = _integer("seed", int.from_bytes(os.urandom(4), "big") if seed is None else seed, 0, 2**63 - 1)
         if sampler is None or isinstance(sampler, str):
             sampler = config.sampler if sampler is None else SamplerConfig(name=sampler)
+        if not isinstance(sampler, SamplerConfig):
+            raise InputError(f"sampler must be a name or a SamplerConfig, got {sampler!r}")
         sampler_named(sampler.name)
         if guidance_scale is None:
             guidance = config.guidance
         elif isinstance(guidance_scale, Guidance):
             guidance = guidance_scale
+            _number("guidance_scale", guidance.scale)
         else:
             guidance = dataclasses.replace(config.guidance, scale=_number("guidance_scale", guidance_scale))
         if mask_image is not None and image is None:
             raise InputError("mask_image needs the image that it masks: give image as well")
         if not 0 < _number("strength", strength) <= 1:
             raise InputError(f"strength must be above 0 and at most 1, got {strength}")
-        picture, mask = _picture(image), _picture(mask_image)
+        picture, mask = _picture("image", image), _picture("mask_image", mask_image)
         width, height = self._size(picture, width, height)
         number = len(prompts) * count
         shape = (number, config.vae.latent_channels, height // config.vae.factor, width // config.vae.factor)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise InputError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        if latents is not None and (not isinstance(latents, Tensor) or latents.shape != shape):
+            found = tuple(latents.shape) if isinstance(latents, Tensor) else repr(latents)
+            raise InputError(f"latents must be a tensor of the shape {shape}, got {found}")
         request = pipeline.Request(
             prompts=tuple(text for text in prompts for _ in range(count)),
             negative_prompts=tuple(text for text in negatives for _ in range(count)),
@@ -558,9 +562,10 @@ def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch
                 f"the weights of {name} do not fit its configuration: {len(keys)} of {len(wanted)} tensors are"
                 f" {problem} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
             )
+    trainable = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
     module.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
-    for parameter_name, parameter in module.named_parameters():
-        parameter.requires_grad_(wanted[parameter_name].requires_grad)
+    for key, parameter in module.named_parameters():
+        parameter.requires_grad_(trainable[key])
 
 
 def _texts(name: str, value: str | Sequence[str]) -> list[str]:
@@ -588,7 +593,9 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _picture(image: Image.Image | str | Path | None) -> Image.Image | None:
+def _picture(name: str, image: Image.Image | str | Path | None) -> Image.Image | None:
     if image is None:
         return None
+    if not isinstance(image, (Image.Image, str, Path)):
+        raise InputError(f"{name} must be a picture or the path of one, got {image!r}")
     return images.to_rgb(image) if isinstance(image, Image.Image) else images.open_image(image)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from stable_diffusion.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,14 +16,26 @@ class Config:
 
     Attributes:
         DEVICE: the torch device to work on, ``"cuda"``, ``"mps"`` or ``"cpu"``: the first of these that
-            the machine has, unless another is given.
+            the machine has, unless another is given. Raises InputError for one that it has not.
     """
 
     def __init__(self, device: str | None = None) -> None:
-        self.DEVICE: str = best_device() if device is None else device
+        self.DEVICE: str = best_device() if device is None else _present(device)
 
     def __repr__(self) -> str:
         return f"Config(DEVICE={self.DEVICE!r})"
+
+
+def _present(device: str) -> str:
+    """`device`, if the machine has it. Raises InputError where it does not."""
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind, _, number = device.partition(":")
+    if not present.get(kind) or (number and not number.isdecimal()):
+        choices = ", ".join(name for name, there in present.items() if there)
+        raise InputError(f"there is no device {device!r} here: choose one of {choices}")
+    return device
 
 
 def best_device() -> str:

@@ -1,6 +1,6 @@
 """Small Stable Diffusion folders with random weights, in the form in which the real ones are published.
 
-``checkpoint-facts`` of this file: today's libraries write other names than the published files have (no
+Today's libraries write other names than the published files have (no
 ``text_model.`` prefix and no ``position_ids``, ``to_q`` for ``query``), and more keys in the configurations.
 """
 

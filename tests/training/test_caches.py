@@ -47,18 +47,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often pictures are decoded, and pictures and captions encoded."""
     counter: Counter[str] = Counter()
     model = tiny_model()
-    for owner, name in (
-        (CocoImageLoader, "__getitem__"),
-        (type(model.vae), "encode"),
-        (type(model.text_encoder), "encode"),
-    ):
-        label = f"{owner.__name__}.{name.strip('_')}"
 
-        def counting(self: Any, *args: Any, original: Any = getattr(owner, name), label: str = label) -> Any:
-            counter[label] += 1
+    def count(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(self: Any, *args: Any) -> Any:
+            counter[f"{owner.__name__}.{name}"] += 1
             return original(self, *args)
 
         monkeypatch.setattr(owner, name, counting)
+
+    count(CocoImageLoader, "__getitem__")
+    count(type(model.vae), "encode")
+    count(type(model.text_encoder), "encode")
     return counter
 
 
@@ -98,7 +99,9 @@ def test_a_cache_that_was_interrupted_is_filled_again(tmp_path: Path) -> None:
     assert fill(cache, rows) == [2, 4] and names(tmp_path) == {"rows-key.npy"}
 
 
-def test_a_full_disk_is_said_before_anything_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_before_anything_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(ArrayCache(tmp_path, "rows", "old", (4, 3), "float32"), np.ones((4, 3)))
 
     class Usage(NamedTuple):
@@ -106,14 +109,24 @@ def test_a_full_disk_is_said_before_anything_is_removed(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(3_900_000_000))
     cache = ArrayCache(tmp_path, "rows", "key", (10**9,), "float32")
-    with pytest.raises(InputError, match=r"has 3\.9 GB free and training needs 4\.0 GB there for rows: make room"):
+    with pytest.raises(
+        InputError, match=r"has 3\.9 GB free and training needs 4\.0 GB there for rows: make room"
+    ):
         fill(cache, np.ones(4))
     assert names(tmp_path) == {"rows-old.npy"}
 
 
 def test_digests_tell_apart_what_differs() -> None:
     array = np.arange(4.0)
-    parts: list[tuple[object, ...]] = [("a", "bc"), ("ab", "c"), (array,), (array + 1e-9,), (array.astype("f4"),), (1,), ("1",)]
+    parts: list[tuple[object, ...]] = [
+        ("a", "bc"),
+        ("ab", "c"),
+        (array,),
+        (array + 1e-9,),
+        (array.astype("f4"),),
+        (1,),
+        ("1",),
+    ]
     assert len({digest(*part) for part in parts}) == len(parts)
     assert digest("a", array) == digest("a", array.copy())
 
@@ -121,22 +134,26 @@ def test_digests_tell_apart_what_differs() -> None:
 # In a run.
 
 
-def run(folder: Path, data: CocoImageLoader, *, model: DiffusionModel | None = None, **settings: Any) -> set[str]:
+def run(
+    folder: Path, data: CocoImageLoader, *, model: DiffusionModel | None = None, **settings: Any
+) -> set[str]:
     (model or tiny_model()).train(data, output_dir=folder, steps=2, **settings)
     return names(folder / "cache")
 
 
-def test_the_second_run_computes_nothing_twice(tmp_path: Path, own: CocoImageLoader, calls: Counter[str]) -> None:
+def test_the_second_run_computes_nothing_twice(
+    tmp_path: Path, own: CocoImageLoader, calls: Counter[str]
+) -> None:
     def work() -> Counter[str]:
         calls.clear()
         run(tmp_path / "run", own)
         return +calls
 
     first = work()
-    assert first["CocoImageLoader.getitem"] == len(own) and first["PromptEncoder.encode"] > 0
+    assert first["CocoImageLoader.__getitem__"] == len(own) and first["PromptEncoder.encode"] > 0
     second = work()
     # Of the first's pictures, latents and captions none; the deviation of the latents is measured.
-    assert second["CocoImageLoader.getitem"] == second["PromptEncoder.encode"] == 0
+    assert second["CocoImageLoader.__getitem__"] == second["PromptEncoder.encode"] == 0
     kept = run(tmp_path / "run", own)
     assert kept == run(tmp_path / "run", own) and len(kept) == 3
 
@@ -195,10 +212,17 @@ def test_other_captions_or_text_weights_make_new_embeddings(tmp_path: Path) -> N
 # Text.
 
 
-CAPTIONS = ["", "a red circle", "grey", "a small blue star in the top left and a large green heart in the middle of it"]
+CAPTIONS = [
+    "",
+    "a red circle",
+    "grey",
+    "a small blue star in the top left and a large green heart in the middle of it",
+]
 
 
-@pytest.mark.parametrize("encoders", [(TEXT,), (MINILM,), (replace(TEXT, trainable=True), MINILM)], ids=["clip", "bert", "both"])
+@pytest.mark.parametrize(
+    "encoders", [(TEXT,), (MINILM,), (replace(TEXT, trainable=True), MINILM)], ids=["clip", "bert", "both"]
+)
 def test_cached_text_is_the_encoders_output(tmp_path: Path, encoders: Any) -> None:
     unet = replace(TINY.unet, pooled_projection_dim=sum(encoder.hidden_size for encoder in encoders))
     model = tiny_model(replace(TINY, text_encoders=encoders, unet=unet))

@@ -29,7 +29,9 @@ def stage_of(config: ModelConfig = TINY, pictures: int = 4) -> DenoiserStage:
     config = replace(config, training=replace(config.training, denoiser=settings))
     stage = DenoiserStage(model.unet, model.text_encoder, model.scheduler, config)
     side = config.sample_size // config.vae.factor
-    latents = torch.randn(pictures, config.vae.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(
+        pictures, config.vae.latent_channels, side, side, generator=torch.Generator().manual_seed(0)
+    )
     stage.latents = latents.half().numpy()
     stage.captions = CAPTIONS
     stage.captions_of = [[i + 1, i + 2] if i + 2 < len(CAPTIONS) else [i + 1] for i in range(pictures)]
@@ -46,7 +48,10 @@ def draw(step: int = 0, batch: int = BATCH) -> Draw:
 
 def words(stage: DenoiserStage, ids: torch.Tensor) -> list[str]:
     """The captions that rows of token numbers are."""
-    known = {tuple(row.tolist()): text for row, text in zip(stage.text_encoder.tokenizers[0](CAPTIONS).input_ids, CAPTIONS, strict=True)}
+    known = {
+        tuple(row.tolist()): text
+        for row, text in zip(stage.text_encoder.tokenizers[0](CAPTIONS).input_ids, CAPTIONS, strict=True)
+    }
     return [known[tuple(row.tolist())] for row in ids]
 
 
@@ -63,7 +68,9 @@ def drawn_captions(stage: DenoiserStage, steps: int) -> list[tuple[int, str]]:
 def test_a_tenth_of_the_captions_is_dropped() -> None:
     pairs = drawn_captions(stage_of(TRAINABLE), 250)  # 2,000 captions; the deviation of the part is 0.0067
     assert 0.08 < sum(caption == "" for _, caption in pairs) / len(pairs) < 0.12
-    none, all_ = (replace(TRAINABLE, training=replace(TRAINABLE.training, caption_dropout=p)) for p in (0.0, 1.0))
+    none, all_ = (
+        replace(TRAINABLE, training=replace(TRAINABLE.training, caption_dropout=p)) for p in (0.0, 1.0)
+    )
     assert "" not in {caption for _, caption in drawn_captions(stage_of(none), 30)}
     assert {caption for _, caption in drawn_captions(stage_of(all_), 30)} == {""}
 
@@ -71,7 +78,9 @@ def test_a_tenth_of_the_captions_is_dropped() -> None:
 def test_captions_are_those_of_the_picture_and_all_are_met() -> None:
     stage = stage_of(TRAINABLE)
     pairs = {(picture, caption) for picture, caption in drawn_captions(stage, 100) if caption}
-    assert pairs == {(i, CAPTIONS[number]) for i, numbers in enumerate(stage.captions_of) for number in numbers}
+    assert pairs == {
+        (i, CAPTIONS[number]) for i, numbers in enumerate(stage.captions_of) for number in numbers
+    }
 
 
 def test_a_batch_is_latents_noise_and_level() -> None:
@@ -88,10 +97,22 @@ def test_a_batch_is_latents_noise_and_level() -> None:
     assert not any(torch.equal(again[i], other[i]) for i in range(4))
 
 
-def test_times_cover_the_schedule_evenly() -> None:
-    times = torch.cat([stage_of(UNCONDITIONAL).batch(draw(step))[2] for step in range(60)]) / 1000
-    assert times.mean() == pytest.approx(0.5, abs=0.05) and times.var() == pytest.approx(1 / 12, abs=0.015)
-    assert 0 <= times.min() < 0.02 and 0.98 < times.max() <= 1
+def times(config: ModelConfig) -> torch.Tensor:
+    stage = stage_of(config)
+    return torch.cat([stage.batch(draw(step))[2] for step in range(100)]) / 1000
+
+
+def test_times_cover_the_schedule() -> None:
+    """Evenly where steps are discrete; a flow's are logit-normal (Esser et al. 2024, equation 19)."""
+    discrete = times(
+        replace(UNCONDITIONAL, schedule=replace(TINY.schedule, kind="cosine", prediction_type="epsilon"))
+    )
+    assert discrete.mean() == pytest.approx(0.5, abs=0.04) and discrete.var() == pytest.approx(
+        1 / 12, abs=0.01
+    )
+    assert 0 <= discrete.min() < 0.02 and 0.98 < discrete.max() < 1
+    flow = torch.logit(times(UNCONDITIONAL).double())
+    assert flow.mean() == pytest.approx(0, abs=0.12) and flow.std() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("share", [0, 1])
@@ -103,20 +124,28 @@ def test_processes_read_their_part_of_a_batch(share: int) -> None:
 
 
 def test_the_example_has_the_shapes_of_a_batch() -> None:
-    for encoders in ((replace(TEXT, trainable=True),), (replace(TEXT, trainable=True), replace(TEXT, trainable=True))):
+    for encoders in (
+        (replace(TEXT, trainable=True),),
+        (replace(TEXT, trainable=True), replace(TEXT, trainable=True)),
+    ):
         stage = stage_of(replace(TINY, text_encoders=encoders))
         batch, example = stage.batch(draw()), stage.example()
-        assert [(x.shape, x.dtype, x.stride()) for x in batch] == [(x.shape, x.dtype, x.stride()) for x in example]
+        assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
+            (x.shape, x.dtype, x.stride()) for x in example
+        ]
     pictures = autoencoder_stage()
     batch, example = pictures.batch(draw(0, 4)), pictures.example()
-    assert [(x.shape, x.dtype, x.stride()) for x in batch] == [(x.shape, x.dtype, x.stride()) for x in example]
+    assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
+        (x.shape, x.dtype, x.stride()) for x in example
+    ]
 
 
 # The loss at the beginning: a U-Net whose last layer is zero predicts zero.
 
 
 @pytest.mark.parametrize(
-    ("prediction", "expected"), [("flow_prediction", 2.0), ("epsilon", 1.0), ("v_prediction", 1.0), ("sample", 1.0)]
+    ("prediction", "expected"),
+    [("flow_prediction", 2.0), ("epsilon", 1.0), ("v_prediction", 1.0), ("sample", 1.0)],
 )
 def test_the_first_loss_is_the_targets_mean_square(prediction: Any, expected: float) -> None:
     """E|target|^2 for unit latents and noise: 2 for eps - x0, 1 for eps, x0, and alpha eps - sigma x0."""
@@ -138,14 +167,18 @@ def test_a_perfect_prediction_has_no_loss() -> None:
 # What the network reads: the same in training and in sampling.
 
 
-@pytest.mark.parametrize("encoder", [TEXT, MINILM, replace(TEXT, trainable=True)], ids=["clip", "bert", "trained"])
+@pytest.mark.parametrize(
+    "encoder", [TEXT, MINILM, replace(TEXT, trainable=True)], ids=["clip", "bert", "trained"]
+)
 def test_a_dropped_caption_is_samplings_unconditional_one(tmp_path: Path, encoder: Any) -> None:
     """The U-Net's text input at a dropped caption is what guidance reads, and at a kept one what a prompt gives."""
     from stable_diffusion.training.run import _encode_captions
 
     width = encoder.hidden_size
     unet = replace(TINY.unet, cross_attention_dim=width, pooled_projection_dim=width)
-    config = replace(TINY, text_encoders=(encoder,), unet=unet, training=replace(TINY.training, caption_dropout=0.5))
+    config = replace(
+        TINY, text_encoders=(encoder,), unet=unet, training=replace(TINY.training, caption_dropout=0.5)
+    )
     stage = stage_of(config)
     parts = tiny_model(config)
     progress = _encode_captions(parts, CAPTIONS, tmp_path)
@@ -239,7 +272,9 @@ def test_normalising_again_changes_nothing() -> None:
     normalise(stage.vae, stage.pictures, chunk=4)
     before = stage.vae.encode(read_pixels(stage.pictures, [0, 1])).detach()
     normalise(stage.vae, stage.pictures, chunk=5)
-    torch.testing.assert_close(stage.vae.encode(read_pixels(stage.pictures, [0, 1])).detach(), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        stage.vae.encode(read_pixels(stage.pictures, [0, 1])).detach(), before, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_light_decoder_learns_on_what_it_will_meet() -> None:
@@ -262,7 +297,9 @@ def test_the_loss_is_of_pixels_edges_and_the_pooled_picture() -> None:
     loss = stage(pixels, noise)
     stage.vae.decode = lambda z: pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2)  # type: ignore[method-assign]
     assert stage(pixels, noise).item() == 0 < loss.item()
-    stage.vae.decode = lambda z: 0.1 + (pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2))  # type: ignore[method-assign]
+    stage.vae.decode = lambda z: (
+        0.1 + (pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2))
+    )  # type: ignore[method-assign]
     assert stage(pixels, noise).item() == pytest.approx(0.1 + 0.25 * 0.1, rel=1e-4), "a constant has no edges"
 
 
@@ -274,4 +311,3 @@ def test_the_kl_draws_from_its_posterior() -> None:
     posterior = stage.vae.posterior(pixels)  # type: ignore[union-attr]
     torch.testing.assert_close(drawn - mode, noise * (posterior.logvar / 2).exp())
     torch.testing.assert_close(penalty, 1e-6 * posterior.kl().mean())
-

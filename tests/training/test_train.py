@@ -324,7 +324,7 @@ def test_giving_up_names_the_stage(
         return latents * np.float16(np.nan)
 
     monkeypatch.setattr(run, "_encode_pictures", poisoned)
-    with pytest.raises(InputError, match="^denoiser: the gradient was not finite 20 times"):
+    with pytest.raises(InputError, match=r"^denoiser: the gradient was not finite 20 times"):
         trained(tmp_path, data, steps=25)
     assert (tmp_path / "autoencoder.safetensors").is_file()
     assert not (tmp_path / "denoiser.safetensors").exists() and not (tmp_path / "model").exists()

@@ -48,6 +48,8 @@ def read(folder: Path) -> Checkpoint:
         raise InputError(
             f"{folder / 'config.json'} is not JSON ({error}): copy the model folder again"
         ) from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{folder / 'config.json'} must hold a JSON object: copy the model folder again")
     config = from_dict(ModelConfig, settings)
     states, tokenizers = [], []
     for i, text_config in enumerate(config.text_encoders):
@@ -79,6 +81,14 @@ def _carried(config: TextEncoderConfig) -> Path:
     return packaged(str(config.packaged)) / "model.safetensors"
 
 
+def _is_carried(state: State, config: TextEncoderConfig) -> bool:
+    """Whether the package holds these very weights."""
+    carried = packaged_text_encoder(config)
+    return bool(carried) and all(
+        torch.equal(state[name].cpu(), tensor.to(state[name].dtype)) for name, tensor in carried.items()
+    )
+
+
 def write(
     folder: Path, checkpoint: Checkpoint, tokenizer_files: list[list[Path]], dtype: torch.dtype | None = None
 ) -> None:
@@ -93,18 +103,17 @@ def write(
     Raises:
         InputError: there is something at `folder` that is not a model folder.
     """
-    if folder.exists() and not (folder.is_dir() and (is_native(folder) or not any(folder.iterdir()))):
+    if folder.exists() and not _is_replaceable(folder):
         raise InputError(f"{folder} exists and is no model folder of this project: choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        building.chmod(0o755)
         _write_tensors(building / UNET, checkpoint.unet, dtype)
         _write_tensors(building / VAE, checkpoint.vae, dtype)
         if checkpoint.projections:
             _write_tensors(building / PROJECTION, checkpoint.projections, dtype)
         for i, config in enumerate(checkpoint.config.text_encoders):
-            if config.packaged is not None and not config.trainable and _carried(config).is_file():
+            if not config.trainable and _is_carried(checkpoint.text_encoders[i], config):
                 continue
             state = published_text_state(checkpoint.text_encoders[i], config)
             _write_tensors(building / _numbered("text_encoder", i) / "model.safetensors", state, dtype)
@@ -114,6 +123,10 @@ def write(
                 shutil.copyfile(path, target / path.name)
         text = json.dumps(to_dict(checkpoint.config), indent=2, ensure_ascii=False)
         (building / "config.json").write_text(text + "\n", encoding="utf-8")
+        # What others may read is for the umask to say; temporary folders and safetensors leave them nothing.
+        building.chmod((building / UNET).parent.stat().st_mode)
+        for path in building.rglob("*.safetensors"):
+            path.chmod((building / "config.json").stat().st_mode)
         _put_in_place(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -133,9 +146,27 @@ def _put_in_place(building: Path, folder: Path) -> None:
         building.replace(folder)
         return
     older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    folder.replace(older / "model")
-    building.replace(folder)
+    aside = older / "model"
+    try:
+        folder.replace(aside)
+        building.replace(folder)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.replace(folder)
+        older.rmdir()
+        raise
     shutil.rmtree(older)
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether nothing of anyone else's is at `folder`: it is empty, or one of our models."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder.is_dir()
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return is_native(folder) and isinstance(settings, dict) and {"unet", "vae"} <= settings.keys()
 
 
 def _numbered(name: str, index: int) -> str:

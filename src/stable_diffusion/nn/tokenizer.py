@@ -101,7 +101,9 @@ class Tokenizer:
         return TokenBatch(torch.tensor(ids), torch.tensor(mask), cut)
 
     def _encode(self, texts: list[str]) -> list[Any]:
-        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        # A command line can hold bytes that are no text (lone surrogates); each becomes a question mark.
+        sound = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        return self._tokenizer.encode_batch(sound, add_special_tokens=False)
 
 
 def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
@@ -124,6 +126,8 @@ def _clip(folder: Path) -> FastTokenizer:
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
     merges = [(first, second) for first, second in pairs]
+    if not merges:
+        raise ValueError("merges.txt is empty")
     tokenizer = FastTokenizer(
         models.BPE(
             vocab=vocab,

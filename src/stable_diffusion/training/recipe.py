@@ -58,6 +58,8 @@ def read_recipe(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a recipe file, or --images and --captions") from None
+    except OSError as error:
+        raise InputError(f"cannot open {path}: {error.strerror}; give a recipe file") from None
     except ValueError as error:
         raise InputError(f"{path} is not TOML: {error}") from None
     for table in content:

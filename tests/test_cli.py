@@ -1,0 +1,467 @@
+"""The command: what it prints, what it writes, and that every input that cannot be used is one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from stable_diffusion import DiffusionModel, cli
+from stable_diffusion.checkpoints.checkpoint import packaged
+from stable_diffusion.nn import tokenizer
+from tests.lively import lively
+from tests.tiny import KL, TINY, tiny_model
+
+ROOT = Path(__file__).parents[1]
+CLIP = tokenizer._clip(packaged("clip-tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    network = lively(tiny_model(replace(TINY, vae=KL, prompts=("a red circle",))))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tokenizer, "_clip", lambda folder: CLIP)  # building it takes longer than drawing
+
+
+class Result:
+    def __init__(self, code: int | str | None, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def minisd(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: object) -> Result:
+        code: int | str | None = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "default", UserWarning
+            )  # which the tests have as errors, the command as notes
+            try:
+                cli.main([str(argument) for argument in arguments])
+            except SystemExit as end:
+                code = end.code
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+def everything() -> list[str]:
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+def picture(path: str, width: int = 32, height: int = 32, seed: int = 0) -> Path:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return Path(path)
+
+
+def mask(path: str, width: int = 32, height: int = 32) -> Path:
+    values = np.zeros((height, width), dtype=np.uint8)
+    values[8:24, 8:24] = 255
+    Image.fromarray(values).save(path)
+    return Path(path)
+
+
+def settings(path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        return dict(json.loads(image.text["minisd"]))  # type: ignore[attr-defined]
+
+
+# generate
+
+
+def test_generate_prints_the_path_and_nothing_else(minisd: Any, model: str) -> None:
+    result = minisd("generate", "a red circle", "--model", model, "--seed", 3)
+    assert result.code == 0
+    (path,) = result.paths
+    assert path == Path("pictures/a-red-circle-3.png")
+    with Image.open(path) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
+        assert image.text["parameters"].startswith("a red circle\nSteps: 4, Sampler: Euler,")  # type: ignore[attr-defined]
+    assert "steps a second" in result.err
+    assert everything() == ["pictures", "pictures/a-red-circle-3.png"]
+
+
+def test_nothing_is_overwritten(minisd: Any, model: str) -> None:
+    arguments = ("generate", "a", "--model", model, "--seed", 3)
+    paths = [minisd(*arguments).paths[0] for _ in range(3)]
+    assert [path.name for path in paths] == ["a-3.png", "a-3-2.png", "a-3-3.png"]
+    assert len({path.read_bytes() for path in paths}) == 1
+    named = [minisd(*arguments, "--output", "out/mine.png").paths[0] for _ in range(2)]
+    assert named == [Path("out/mine.png"), Path("out/mine-2.png")]
+    assert minisd(*arguments, "--output", "folder").paths == [Path("folder/a-3.png")]
+
+
+def test_count_and_several_prompts(minisd: Any, model: str) -> None:
+    result = minisd("generate", "a", "b", "--count", 2, "--model", model, "--seed", 10)
+    assert [path.name for path in result.paths] == ["a-10.png", "a-11.png", "b-12.png", "b-13.png"]
+    assert [settings(path)["seed"] for path in result.paths] == [10, 11, 12, 13]
+    single = minisd("generate", "b", "--model", model, "--seed", 12, "--output", "single").paths[0]
+    assert single.read_bytes() == result.paths[2].read_bytes()
+
+
+def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: str) -> None:
+    given = picture("given.png"), mask("mask.png")
+    (path,) = minisd(
+        *("generate", "a", "--model", model, "--negative", "blurry", "--steps", 6, "--guidance", 3.5),
+        *("--sampler", "heun", "--seed", 0, "--size", "48x32", "--image", given[0], "--mask", given[1]),
+        *("--strength", 0.5, "--device", "cpu"),
+    ).paths
+    stored = settings(path)
+    assert {
+        key: stored[key] for key in ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
+    } == {
+        "prompt": "a",
+        "negative_prompt": "blurry",
+        "num_inference_steps": 6,
+        "guidance_scale": 3.5,
+    }
+    assert [stored[key] for key in ("sampler", "seed", "width", "height", "strength")] == [
+        "heun",
+        0,
+        48,
+        32,
+        0.5,
+    ]
+    assert [stored[key] for key in ("model", "image", "mask_image")] == [model, "given.png", "mask.png"]
+    with Image.open(path) as image:
+        assert image.size == (48, 32)
+
+
+def test_a_size_is_a_side_or_two(minisd: Any, model: str) -> None:
+    sizes = []
+    for size in ("16", "24x16"):
+        (path,) = minisd("generate", "a", "--model", model, "--steps", 1, "--size", size).paths
+        with Image.open(path) as image:
+            sizes.append(image.size)
+    assert sizes == [(16, 16), (24, 16)]
+
+
+def test_unmasked_bytes_are_identical(minisd: Any, model: str) -> None:
+    given = picture("given.png", 40, 32)
+    mask("mask.png", 40, 32)
+    (path,) = minisd("generate", "a", "--model", model, "--image", given, "--mask", "mask.png").paths
+    with Image.open(path) as image, Image.open(given) as before, Image.open("mask.png") as where:
+        outside = np.asarray(where) == 0
+        assert np.array_equal(np.asarray(image)[outside], np.asarray(before)[outside])
+        assert (np.asarray(image)[~outside] != np.asarray(before)[~outside]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--negative", "x", "--steps", "3", "--guidance", "0", "--sampler", "euler_a", "--size", "24x32"],
+        ["--image", "given.png", "--strength", "0.6"],
+        ["--image", "given.png", "--mask", "mask.png", "--strength", "1"],
+    ],
+    ids=["plain", "options", "image", "mask"],
+)
+def test_from_makes_a_picture_again_byte_for_byte(options: list[str], minisd: Any, model: str) -> None:
+    picture("given.png", 36, 32)
+    mask("mask.png", 36, 32)
+    (first,) = minisd("generate", 'say "hé" 🦊', "--model", model, *options).paths
+    (again,) = minisd("generate", "--from", first).paths
+    assert again != first
+    assert again.read_bytes() == first.read_bytes()
+    (twice,) = minisd("generate", "--from", again).paths
+    assert twice.read_bytes() == first.read_bytes()
+
+
+def test_from_with_other_settings_changes_only_those(minisd: Any, model: str) -> None:
+    (first,) = minisd("generate", "a", "--model", model, "--seed", 5, "--steps", 3).paths
+    before = settings(first)
+    for option, value, key in (
+        ("--seed", 6, "seed"),
+        ("--steps", 5, "num_inference_steps"),
+        ("--guidance", 4.0, "guidance_scale"),
+        ("--sampler", "heun", "sampler"),
+        ("--negative", "x", "negative_prompt"),
+    ):
+        (other,) = minisd("generate", "--from", first, option, value).paths
+        assert settings(other) == before | {key: value}
+        assert Image.open(other).tobytes() != Image.open(first).tobytes()
+    (other,) = minisd("generate", "b", "--from", first).paths
+    assert settings(other) == before | {"prompt": "b"}
+    (other,) = minisd("generate", "--from", first, "--size", "16").paths
+    assert settings(other) == before | {"width": 16, "height": 16}
+    assert [settings(p)["seed"] for p in minisd("generate", "--from", first, "--count", 3).paths] == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("", "picture-1.png"),
+        ("🦊🦊", "picture-1.png"),
+        ('a "red" circle; rm -rf $HOME `ls` \\ %PATH%', "a-red-circle-rm-rf-home-ls-path-1.png"),
+        ("../../etc/passwd", "etc-passwd-1.png"),
+        ("ÄÖÜ 北京", "äöü-北京-1.png"),
+        ("two\nlines", "two-lines-1.png"),
+        ("-", "picture-1.png"),
+        ("word " * 12, "word-" * 12 + "1.png"),
+        ("NUL", "nul-1.png"),
+        ("\udcff", "picture-1.png"),  # how a byte that is no text comes in from a command line
+    ],
+)
+def test_any_text_is_a_prompt_and_gives_a_safe_name(prompt: str, name: str, minisd: Any, model: str) -> None:
+    result = minisd("generate", prompt, "--model", model, "--steps", 1, "--seed", 1)
+    assert result.paths == [Path("pictures") / name]
+    assert settings(result.paths[0])["prompt"] == prompt
+    (again,) = minisd("generate", "--from", result.paths[0]).paths
+    assert again.read_bytes() == result.paths[0].read_bytes()
+
+
+def test_a_prompt_that_is_too_long_is_a_note(minisd: Any, model: str) -> None:
+    result = minisd("generate", "one two three " * 9 + "end", "--model", model, "--steps", 1)
+    assert result.code == 0
+    notes = [line for line in result.err.splitlines() if line.startswith("minisd: note: ")]
+    assert len(notes) == 1
+    assert "three end" in notes[0]
+
+
+# What cannot be used
+
+
+def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) -> None:
+    picture("given.png")
+    Path("text.png").write_text("not a picture")
+    Path("cut.png").write_bytes(Path("given.png").read_bytes()[:500])
+    Path("folder").mkdir()
+    for name, chunk in {
+        "damaged.png": "{",
+        "list.png": "[]",
+        "empty.png": "{}",
+        "foreign.png": '{"prompt": "a", "x": 1}',
+        "typed.png": '{"prompt": 3, "seed": "a"}',
+        "half.png": '{"prompt": "a", "spacing": null, "sampler": "euler"}',
+        "odd.png": '{"prompt": "a", "guidance_interval": 3, "guidance_scale": 1}',
+    }.items():
+        chunks = PngInfo()
+        chunks.add_text("minisd", chunk)
+        Image.new("RGB", (8, 8)).save(name, pnginfo=chunks)
+    before = everything()
+    failures: list[tuple[Any, ...]] = []
+    base: tuple[object, ...] = ("generate", "a", "--model", model)
+    for arguments, message in [
+        (("generate", "--model", model), "what shall be drawn"),
+        (("generate",), "what shall be drawn"),
+        ((*base, "--size", 33), "multiple of 4, got 33; nearest are 32 and 36"),
+        ((*base, "--size", "32x"), "WIDTHxHEIGHT"),
+        ((*base, "--size", "0"), "width must be"),
+        ((*base, "--steps", 0), "num_inference_steps must be a whole number, at least 1"),
+        ((*base, "--count", 0), "--count must be"),
+        ((*base, "--count", -2), "--count must be"),
+        ((*base, "--seed", -1), "seed must be"),
+        ((*base, "--seed", 2**64), "seed must be"),
+        ((*base, "--guidance", "nan"), "guidance_scale must be a number"),
+        ((*base, "--sampler", "eulr"), "did you mean 'euler'"),
+        ((*base, "--strength", 0), "strength must be above 0"),
+        ((*base, "--strength", 2), "strength must be above 0"),
+        ((*base, "--image", "nowhere.png"), "cannot open nowhere.png"),
+        ((*base, "--image", "text.png"), "text.png is not a picture"),
+        ((*base, "--image", "cut.png"), "cut.png is damaged or cut off"),
+        ((*base, "--image", "folder"), "cannot open folder"),
+        ((*base, "--mask", "given.png"), "mask_image needs the image"),
+        ((*base, "--image", "given.png", "--mask", "text.png"), "text.png is not a picture"),
+        ((*base, "--output", "picture.jpg"), "picture.jpg"),
+        ((*base, "--device", "nonsense"), "no device 'nonsense' here: choose one of cpu"),
+        ((*base, "--device", "cpu:x"), "no device 'cpu:x'"),
+        (("generate", "a", "--model", "nowhere"), "nowhere does not exist"),
+        (("generate", "a", "--model", "given.png"), "is no model folder"),
+        (("generate", "a", "--model", "folder"), "is no model folder"),
+        (("generate", "--from", "nowhere.png"), "cannot open nowhere.png"),
+        (("generate", "--from", "given.png"), "holds no settings"),
+        (("generate", "--from", "damaged.png"), "damaged"),
+        (("generate", "--from", "list.png"), "damaged"),
+        (("generate", "--from", "empty.png"), "empty.png"),
+        (("generate", "--from", "foreign.png", "--model", model), "foreign.png"),
+        (("generate", "--from", "typed.png", "--model", model), "typed.png"),
+        (("generate", "--from", "half.png", "--model", model), "half.png"),
+        (("generate", "--from", "odd.png", "--model", model), "odd.png"),
+        (("info", "nowhere"), "nowhere does not exist"),
+        (("info", "given.png"), "holds no settings"),
+        (("info", "text.png"), "text.png is not a picture"),
+        (("info", "folder"), "is no model folder"),
+        (("train",), "give a recipe file"),
+        (("train", "nowhere.toml"), "nowhere.toml does not exist"),
+        (("train", "text.png"), "is not TOML"),
+        (("train", "folder"), "folder"),
+        (("train", "given.png"), "given.png"),
+        (("train", "--images", "folder"), "both --images and --captions"),
+        (("train", "x.toml", "--images", "folder"), "not both"),
+        (("train", "--images", "folder", "--captions", "nowhere.json"), "nowhere.json"),
+        (("train", "--images", "folder", "--captions", "text.png"), "text.png"),
+        (
+            ("train", "--images", "folder", "--captions", "nowhere.json", "--config", "big"),
+            "unknown preset 'big'",
+        ),
+        (("data", "shapes", "--out", "given.png"), "given.png"),
+        (("data", "shapes", "--out", "new", "--count", 0), "at least 2 pictures"),
+        (("data", "shapes", "--out", "new", "--size", 0), "at least 16 pixels"),
+    ]:
+        try:
+            result = minisd(*arguments)
+        except Exception as error:
+            failures.append((arguments, repr(error)))
+            continue
+        told = result.err.startswith("minisd: ") and result.err.count("\n") == 1 and message in result.err
+        changed = sorted(set(everything()) - set(before))
+        if result.code != 2 or result.out or not told or changed:
+            failures.append((arguments, result.code, result.out, result.err, changed))
+    assert not failures, "\n".join(map(str, failures))
+
+
+def test_a_place_that_cannot_be_written_is_named(minisd: Any, model: str) -> None:
+    picture("given.png")
+    result = minisd("generate", "a", "--model", model, "--output", "given.png/x")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[-1].startswith("minisd: cannot write given.png/x/a-")
+    assert everything() == ["given.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a", "--colour", "red"],
+        ["generate", "a", "--steps", "many"],
+        ["generate", "a", "--seed"],
+        ["paint", "a"],
+        ["data", "squares", "--out", "x"],
+        ["data", "shapes"],
+        [],
+    ],
+)
+def test_an_option_that_does_not_exist_is_exit_code_2(arguments: list[str], minisd: Any) -> None:
+    result = minisd(*arguments)
+    assert result.code == 2
+    assert result.out == "" or arguments == []
+    assert "Traceback" not in result.err
+    assert everything() == []
+
+
+@pytest.mark.parametrize("part", ["unet.conv_out.bias", "vae.decoder.conv_out.bias"])
+def test_damaged_weights_write_no_file(part: str, minisd: Any, model: str) -> None:
+    network = DiffusionModel.from_pretrained(model)
+    with torch.no_grad():
+        network.get_parameter(part)[0] = math.nan
+    network.save_pretrained("damaged")
+    result = minisd("generate", "a", "--model", "damaged")
+    assert result.code == 2
+    assert result.out == ""
+    assert {"unet": "the U-Net gave NaN", "vae": "the autoencoder's decoder gave NaN"}[
+        part[: part.index(".")]
+    ] in result.err
+    assert not Path("pictures").exists()
+
+
+# info, data, train
+
+
+def test_info_of_a_model_and_of_a_picture(minisd: Any, model: str) -> None:
+    result = minisd("info", model)
+    assert result.code == 0
+    assert result.out.startswith("tiny: 32 pixels, flow schedule")
+    assert "unet: " in result.out
+    assert "million parameters in float32" in result.out
+    assert 'minisd generate "a red circle"' in result.out
+    (path,) = minisd("generate", "a blue star", "--model", model, "--seed", 4).paths
+    result = minisd("info", path)
+    assert "prompt: a blue star\n" in result.out
+    assert "seed: 4\n" in result.out
+
+
+def test_data_shapes(minisd: Any) -> None:
+    result = minisd("data", "shapes", "--out", "shapes", "--count", 10, "--size", 32, "--seed", 1)
+    assert result.code == 0
+    assert len(result.out.splitlines()) == 1
+    captions = json.loads(Path("shapes/annotations/captions_train.json").read_text(encoding="utf-8"))
+    assert len(list(Path("shapes/train").iterdir())) == len(captions["images"]) == 9
+
+
+RECIPE = """
+[data]
+kind = "shapes"
+count = 10
+size = 32
+
+[model]
+name = "smallest"
+sample_size = 32
+num_inference_steps = 2
+
+[model.vae]
+patch_size = 2
+block_out_channels = [16, 32]
+encoder_blocks = [1, 1]
+decoder_blocks = [1, 1]
+
+[model.unet]
+block_out_channels = [32, 64]
+attention_levels = [false, true]
+num_attention_heads = [2, 4]
+norm_num_groups = 8
+
+[model.training.autoencoder]
+batch_size = 2
+
+[model.training.denoiser]
+batch_size = 2
+"""
+
+
+def test_train_a_recipe_then_draw_with_its_model(minisd: Any) -> None:
+    Path("smallest.toml").write_text(RECIPE, encoding="utf-8")
+    result = minisd("train", "smallest.toml", "--steps", 2, "--no-autocast")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == str(Path("runs/smallest/model"))
+    drawn = minisd("generate", "a red circle", "--model", "runs/smallest/model", "--seed", 1)
+    assert drawn.paths == [Path("pictures/a-red-circle-1.png")]
+    assert minisd("train", "smallest.toml", "--steps", 2, "--no-autocast").code == 0
+    unknown = RECIPE.replace("norm_num_groups", "norm_groups")
+    Path("smallest.toml").write_text(unknown, encoding="utf-8")
+    result = minisd("train", "smallest.toml")
+    assert result.code == 2
+    assert "'norm_groups': did you mean 'norm_num_groups'" in result.err
+
+
+def test_as_a_process(model: str) -> None:
+    """One real start: output only where it belongs, and plain exit codes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "stable_diffusion"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, encoding="utf-8", check=False
+        )
+
+    done = run("generate", "a fox 🦊", "--model", model, "--seed", "1")
+    assert (done.returncode, done.stdout) == (0, str(Path("pictures/a-fox-1.png")) + "\n")
+    failed = run("generate", "a", "--model", "nowhere")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "minisd: nowhere does not exist: give a model folder\n"

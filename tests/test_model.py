@@ -1,0 +1,230 @@
+"""The front door: the blocks that can be called, and one clear sentence for every argument that cannot be used."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stable_diffusion import DiffusionModel, Guidance, InputError, SamplerConfig
+from stable_diffusion.config import MINILM
+from stable_diffusion.diffusion.samplers import SAMPLERS
+from tests.lively import lively
+from tests.tiny import KL, TEXT, TINY, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    return lively(tiny_model(replace(TINY, vae=KL)))
+
+
+def picture(width: int = 32, height: int = 32) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+# The blocks
+
+
+def test_encode_and_decode(model: DiffusionModel) -> None:
+    latents = model.encode(picture(48, 32))
+    assert (latents.shape, latents.dtype) == ((1, 4, 8, 12), torch.float32)
+    assert not latents.requires_grad
+    batch = model.encode([picture(48, 32), Image.new("RGBA", (48, 32))])
+    assert batch.shape == (2, 4, 8, 12)
+    assert torch.allclose(batch[:1], latents, atol=1e-4)
+    pixels = torch.from_numpy(np.asarray(picture(48, 32)).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    assert torch.allclose(model.encode(pixels), latents, atol=1e-4)
+    pictures = model.decode(batch)
+    assert [(p.size, p.mode) for p in pictures] == [((48, 32), "RGB")] * 2
+    assert np.asarray(pictures[0]).std() > 5
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((33, 32), "width must be a multiple of 4, got 33; nearest are 32 and 36"),
+        ((32, 3), "the smallest is 4"),
+    ],
+)
+def test_encode_refuses_sizes_by_name(size: tuple[int, int], message: str, model: DiffusionModel) -> None:
+    with pytest.raises(InputError, match=message):
+        model.encode(picture(*size))
+
+
+def test_encode_refuses_pictures_of_several_sizes_and_none(model: DiffusionModel) -> None:
+    with pytest.raises(InputError, match="32x32, 48x32"):
+        model.encode([picture(), picture(48, 32)])
+    with pytest.raises(InputError, match="none"):
+        model.encode([])
+
+
+def test_decode_refuses_nan(model: DiffusionModel) -> None:
+    with pytest.raises(InputError, match="NaN"):
+        model.decode(torch.full((1, 4, 8, 8), math.nan))
+
+
+def test_add_noise_is_the_line_between_picture_and_noise(model: DiffusionModel) -> None:
+    x0, noise = torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
+    assert torch.allclose(model.scheduler.add_noise(x0, noise, 250), x0 * 0.75)
+    assert torch.equal(
+        model.scheduler.add_noise(x0, noise, torch.tensor([0.0, 1000.0])), torch.stack([x0[0], noise[0]])
+    )
+    with pytest.raises(InputError, match="from 0 to 1000"):
+        model.scheduler.add_noise(x0, noise, 1001)
+
+
+def test_encode_prompt(model: DiffusionModel) -> None:
+    one, both = model.encode_prompt("a cat"), model.encode_prompt(["a cat", ""])
+    assert (one.tokens.shape, one.pooled.shape, one.mask) == ((1, 16, 32), (1, 32), None)
+    assert torch.allclose(both.tokens[:1], one.tokens, atol=1e-5)
+    assert not torch.allclose(both.tokens[1], one.tokens[0], atol=1e-2)
+    assert not one.tokens.requires_grad
+
+
+def test_the_forward_pass_is_the_unet(model: DiffusionModel) -> None:
+    embeds = model.encode_prompt("a cat")
+    x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
+    with torch.no_grad():
+        output = model(x, t, embeds.tokens, embeds.mask, embeds.pooled)
+        assert torch.equal(output, model.unet(x, t, embeds.tokens, embeds.mask, embeds.pooled))
+
+
+def test_train_and_eval_with_a_bool_are_those_of_a_module(model: DiffusionModel) -> None:
+    assert model.train(True) is model
+    assert model.unet.training
+    assert model.eval() is model
+    assert not any(part.training for part in model.modules())
+    assert model.train() is model
+    model.eval()
+
+
+# Words that do not fit
+
+
+def test_a_prompt_that_is_too_long_warns_once_and_names_the_cut_words(model: DiffusionModel) -> None:
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen Fifteen sixteen"
+    calls: list[Callable[[], object]] = [
+        lambda: model.generate(long, seed=0, num_inference_steps=1),
+        lambda: model.generate([long, "short"], seed=0, num_inference_steps=1, num_images_per_prompt=3),
+        lambda: model.generate("short", long, seed=0, num_inference_steps=1),
+        lambda: model.encode_prompt(long),
+        lambda: model.encode_prompt(["", long]),
+    ]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert len(caught) == 1
+        message = str(caught[0].message)
+        assert "'Fifteen sixteen'" in message
+        assert "fourteen" not in message.partition("left out")[2]
+        assert "16 tokens" in message
+        assert caught[0].filename == __file__  # it blames the caller's line
+    model.encode_prompt(
+        long.removesuffix(" Fifteen sixteen")
+    )  # fits: no warning, which would be an error here
+
+
+def test_each_encoder_says_what_it_cuts() -> None:
+    both = replace(TINY, text_encoders=(TEXT, replace(MINILM, context_length=8)))
+    both = replace(both, unet=replace(both.unet, pooled_projection_dim=None))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        embeds = tiny_model(both).encode_prompt("one two three four five six seven")
+    assert ["'seven'" in str(w.message) for w in caught] == [True]
+    assert embeds.tokens.shape == (1, 16 + 8, 32)
+    assert embeds.mask is not None
+    assert embeds.mask.all()
+
+
+# Arguments that cannot be used
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt must be a text or a list of texts, got None"),
+    ({"prompt": 3}, "prompt must be a text or a list of texts, got 3"),
+    ({"prompt": []}, r"prompt must be a text or a list of texts, got \[\]"),
+    ({"prompt": ["a", 1]}, "prompt must be a text or a list of texts"),
+    ({"prompt": b"a"}, "prompt must be a text"),
+    ({"prompt": {"a": 1}}, "prompt must be a text"),
+    ({"negative_prompt": 3}, "negative_prompt must be a text"),
+    ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "one for each of the 3 prompts, got 2"),
+    ({"width": 50}, "width must be a multiple of 4, got 50; nearest are 48 and 52"),
+    ({"height": 2}, "height must be a multiple of 4, got 2; the smallest is 4"),
+    ({"width": 0}, "width must be a whole number, at least 1, got 0"),
+    ({"height": -8}, "height must be a whole number"),
+    ({"height": 32.0}, "height must be a whole number"),
+    ({"strength": 0, "image": picture()}, "strength must be above 0 and at most 1, got 0"),
+    ({"strength": 1.1, "image": picture()}, "strength must be above 0 and at most 1, got 1.1"),
+    ({"strength": -0.5}, "strength must be above 0"),
+    ({"strength": math.nan}, "strength must be a number, got nan"),
+    ({"strength": "0.5"}, "strength must be a number"),
+    ({"sampler": "dpmpp2m"}, "did you mean 'dpmpp_2m'.*" + ", ".join(sorted(SAMPLERS))),
+    ({"sampler": "nonsense"}, "choose one of " + ", ".join(sorted(SAMPLERS))),
+    ({"sampler": SamplerConfig(name="eulerr")}, "did you mean 'euler'"),
+    ({"sampler": 3}, "sampler must be a name or a SamplerConfig, got 3"),
+    ({"sampler": SamplerConfig(name="ddim", eta=1.5)}, "eta must be from 0 to 1, got 1.5"),
+    ({"sampler": SamplerConfig(name="euler", spacing="karras")}, "spacing 'karras'"),
+    ({"sampler": SamplerConfig(name="euler", spacing="even")}, "unknown spacing 'even'"),  # type: ignore[arg-type]
+    ({"num_inference_steps": 0}, "num_inference_steps must be a whole number, at least 1, got 0"),
+    ({"num_inference_steps": -1}, "num_inference_steps must be a whole number"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
+    ({"num_inference_steps": True}, "num_inference_steps must be a whole number"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number, at least 1, got 0"),
+    ({"guidance_scale": "strong"}, "guidance_scale must be a number"),
+    ({"guidance_scale": math.inf}, "guidance_scale must be a number"),
+    ({"guidance_scale": False}, "guidance_scale must be a number"),
+    ({"guidance_scale": Guidance(scale=math.nan)}, "guidance_scale must be a number, got nan"),
+    ({"seed": True}, "seed must be a whole number"),
+    ({"seed": -1}, "seed must be a whole number, from 0 to 9223372036854775807, got -1"),
+    ({"seed": 2**63}, "seed must be a whole number"),
+    ({"seed": 1.0}, "seed must be a whole number"),
+    ({"mask_image": picture()}, "mask_image needs the image that it masks"),
+    ({"image": "nowhere.png"}, "cannot open nowhere.png"),
+    ({"image": Path(__file__)}, "is not a picture"),
+    ({"image": 3}, "image must be a picture or the path of one, got 3"),
+    ({"image": picture(), "mask_image": "nowhere.png"}, "cannot open nowhere.png"),
+    (
+        {"latents": torch.zeros(1, 4, 8, 9)},
+        r"latents must be a tensor of the shape \(1, 4, 8, 8\), got \(1, 4, 8, 9\)",
+    ),
+    ({"latents": torch.zeros(4, 8, 8)}, r"latents must be a tensor of the shape \(1, 4, 8, 8\)"),
+    ({"latents": torch.zeros(1, 4, 8, 8), "num_images_per_prompt": 2}, r"of the shape \(2, 4, 8, 8\)"),
+    ({"latents": [0.0]}, "latents must be a tensor of the shape"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=[str(i) + str(next(iter(a))) for i, (a, _) in enumerate(BAD)]
+)
+def test_an_argument_that_cannot_be_used_is_one_clear_sentence(
+    arguments: dict[str, Any], message: str, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.unet, "forward", None)  # nothing is computed before the arguments are checked
+    with pytest.raises(InputError, match=message) as caught:
+        model.generate(**{"prompt": "a"} | arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_steps_than_the_schedule_has_are_refused() -> None:
+    from stable_diffusion.config import ScheduleConfig
+
+    network = tiny_model(replace(TINY, schedule=ScheduleConfig()))
+    with pytest.raises(InputError, match="at most 1000"):
+        network.generate("a", num_inference_steps=1001, sampler="ddim")
+
+
+def test_unknown_presets_and_presets_without_vocabulary_are_refused() -> None:
+    with pytest.raises(InputError, match=r"'sd-15': did you mean 'sd15'.* choose one of mini, sd15, sd21"):
+        DiffusionModel("sd-15")
+    with pytest.raises(InputError, match="from_pretrained"):
+        DiffusionModel("sd15")

@@ -1,0 +1,266 @@
+"""The project's sample, and what ``torch.compile`` leaves working."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stable_diffusion import DiffusionModel, config
+from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.training import run
+from stable_diffusion.training.loop import TrainStep
+from tests.tiny import TINY, coco_test2017, tiny_model
+from tests.training.record import differing
+
+SAMPLE = """\
+import torch
+from stable_diffusion import DiffusionModel, CocoImageLoader
+from stable_diffusion.utils import Config
+config = Config()
+if 'cuda' in config.DEVICE:
+    torch.set_float32_matmul_precision('high')
+imgFolder = 'test2017'
+captionsFile = f'annotations/captions_{imgFolder}.json'
+data_loader = CocoImageLoader(imgFolder, captionsFile)
+m = DiffusionModel()
+m.to(config.DEVICE)
+m = torch.compile(m)
+state_dict = m.train(data_loader, return_state_dict=True, autocast=True)
+"""
+
+WRAPPER = torch._dynamo.eval_frame.OptimizedModule
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Backend:
+    """Runs graphs as they are, and counts them and their calls."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.calls = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+
+        def call(*arguments: Any) -> Any:
+            self.calls += 1
+            return graph.forward(*arguments)
+
+        return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the sample's pictures, and a small ``mini`` that trains for 3 steps a stage."""
+    coco_test2017(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(config.PRESETS, "mini", replace(TINY, name="mini"))
+    return tmp_path
+
+
+def check_sample(names: dict[str, Any]) -> None:
+    """What the issue promises of the sample's result."""
+    state, wrapper = names["state_dict"], names["m"]
+    assert isinstance(wrapper, WRAPPER)
+    assert not [name for name in state if name.startswith("_orig_mod.")]
+    fresh = DiffusionModel()
+    assert differing(fresh.state_dict(), state)
+    fresh.load_state_dict(state)  # strict
+    assert differing(fresh.state_dict(), state) == []
+    assert differing(wrapper.state_dict(), state) == []
+    assert Path("runs/mini/model/config.json").is_file()
+
+
+def test_the_sample_verbatim(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the compiler, which takes minutes: graphs run as they are."""
+    backend, compile_ = Backend(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*16 bits")
+        exec(SAMPLE, names)
+    check_sample(names)
+    # Of each stage 3 measured steps and 3 real ones; each runs all graphs of its stage.
+    assert backend.graphs >= 2 and backend.calls >= 12
+
+
+def test_the_issue_and_main_say_the_same() -> None:
+    """``main.py`` is the sample with its folders as arguments."""
+    script = (Path(__file__).parents[2] / "main.py").read_text(encoding="utf-8")
+    for line in ("torch.set_float32_matmul_precision", "model = torch.compile(model)", "autocast=True"):
+        assert line in script
+
+
+def test_every_step_runs_compiled(
+    tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage is one graph, whose Python does not run again, and the weights are those of eager training."""
+    monkeypatch.setattr(run, "_measure", lambda *_: 1.0)
+    eager: Counter[str] = Counter()
+    for stage in (run.AutoencoderStage, run.DenoiserStage):
+        forward = stage.forward
+
+        def counted(self: Any, *batch: Any, forward: Any = forward, name: str = stage.name) -> Any:
+            if not torch.compiler.is_compiling():
+                eager[name] += 1
+            return forward(self, *batch)
+
+        monkeypatch.setattr(stage, "forward", counted)
+    backend, calls = Backend(), []
+
+    def count(event: object) -> None:
+        if isinstance(event, TrainStep) and event.loss is not None:
+            calls.append(backend.calls)
+
+    model = torch.compile(tiny_model(), backend=backend)
+    state = model.train(
+        data, output_dir=tmp_path / "compiled", steps=4, callback=count, return_state_dict=True
+    )
+    assert calls == list(range(1, 9)) and backend.graphs == 2, "one graph a stage, called once a step"
+    assert not eager
+    plain = tiny_model().train(data, output_dir=tmp_path / "eager", steps=4, return_state_dict=True)
+    assert eager == {"autoencoder": 4, "denoiser": 4} and plain.keys() == state.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], state[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_wrapper_goes_on_working(tmp_path: Path) -> None:
+    inner = tiny_model()
+    wrapper = torch.compile(inner, backend=Backend())
+    assert (
+        wrapper.train() is wrapper and inner.training and inner.unet.mid_block.training and wrapper.training
+    )
+    assert (
+        wrapper.eval() is wrapper and not inner.training and not inner.vae.training and not wrapper.training
+    )
+    assert wrapper.train(True) is wrapper and inner.vae.training
+    assert wrapper.train(False) is wrapper and not inner.unet.training
+    assert wrapper.state_dict().keys() == inner.state_dict().keys()
+    other = tiny_model(seed=1).state_dict()
+    wrapper.load_state_dict(other)
+    assert differing(inner.state_dict(), other) == []
+    assert wrapper.to("cpu") is not None and wrapper.config is inner.config
+    (picture,) = wrapper.generate("a red circle", seed=1)
+    assert picture.tobytes() == inner.generate("a red circle", seed=1)[0].tobytes()
+    wrapper.save_pretrained(tmp_path / "model")
+    assert differing(DiffusionModel.from_pretrained(tmp_path / "model").state_dict(), other) == []
+
+
+def test_other_modules_wrappers_are_left_alone() -> None:
+    wrapper = torch.compile(torch.nn.Linear(2, 2), backend=Backend())
+    assert list(wrapper.state_dict()) == ["_orig_mod.weight", "_orig_mod.bias"]
+    assert "train" not in vars(wrapper)
+
+
+@pytest.mark.parametrize("reason", ["the linker is missing\nand more", ""])
+def test_where_compiling_fails_it_trains_uncompiled_after_one_warning(
+    tmp_path: Path, data: CocoImageLoader, reason: str
+) -> None:
+    attempts = []
+
+    def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        attempts.append(graph)
+        raise RuntimeError(reason)
+
+    expected = tiny_model().train(data, output_dir=tmp_path / "eager", steps=3, return_state_dict=True)
+    model = torch.compile(tiny_model(), backend=broken)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        state = model.train(data, output_dir=tmp_path / "broken", steps=3, return_state_dict=True)
+    messages = [str(w.message) for w in seen if "uncompiled" in str(w.message)]
+    cause = "the linker is missing" if reason else "RuntimeError"
+    assert messages == [f"training runs uncompiled, since torch.compile failed here: {cause}"]
+    assert len(attempts) == 1 and differing(state, expected) == []
+
+
+def test_errors_of_the_data_are_not_taken_for_the_compilers(tmp_path: Path) -> None:
+    from stable_diffusion import InputError
+
+    with pytest.raises(InputError, match="the set is empty"):
+        torch.compile(tiny_model(), backend=Backend()).train([], output_dir=tmp_path)
+
+
+# With the real compiler, in a process of its own.
+
+
+def script(tmp_path: Path, text: str, **environment: str) -> str:
+    """What a script prints that runs in a folder with the sample's pictures."""
+    root = Path(__file__).parents[2]
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    kept = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC", "PATH", "HOME")}
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env=kept
+        | {
+            "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]),
+            "HOME": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+        }
+        | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "PYTHONWARNINGS": "always"}
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems find compilers elsewhere")
+def test_without_a_cpp_compiler(tmp_path: Path) -> None:
+    coco_test2017(tmp_path)
+    text = """
+    from dataclasses import replace
+    import torch
+    from stable_diffusion import CocoImageLoader
+    from tests.tiny import tiny_model
+    model = torch.compile(tiny_model())
+    data = CocoImageLoader("test2017", "annotations/captions_test2017.json")
+    print("trained", len(model.train(data, steps=2, output_dir="run", return_state_dict=True)))
+    """
+    output = script(tmp_path, text, PATH="")
+    assert output.count("training runs uncompiled") == 1 and "C++ compiler" in output
+    assert f"trained {len(tiny_model().state_dict())}" in output
+
+
+@pytest.mark.slow
+def test_the_sample_with_the_real_compiler(tmp_path: Path) -> None:
+    coco_test2017(tmp_path)
+    before = """
+    import warnings
+    warnings.filterwarnings("ignore", message=".*16 bits")
+    warnings.filterwarnings("error", message=".*uncompiled")
+    from dataclasses import replace
+    from stable_diffusion import config as settings
+    from tests.tiny import TINY
+    settings.PRESETS["mini"] = replace(TINY, name="mini")
+    """
+    after = """
+    from tests.training.test_compile import check_sample
+    check_sample(globals())
+    from torch._dynamo.utils import counters
+    print("graphs", counters["stats"]["unique_graphs"])
+    """
+    text = textwrap.dedent(before) + SAMPLE + textwrap.dedent(after)
+    output = script(tmp_path, text, PATH=os.environ["PATH"])
+    assert "graphs 2" in output, output

@@ -1,0 +1,95 @@
+"""Recipes: what a file says is what a run gets, and what it gets wrong is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion import CocoImageLoader, InputError
+from stable_diffusion.config import MINI, from_dict, to_dict
+from stable_diffusion.training.recipe import DataConfig, Recipe, read_recipe
+from tests.tiny import TINY, shapes
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_packaged_models_recipe() -> None:
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "shapes-128"))
+    assert recipe.name == recipe.config.name == "shapes-128" and recipe.data.kind == "shapes"
+    assert recipe.data.size == recipe.config.sample_size == 128
+
+
+def test_it_says_what_differs_from_a_preset(tmp_path: Path) -> None:
+    text = """
+    [data]
+    kind = "shapes"
+    count = 12
+    [model]
+    base = "mini"
+    name = "other"
+    [model.vae]
+    block_out_channels = [64, 96]
+    [model.training.denoiser]
+    passes = 22
+    """
+    recipe = read_recipe(written(tmp_path, text))
+    assert recipe.data == DataConfig(kind="shapes", count=12)
+    vae = replace(MINI.vae, block_out_channels=(64, 96))
+    training = replace(MINI.training, denoiser=replace(MINI.training.denoiser, passes=22.0))
+    assert recipe.config == replace(MINI, name="other", vae=vae, training=training)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_stored_again(path: Path) -> None:
+    config = read_recipe(path).config
+    assert from_dict(type(config), to_dict(config)) == config
+
+
+def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
+    assert read_recipe(written(tmp_path, "")) == Recipe("mine", DataConfig(), MINI)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[modle]\nname = 'a'", r"the table 'modle': a recipe has \[data\] and \[model\]"),
+        ("[model]\nbase = 'minni'", r"unknown preset 'minni': did you mean 'mini'\?"),
+        ("[model]\nnmae = 'a'", r"unknown setting of ModelConfig 'nmae': did you mean 'name'\?"),
+        ("[model.unet]\nblock_out_chanels = [8]", r"did you mean 'block_out_channels'\?"),
+        ("[model.training.denoiser]\nlearning_rat = 1", r"did you mean 'learning_rate'\?"),
+        (
+            "[model.training.denoiser]\nlearning_rate = 'fast'",
+            r"learning_rate must be of type float, got 'fast'",
+        ),
+        ("[data]\ncuont = 5", r"unknown setting of DataConfig 'cuont': did you mean 'count'\?"),
+        ("[data]\nkind = 'shape'", r"unknown kind 'shape': did you mean 'shapes'\?"),
+        ("[data\n", r"mine\.toml is not TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_recipe(written(tmp_path, text))
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.toml does not exist: give a recipe file"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = Recipe("mine", DataConfig(kind="shapes", count=10, size=32), TINY).open_data()
+    assert len(drawn) == 9 and drawn.path(0).is_relative_to("datasets/mine/train")
+    same = shapes(tmp_path / "elsewhere")
+    assert [drawn.captions(i) for i in range(9)] == [same.captions(i) for i in range(9)]
+    files = {"images": "elsewhere/val", "captions": "elsewhere/annotations/captions_val.json"}
+    coco = Recipe("mine", DataConfig(kind="coco", **files), TINY).open_data()  # type: ignore[arg-type]
+    assert isinstance(coco, CocoImageLoader) and len(coco) == 1
