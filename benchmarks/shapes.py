@@ -19,9 +19,13 @@ def main() -> None:
     model = DiffusionModel.from_pretrained()
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     pictures = draw(model, [f"a large {colour} {shape} in the centre" for colour, shape in pairs])
-    colours = [dominant_colour(picture) == colour for picture, (colour, _) in zip(pictures, pairs, strict=True)]
+    colours = [
+        dominant_colour(picture) == colour for picture, (colour, _) in zip(pictures, pairs, strict=True)
+    ]
     shapes = [shape_of(picture) == shape for picture, (_, shape) in zip(pictures, pairs, strict=True)]
-    print(f"one shape, {len(pairs)} pictures: colour right {np.mean(colours):.2f}, shape right {np.mean(shapes):.2f}")
+    print(
+        f"one shape, {len(pairs)} pictures: colour right {np.mean(colours):.2f}, shape right {np.mean(shapes):.2f}"
+    )
 
     names = list(COLOURS)
     beside = [(left, names[(i + step) % len(names)]) for step in (1, 3, 4) for i, left in enumerate(names)]

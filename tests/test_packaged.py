@@ -12,7 +12,9 @@ from stable_diffusion import DiffusionModel
 from stable_diffusion.data.shapes import COLOURS, PLACES, SHAPES, dominant_colour
 
 GOLDEN = Path(__file__).parent / "golden" / "packaged.png"
-PROMPTS = tuple(f"a large {colour} {shape} in the centre" for colour, shape in zip(COLOURS, [*SHAPES] * 2, strict=False))
+PROMPTS = tuple(
+    f"a large {colour} {shape} in the centre" for colour, shape in zip(COLOURS, [*SHAPES] * 2, strict=False)
+)
 
 
 @pytest.fixture(scope="module")

