@@ -23,6 +23,17 @@ def zero(module: M) -> M:
     return module
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """A table of vectors with deviation 0.02 (Radford et al. 2019).
+
+    On the meta device nothing is drawn: there it would import torch's compiler, a second of every start.
+    """
+    weight = torch.empty(count, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=0.02)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
 def timestep_features(timesteps: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
     """Cosines, then sines, of the timestep at `width` / 2 frequencies from 1 to 1e-4 (Vaswani et al. 2017).
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from stable_diffusion.config import TextEncoderConfig
-from stable_diffusion.nn.blocks import attend
+from stable_diffusion.nn.blocks import attend, embedding
 from stable_diffusion.nn.tokenizer import Tokenizer
 
 BERT_NAMES = (
@@ -36,12 +36,10 @@ class _Embeddings(nn.Module):
         super().__init__()
         width = config.hidden_size
         bert = config.architecture == "bert"
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embedding = nn.Embedding(2, width) if bert else None
+        self.token_embedding = embedding(config.vocab_size, width)
+        self.position_embedding = embedding(config.max_position_embeddings, width)
+        self.token_type_embedding = embedding(2, width) if bert else None
         self.layer_norm = nn.LayerNorm(width, config.layer_norm_eps) if bert else None
-        for embedding in (self.token_embedding, self.position_embedding):
-            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         x = self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]

@@ -18,6 +18,7 @@ from stable_diffusion.nn.blocks import (
     SpatialTransformer,
     TimestepEmbedding,
     Upsample,
+    embedding,
     timestep_features,
     zero,
 )
@@ -80,7 +81,7 @@ class UNet(nn.Module):
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
         self.class_embedding: nn.Module | None = None
         if config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, time_width)
+            self.class_embedding = embedding(config.num_class_embeds, time_width)
         elif config.pooled_projection_dim is not None:
             self.class_embedding = TimestepEmbedding(config.pooled_projection_dim, time_width)
 

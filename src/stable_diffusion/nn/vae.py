@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stable_diffusion.config import AutoencoderKLConfig, AutoencoderTinyConfig
-from stable_diffusion.nn.blocks import VAE_NORM_EPS, Attention, Downsample, ResnetBlock, Upsample
+from stable_diffusion.nn.blocks import VAE_NORM_EPS, Attention, Downsample, ResnetBlock, Upsample, embedding
 
 
 class Posterior(NamedTuple):
@@ -43,7 +43,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, codebook_size: int, channels: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codebook_size, channels)
+        self.embedding = embedding(codebook_size, channels)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
 
     def forward(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from stable_diffusion.config import ModelConfig, from_dict, preset
 from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.data.icons import write_icons
 from stable_diffusion.data.item import CaptionedImages
 from stable_diffusion.data.shapes import write_shapes
 from stable_diffusion.errors import InputError
@@ -18,7 +19,7 @@ from stable_diffusion.errors import InputError
 class DataConfig:
     """Where a recipe's pictures come from."""
 
-    kind: Literal["coco", "shapes"] = "coco"
+    kind: Literal["coco", "shapes", "icons"] = "coco"
     images: str = ""
     """coco: the image folder."""
     captions: str = ""
@@ -26,7 +27,7 @@ class DataConfig:
     count: int = 5000
     """shapes: how many pictures to draw."""
     size: int = 128
-    """shapes: their side in pixels."""
+    """shapes, icons: their side in pixels."""
     seed: int = 0
     """shapes: of the drawing."""
 
@@ -44,7 +45,11 @@ class Recipe:
         if self.data.kind == "coco":
             return CocoImageLoader(self.data.images, self.data.captions)
         folder = Path("datasets") / self.name
-        write_shapes(folder, count=self.data.count, size=self.data.size, seed=self.data.seed)
+        if self.data.kind == "shapes":
+            write_shapes(folder, count=self.data.count, size=self.data.size, seed=self.data.seed)
+        else:
+            for _ in write_icons(folder, self.data.size):
+                pass
         return CocoImageLoader(folder / "train", folder / "annotations" / "captions_train.json")
 
 
