@@ -30,6 +30,8 @@ class Checkpoint:
     """Folder of each text encoder's tokenizer."""
     projections: State = field(default_factory=dict)
     """The prompt encoder's projections, where it has them."""
+    notes: tuple[str, ...] = ()
+    """What a reader found out or left aside, in sentences for the user."""
 
 
 def read_tensors(path: Path) -> State:
