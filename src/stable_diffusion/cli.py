@@ -43,7 +43,17 @@ SOMETIMES_STORED: dict[str, tuple[type, ...]] = {
     "strength": (int, float),
     "image": (str,),
     "mask_image": (str,),
+    "prediction_type": (str,),
+    "variant": (str,),
+    "ema": (bool,),
+    "vae": (str,),
+    "lora": (list,),
+    "embedding": (list,),
 }
+READING = ("prediction_type", "variant", "ema")
+"""Of these, how the model's files are read."""
+ADDITIONS = ("vae", "lora", "embedding")
+"""And what is added to the model."""
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
@@ -61,6 +71,12 @@ def generate(
     image: Path | None = None,
     mask: Path | None = None,
     strength: float | None = None,
+    prediction_type: str | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+    vae: str | None = None,
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    embedding: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     output: Path = Path("pictures"),
     device: str | None = None,
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
@@ -69,7 +85,8 @@ def generate(
 
     Args:
         prompt: What to draw, in quotes; several prompts give several pictures.
-        model: A model folder, ours or diffusers'. By default the model that the package carries.
+        model: A model folder, ours or diffusers', a single file, or a hub name (owner/name). By default the model
+            that the package carries.
         negative: What to steer away from.
         steps: Steps of the walk from noise to picture.
         guidance: How strongly to follow the prompt; 1 is no guidance.
@@ -80,6 +97,12 @@ def generate(
         image: A picture to begin with.
         mask: A picture that is white where --image is to be repainted.
         strength: How much of --image is given up, above 0 up to 1. By default 0.8.
+        prediction_type: What the U-Net predicts (epsilon, v_prediction), whatever the files say.
+        variant: Diffusers folders: files to prefer, such as fp16 or non_ema.
+        ema: Single files: take the averaged weights where there are both.
+        vae: Another autoencoder: a folder or file of Stable Diffusion's, or TAESD's.
+        lora: A LoRA file, with :WEIGHT after it or without; the option can be given several times.
+        embedding: A textual inversion, with :TOKEN after it or without; the option can be given several times.
         output: Folder for the pictures, or one picture's name; nothing is ever overwritten.
         device: cuda, mps or cpu. By default the first of these that is there.
         from_: A picture made here: make it again, with other settings where they are given.
@@ -102,6 +125,12 @@ def generate(
         "image": None if image is None else str(image),
         "mask_image": None if mask is None else str(mask),
         "strength": strength,
+        "prediction_type": prediction_type,
+        "variant": variant,
+        "ema": True if ema else None,
+        "vae": vae,
+        "lora": list(lora) or None,
+        "embedding": list(embedding) or None,
     }
     settings = {key: value for key, value in given.items() if value is not None}
     if size is not None:
@@ -113,15 +142,45 @@ def generate(
     if not prompt:
         raise InputError('what shall be drawn? Give a prompt in quotes: minisd generate "a red circle"')
     source = settings.pop("model", None)
-    diffusion_model = DiffusionModel.from_pretrained(source).to(Config(device).DEVICE)
+    reading = {key: settings.pop(key) for key in READING if key in settings}
+    diffusion_model = DiffusionModel.from_pretrained(source, **reading)
+    for note in diffusion_model.notes:
+        warnings.warn(note, stacklevel=1)
+    additions = {key: settings.pop(key) for key in ADDITIONS if key in settings}
+    _add(diffusion_model, **additions)
+    diffusion_model = diffusion_model.to(Config(device).DEVICE)
     first = settings.pop("seed", None)
     if first is None:
         first = int.from_bytes(os.urandom(4), "big")
     for number, text in enumerate(text for text in prompt for _ in range(count)):
         picture = _draw(diffusion_model, text, {**settings, "seed": first + number})
         path = _free_path(output, text, first + number)
-        images.save_png(picture, path, picture.info["settings"] | {"model": source})
+        images.save_png(picture, path, picture.info["settings"] | {"model": source} | reading | additions)
         print(path, flush=True)
+
+
+def _add(
+    model: DiffusionModel, vae: str | None = None, lora: Sequence[str] = (), embedding: Sequence[str] = ()
+) -> None:
+    """Puts the files that the command names into the model, and says what was applied."""
+    if vae is not None:
+        model.load_vae(vae)
+    for text in map(str, lora):
+        file, weight = _file_and(text)
+        try:
+            number = 1.0 if weight is None else float(weight)
+        except ValueError:
+            raise InputError(f"--lora must be FILE or FILE:WEIGHT such as {file}:0.8, got {text!r}") from None
+        print(model.load_lora(file, number), file=sys.stderr)
+    for text in map(str, embedding):
+        words = model.load_textual_inversion(*_file_and(text))
+        print(f"prompts can have {', '.join(words)}", file=sys.stderr)
+
+
+def _file_and(text: str) -> tuple[str, str | None]:
+    """A file, and what follows its last colon; a colon that is a part of the file's name stays there."""
+    file, colon, rest = text.rpartition(":")
+    return (text, None) if not colon or Path(text).exists() else (file, rest)
 
 
 def _stored(path: Path) -> dict[str, Any]:
@@ -263,35 +322,53 @@ def data(
 
 
 def info(path: tyro.conf.Positional[Path | None] = None) -> None:
-    """Say what a model folder or a picture is; without a path, what the package's own model is.
+    """Say what a model, a file of weights or a picture is; without a path, what the package's own model is.
 
     Args:
-        path: A model folder, or a picture made here.
+        path: A model folder, a single file, a LoRA, a hub name (owner/name), or a picture made here.
     """
     from stable_diffusion import images
+    from stable_diffusion.checkpoints.checkpoint import is_weights, packaged
+    from stable_diffusion.checkpoints.info import describe
 
-    if path is not None and path.is_file():
+    if path is not None and path.is_file() and not is_weights(path):
         for key, value in images.read_settings(path).items():
             print(f"{key}: {value}")
         return
-    from stable_diffusion.checkpoints import read
-    from stable_diffusion.checkpoints.checkpoint import packaged
+    for line in describe(packaged("model") if path is None else path):
+        print(line)
 
-    checkpoint = read(packaged("model") if path is None else path)
-    config = checkpoint.config
-    print(f"{config.name}: {config.sample_size} pixels, {config.schedule.kind} schedule,"
-          f" predicts {config.schedule.prediction_type}")  # fmt: skip
-    parts = {"unet": checkpoint.unet, "vae": checkpoint.vae}
-    parts |= {f"text encoder {i + 1}": state for i, state in enumerate(checkpoint.text_encoders)}
-    for name, state in parts.items():
-        formats = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
-        millions = sum(tensor.numel() for tensor in state.values()) / 1e6
-        print(f"  {name}: {millions:.1f} million parameters in {', '.join(formats)}")
-    print(
-        f"  by default {config.num_inference_steps} steps of {config.sampler.name}, guidance {config.guidance.scale}"
-    )
-    for prompt in config.prompts:
-        print(f'  minisd generate "{prompt}"')
+
+def export(
+    model: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    *,
+    format: Literal["diffusers", "single-file"] = "diffusers",
+    half: bool = False,
+    prediction_type: str | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+) -> None:
+    """Write a model for other programs, and print its path. What diffusers' pipeline cannot hold goes by parts.
+
+    Args:
+        model: A model folder, a single file or a hub name (owner/name).
+        out: The folder or the .safetensors file to write; nothing is ever overwritten.
+        format: diffusers: a folder for StableDiffusionPipeline; single-file: CompVis' layout.
+        half: Write 16-bit numbers, which halves the files.
+        prediction_type: What the U-Net predicts (epsilon, v_prediction), whatever the files say.
+        variant: Diffusers folders: files to prefer, such as fp16 or non_ema.
+        ema: Single files: take the averaged weights where there are both.
+    """
+    import torch
+
+    from stable_diffusion import DiffusionModel
+
+    loaded = DiffusionModel.from_pretrained(model, prediction_type=prediction_type, variant=variant, ema=ema)
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=1)
+    loaded.export(out, format=format, dtype=torch.float16 if half else None)
+    print(out)
 
 
 def _size(text: str) -> dict[str, int]:
@@ -323,6 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": train,
         "data": data,
         "info": info,
+        "export": export,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(

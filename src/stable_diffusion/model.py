@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from stable_diffusion import checkpoints, images, pipeline
-from stable_diffusion.checkpoints import Checkpoint, native
+from stable_diffusion.checkpoints import Checkpoint, compvis, diffusers, embeddings, lora, native, taesd
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, preset
 from stable_diffusion.diffusion.samplers import Step, sampler_named
 from stable_diffusion.diffusion.schedule import Schedule
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
@@ -40,6 +40,9 @@ class DiffusionModel(nn.Module):
     Args:
         config: a preset's name (``mini``, ``sd15``, ``sd21``) or a configuration. The networks start from
             random weights, but text encoders that the package carries from their own.
+
+    Attributes:
+        notes: what reading the files found out or left aside, in sentences.
     """
 
     def __init__(self, config: str | ModelConfig = "mini") -> None:
@@ -52,6 +55,7 @@ class DiffusionModel(nn.Module):
                     " with DiffusionModel.from_pretrained(path)"
                 )
         folders = [packaged(str(text.packaged)) for text in self.config.text_encoders]
+        self.notes: tuple[str, ...] = ()
         self.scheduler = Schedule(self.config.schedule)
         self._build(folders)
         for encoder, text in zip(self.text_encoder.encoders, self.config.text_encoders, strict=True):
@@ -73,27 +77,49 @@ class DiffusionModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, *, dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        prediction_type: str | None = None,
+        variant: str | None = None,
+        ema: bool = False,
     ) -> DiffusionModel:
-        """The model in a folder: ours, or a diffusers folder of Stable Diffusion 1.x or 2.x.
+        """The model in a folder, ours or diffusers', in a single file, or under a name of the Hugging Face hub.
+
+        Diffusers folders and single files are those of Stable Diffusion 1.x and 2.x.
 
         Args:
-            path: the folder; None for the model that the package carries.
+            path: the folder, file or name; None for the model that the package carries.
             dtype: number format to compute in. float32 unless the device is good at another.
+            prediction_type: what the U-Net predicts (``epsilon``, ``v_prediction`` …), whatever the files say.
+            variant: diffusers folders: the files to prefer, such as ``fp16`` or ``non_ema``.
+            ema: single files: whether to take the averaged weights where there are both.
 
         Raises:
             InputError: nothing there, not a model, or files that are damaged or do not fit together.
         """
-        return cls._from_checkpoint(checkpoints.read(packaged("model") if path is None else path), dtype)
+        source = packaged("model") if path is None else path
+        checkpoint = checkpoints.read(source, prediction_type=prediction_type, variant=variant, ema=ema)
+        return cls._from_checkpoint(checkpoint, dtype)
 
     @classmethod
     def _from_checkpoint(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> DiffusionModel:
+        """The model of a checkpoint, whose tensors are taken out of it."""
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.config = checkpoint.config
+        model.notes = checkpoint.notes
         model.scheduler = Schedule(model.config.schedule)
-        with torch.device("meta"):  # no memory, no random numbers for weights that are about to be replaced
-            model._build(checkpoint.tokenizers)
+        try:
+            with torch.device(
+                "meta"
+            ):  # no memory, no random numbers for weights that are about to be replaced
+                model._build(checkpoint.tokenizers)
+        except InputError:
+            raise
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise InputError(f"no network has the configuration of {model.config.name!r} ({error})") from None
         parts: list[tuple[str, nn.Module, dict[str, Tensor]]] = [
             ("vae", model.vae, checkpoint.vae),
             ("unet", model.unet, checkpoint.unet),
@@ -115,6 +141,95 @@ class DiffusionModel(nn.Module):
         Raises:
             InputError: there is something else at `path`.
         """
+        native.write(Path(path), *self._to_checkpoint(), dtype)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        format: Literal["diffusers", "single-file"] = "diffusers",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Writes the model for other programs.
+
+        ``StableDiffusionPipeline`` and single files hold models of CLIP and a KL autoencoder. Of others the
+        diffusers form has the parts that fit, with a warning that says why.
+
+        Args:
+            path: a name that nothing has.
+            format: ``diffusers`` for a folder, ``single-file`` for CompVis' layout in safetensors.
+            dtype: number format of the files, such as ``torch.float16``; None keeps the weights'.
+
+        Raises:
+            InputError: there is something at `path`, or the format cannot hold the model, nor a part of it.
+        """
+        if format not in ("diffusers", "single-file"):
+            raise unknown_name("format", format, ("diffusers", "single-file"))
+        checkpoint, tokenizer_files = self._to_checkpoint()
+        if format == "diffusers":
+            for note in diffusers.write(Path(path), checkpoint, tokenizer_files, dtype):
+                warnings.warn(note, stacklevel=2)
+        elif Path(path).exists():
+            raise InputError(f"{path} exists: choose another name")
+        elif (reason := diffusers.misfit(self.config)) is not None:
+            raise InputError(f"a single file cannot hold the model {self.config.name!r}: {reason}")
+        else:
+            compvis.write(Path(path), checkpoint, dtype)
+
+    def load_lora(self, path: str | Path, weight: float = 1.0) -> str:
+        """Merges a LoRA file of kohya's scripts or of diffusers/PEFT into the U-Net and the CLIP text encoder.
+
+        Several add up. Warns where only some of the file's modules are in this model.
+
+        Args:
+            path: a ``.safetensors``, ``.pt`` or ``.bin`` file.
+            weight: how strongly it acts; 0 not at all, negative numbers turn it round.
+
+        Returns:
+            How many of the file's modules were applied, as a sentence.
+
+        Raises:
+            InputError: a damaged file, no LoRA, or one for another model; the weights are as before then.
+        """
+        return lora.merge(self.unet, self.text_encoder, self.config, Path(path), _number("weight", weight))
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
+        """Teaches prompts the words of a textual inversion, and returns them. They are not saved with the model.
+
+        Args:
+            path: a ``.safetensors``, ``.pt`` or ``.bin`` file.
+            token: the word in prompts; None takes the one in the file, or else the file's name.
+
+        Raises:
+            InputError: a damaged file, one for another model, or a word that is there already.
+        """
+        return embeddings.add(self.text_encoder, self.config, Path(path), token)
+
+    def load_vae(self, path: str | Path) -> None:
+        """Takes another autoencoder for the model's own: a better decoder, or TAESD, which is many times faster.
+
+        Args:
+            path: a diffusers folder, a file of Stable Diffusion's autoencoder, or one of TAESD's two files.
+
+        Raises:
+            InputError: no such autoencoder there, or one of other latents; the model keeps its own then.
+        """
+        config, state = taesd.read_vae(Path(path))
+        own, weight = self.config.vae, self.unet.conv_out.weight
+        if config.latent_channels != own.latent_channels:
+            raise InputError(
+                f"the autoencoder {path} has {config.latent_channels} latent channels,"
+                f" the model {self.config.name!r} {own.latent_channels}"
+            )
+        with torch.device("meta"):
+            vae = autoencoder(config)
+        _assign("vae", vae, state, weight.dtype)
+        self.vae = vae.to(weight.device).train(self.vae.training)
+        size = self.config.sample_size // own.factor * config.factor  # the U-Net keeps its size of latents
+        self.config = dataclasses.replace(self.config, vae=config, sample_size=size)
+
+    def _to_checkpoint(self) -> tuple[Checkpoint, list[list[Path]]]:
+        """The model as it is written, and the files of its tokenizers."""
         checkpoint = Checkpoint(
             config=self.config,
             vae=self.vae.state_dict(),
@@ -123,8 +238,7 @@ class DiffusionModel(nn.Module):
             tokenizers=[tokenizer.folder for tokenizer in self.text_encoder.tokenizers],
             projections=self.text_encoder.projections.state_dict(),
         )
-        tokenizer_files = [tokenizer.files for tokenizer in self.text_encoder.tokenizers]
-        native.write(Path(path), checkpoint, tokenizer_files, dtype)
+        return checkpoint, [tokenizer.files for tokenizer in self.text_encoder.tokenizers]
 
     def forward(
         self,
@@ -494,7 +608,7 @@ register_module_module_registration_hook(_serve_compiled)
 
 
 def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Makes `state` the module's weights. Raises InputError where names or shapes do not fit."""
+    """Makes `state` the module's weights, and empties it. Raises InputError where names or shapes do not fit."""
     wanted = module.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     wrong = [key for key in sorted(wanted.keys() & state.keys()) if wanted[key].shape != state[key].shape]
@@ -505,7 +619,8 @@ def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch
                 f" {problem} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
             )
     trainable = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
-    module.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    # One by one, each taken from `state`: both formats of all weights are never in memory.
+    module.load_state_dict({key: state.pop(key).to(dtype) for key in list(state)}, assign=True)
     for key, parameter in module.named_parameters():
         parameter.requires_grad_(trainable[key])
 

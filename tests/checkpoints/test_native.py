@@ -275,7 +275,7 @@ def test_nothing_and_something_else_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"neither config.json \(ours\) nor model_index.json \(diffusers\)"):
         DiffusionModel.from_pretrained(tmp_path)
     (tmp_path / "file.safetensors").write_bytes(b"1234")
-    with pytest.raises(InputError, match="is no model folder"):
+    with pytest.raises(InputError, match="is not a whole safetensors file"):
         DiffusionModel.from_pretrained(tmp_path / "file.safetensors")
 
 

@@ -46,6 +46,15 @@ def read_tensors(path: Path) -> State:
         ) from None
 
 
+def is_weights(path: Path) -> bool:
+    """Whether a file is called as weights are, or begins as safetensors or PyTorch's pickles do."""
+    if path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[:2] in (b"PK", b"\x80\x02") or start[8:] == b"{"
+
+
 def packaged(name: str) -> Path:
     """The folder of that name among the weights that the package carries."""
     return Path(str(files("stable_diffusion"))) / "weights" / name

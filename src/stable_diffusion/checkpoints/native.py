@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -105,34 +107,42 @@ def write(
     """
     if folder.exists() and not _is_replaceable(folder):
         raise InputError(f"{folder} exists and is no model folder of this project: choose another name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write_tensors(building / UNET, checkpoint.unet, dtype)
-        _write_tensors(building / VAE, checkpoint.vae, dtype)
+    with beside(folder) as building:
+        write_tensors(building / UNET, checkpoint.unet, dtype)
+        write_tensors(building / VAE, checkpoint.vae, dtype)
         if checkpoint.projections:
-            _write_tensors(building / PROJECTION, checkpoint.projections, dtype)
+            write_tensors(building / PROJECTION, checkpoint.projections, dtype)
         for i, config in enumerate(checkpoint.config.text_encoders):
             if not config.trainable and _is_carried(checkpoint.text_encoders[i], config):
                 continue
             state = published_text_state(checkpoint.text_encoders[i], config)
-            _write_tensors(building / _numbered("text_encoder", i) / "model.safetensors", state, dtype)
+            write_tensors(building / _numbered("text_encoder", i) / "model.safetensors", state, dtype)
             target = building / _numbered("tokenizer", i)
             target.mkdir()
             for path in tokenizer_files[i]:
                 shutil.copyfile(path, target / path.name)
         text = json.dumps(to_dict(checkpoint.config), indent=2, ensure_ascii=False)
         (building / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, to be filled with parts, which takes its place unless an error is raised."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield building
         # What others may read is for the umask to say; temporary folders and safetensors leave them nothing.
-        building.chmod((building / UNET).parent.stat().st_mode)
+        building.chmod(next(path for path in building.iterdir() if path.is_dir()).stat().st_mode)
         for path in building.rglob("*.safetensors"):
-            path.chmod((building / "config.json").stat().st_mode)
+            path.chmod(next(building.rglob("*.json")).stat().st_mode)
         _put_in_place(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write_tensors(path: Path, state: State, dtype: torch.dtype | None) -> None:
+def write_tensors(path: Path, state: State, dtype: torch.dtype | None) -> None:
+    """Writes a new safetensors file, and the folder that it is in. None keeps the tensors' number format."""
     path.parent.mkdir(parents=True)
     tensors = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()

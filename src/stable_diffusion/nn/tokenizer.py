@@ -63,9 +63,17 @@ class Tokenizer:
         self.context_length = context_length
         build = {"clip": _clip, "bert": _bert}[architecture]
         files = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",)}[architecture]
-        if all((folder / name).is_file() for name in files):
-            self.files = [folder / name for name in files]
-            self._tokenizer = _undamaged(build, folder)
+        words = folder
+        if (
+            not any((folder / name).is_file() for name in (*files, "tokenizer.json"))
+            and (folder.parent / f"{architecture}-tokenizer").is_dir()
+        ):
+            words = (
+                folder.parent / f"{architecture}-tokenizer"
+            )  # packaged: only the special tokens are its own
+        if all((words / name).is_file() for name in files):
+            self.files = [words / name for name in files]
+            self._tokenizer = _undamaged(build, words)
         elif (folder / "tokenizer.json").is_file():
             self.files = [folder / "tokenizer.json"]
             self._tokenizer = _undamaged(_from_json, folder)
@@ -86,19 +94,47 @@ class Tokenizer:
         special = _special_tokens(settings, architecture)
         self._tokenizer.add_special_tokens([token for token in special if token.content not in known])
         self.begin_id, self.end_id, self.pad_id = map(self._tokenizer.token_to_id, (begin, end, pad))
+        self._added: dict[int, list[int]] = {}
 
     def __call__(self, texts: list[str]) -> TokenBatch:
         """The texts' tokens. A text that is too long keeps its begin and end tokens."""
         room = self.context_length - 2
         ids, mask, cut = [], [], []
         for text, encoding in zip(texts, self._encode(texts), strict=True):
-            kept = encoding.ids[:room]
-            dropped = encoding.offsets[room:]
+            found, offsets = self._expanded(encoding)
+            kept = found[:room]
+            dropped = offsets[room:]
             cut.append(text[dropped[0][0] :] if dropped else "")
             padding = room - len(kept)
             ids.append([self.begin_id, *kept, self.end_id] + [self.pad_id] * padding)
             mask.append([True] * (len(kept) + 2) + [False] * padding)
         return TokenBatch(torch.tensor(ids), torch.tensor(mask), cut)
+
+    def add_tokens(self, tokens: dict[str, list[int]]) -> None:
+        """Makes each word a token wherever a text has it, upper or lower case, which gives the numbers in its list.
+
+        The numbers after the first are also words of their own, under diffusers' names: ``word_1``, ``word_2`` ….
+        Raises InputError, and adds nothing, where the vocabulary has one of them already.
+        """
+        known = self._tokenizer.get_vocab()
+        words: dict[str, list[int]] = {}
+        for token, ids in tokens.items():
+            word = self._tokenizer.normalizer.normalize_str(token)
+            new = {word: ids} | {f"{word}_{i}": [ids[i]] for i in range(1, len(ids))}
+            if taken := sorted(new.keys() & (known.keys() | words.keys())):
+                raise InputError(f"the vocabulary has {taken[0]!r} already: give the embedding another token")
+            words |= new
+        self._tokenizer.add_tokens([AddedToken(word) for word in words])
+        numbers = self._tokenizer.get_vocab()
+        self._added |= {numbers[word]: ids for word, ids in words.items()}
+
+    def _expanded(self, encoding: Any) -> tuple[list[int], list[Any]]:
+        """An encoding's numbers and places, with the numbers that added words stand for."""
+        if not self._added:
+            return encoding.ids, encoding.offsets
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        pairs = [(row, place) for i, place in places for row in self._added.get(i, [i])]
+        return [row for row, _ in pairs], [place for _, place in pairs]
 
     def _encode(self, texts: list[str]) -> list[Any]:
         # A command line can hold bytes that are no text (lone surrogates); each becomes a question mark.

@@ -1,0 +1,274 @@
+"""LoRA files of kohya's scripts and of diffusers/PEFT, merged into a model's weights (Hu et al. 2021, equation 3).
+
+A file names each module in one of several published spellings. None is parsed: a table made from our own
+modules' names holds every spelling of each, since underscores that stand for dots cannot be told from others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stable_diffusion.checkpoints import pickles
+from stable_diffusion.checkpoints.checkpoint import State
+from stable_diffusion.checkpoints.compvis import unet_blocks
+from stable_diffusion.config import ModelConfig, UNetConfig
+from stable_diffusion.errors import InputError
+from stable_diffusion.nn.text import PromptEncoder
+from stable_diffusion.nn.unet import UNet
+
+ENDINGS = {
+    # How tensors' names end, and what they are: kohya and LyCORIS, PEFT, diffusers of 2023, diffusers before.
+    **{".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid"},
+    **{".alpha": "alpha", ".dora_scale": "dora_scale"},
+    **{".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_magnitude_vector": "magnitude"},
+    **{".lora_A.default.weight": "down", ".lora_B.default.weight": "up"},
+    **{".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector.default.weight": "magnitude"},
+    **{".lora.down.weight": "down", ".lora.up.weight": "up"},
+    **{".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up"},
+    **{"_lora.down.weight": "down", "_lora.up.weight": "up"},
+}
+OTHER_KINDS = {  # KohakuBlueleaf/LyCORIS, lycoris/modules
+    **{r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT", r"\.on_input$": "IA3"},
+    **{r"\.[ab][12]\.weight$": "GLoRA", r"\.diff(_b)?$": "whole weights", r"\.[wb]_norm$": "whole norms"},
+}
+OTHER_MODELS = {
+    r"^lora_te[12]_|^text_encoder_2\.": "SDXL",
+    r"(double|single|joint)_blocks|^(lora_)?transformer[._]": "a transformer such as Flux or SD 3",
+}
+CONTEXT = r"attn2[._](processor\.)?to_[kv]$|^(lora_te_|text_encoder\.|text_model\.).*(q_proj|to_q)$"
+WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+VERSIONS = {  # kohya-ss/sd-scripts, library/train_util.py and library/sai_model_spec.py
+    "ss_base_model_version": {"sd_v1": 768, "sd_v2": 1024, "sdxl": 2048},
+    "modelspec.architecture": {
+        f"stable-diffusion-{v}": w for v, w in (("v1", 768), ("v2", 1024), ("xl", 2048))
+    },
+    "ss_v2": {"True": 1024},
+}
+OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+PEFT_SETTINGS = "lora_adapter_metadata"
+
+
+def merge(unet: UNet, text: PromptEncoder, config: ModelConfig, path: Path, weight: float) -> str:
+    """Adds a file's low-rank changes, times `weight`, to the weights; says how many modules it changed.
+
+    W becomes W + weight · ΔW with ΔW = alpha / rank · up · down. With DoRA's magnitudes (Liu et al. 2024,
+    equation 5) it goes to magnitude · (W + ΔW) / norm(W + ΔW) by the part `weight` of the way. Plain files add up in
+    any order; one with magnitudes sees what was merged before. Warns where the model has a place for only a part.
+
+    Raises:
+        InputError: the file is damaged, no LoRA, for another model, or has no place here. Nothing is changed then.
+    """
+    tensors, metadata = read_weights(path)
+    modules, strange = _modules(path, tensors)
+    check_base(path, modules, metadata, config)
+    table = _table(unet, text, config)
+    merged: dict[nn.Parameter, Tensor] = {}
+    for name, parts in modules.items():
+        if (parameter := table.get(name)) is None:
+            strange.append(name)
+            continue
+        if parameter in merged:
+            raise InputError(f"{path} has two changes for the same module, the second is {name}")
+        settings = _peft(path, name, metadata)
+        merged[parameter] = _merged(f"{name} of {path}", parameter, parts, weight, settings)
+    count, total = len(merged), len(merged) + len(strange)
+    examples = ", ".join(sorted(strange)[:3]) + (", …" if len(strange) > 3 else "")
+    if not merged:
+        raise InputError(
+            f"{path}: none of {total} modules is in the model {config.name!r} ({examples or 'empty'})"
+        )
+    for parameter, tensor in merged.items():
+        parameter.data = tensor  # not written in place: the old one may be a file's pages
+    result = f"{path.name}: {count} of {total} modules applied"
+    if strange:
+        warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
+    return result
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a ``.safetensors`` file or one of PyTorch's pickles holds, with a safetensors file's metadata.
+
+    Raises:
+        InputError: the file is missing, damaged, or asks to run something.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is no file: give a .safetensors, .pt or .bin file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return {str(name): value for name, value in pickles.read(path).items()}, {}
+    try:
+        with safe_open(path, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}): download it again") from None
+
+
+def family(width: int | None) -> str:
+    """A Stable Diffusion by the width of the text tokens that it reads, as users call it."""
+    if width is None:
+        return "a model without text"
+    return f"{WIDTHS[width]} ({width})" if width in WIDTHS else f"a model of width {width}"
+
+
+def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], list[str]]:
+    """Each module's tensors by what they are, and names that belong to no module."""
+    modules: dict[str, State] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        for pattern, kind in OTHER_KINDS.items():
+            if re.search(pattern, name):
+                raise InputError(f"{path} holds {kind} ({name}): only LoRA and DoRA files can be applied")
+        ending = next((end for end in ENDINGS if name.endswith(end)), None)
+        if ending is None or not isinstance(tensor, Tensor):
+            strange.append(name)
+            continue
+        if not tensor.numel() or not torch.isfinite(tensor.float()).all():
+            raise InputError(f"{path} holds nothing, NaN or infinity in {name}: the file is damaged")
+        modules.setdefault(name.removesuffix(ending), {})[ENDINGS[ending]] = tensor
+    for name, parts in modules.items():
+        if missing := {"up", "down"} - parts.keys():
+            raise InputError(f"{path} is incomplete: {name} has no {' and no '.join(sorted(missing))} matrix")
+        if parts["up"].ndim < 2 or parts["down"].ndim < 2:
+            raise InputError(f"{path} is damaged: {name} has a vector where a matrix should be")
+    return modules, strange
+
+
+def check_base(path: Path, modules: dict[str, State], metadata: dict[str, str], config: ModelConfig) -> None:
+    """Raises InputError for a file that was made for another base model, as its names, shapes or metadata say."""
+    ours = config.unet.cross_attention_dim
+    for pattern, kind in OTHER_MODELS.items():
+        if any(re.search(pattern, name) for name in modules):
+            raise InputError(f"{path} does not fit: this file is for {kind}, the model is {family(ours)}")
+    widths = [parts["down"].shape[1] for name, parts in modules.items() if re.search(CONTEXT, name)]
+    for key, versions in VERSIONS.items():  # many shapes are the same in all versions
+        said = [width for start, width in versions.items() if metadata.get(key, "").startswith(start)]
+        widths += said if ours in WIDTHS else []
+    if widths and widths[0] != ours:
+        raise InputError(
+            f"{path} does not fit: this file is for {family(widths[0])}, the model is {family(ours)}"
+        )
+
+
+def _table(unet: UNet, text: PromptEncoder, config: ModelConfig) -> dict[str, nn.Parameter]:
+    """The weight that each published name of a module stands for."""
+    table: dict[str, nn.Parameter] = {}
+    for path, weight in _weights(unet):
+        table |= dict.fromkeys(unet_spellings(path, config.unet), weight)
+    for encoder, settings in zip(text.encoders, config.text_encoders, strict=True):
+        if settings.architecture == "clip":
+            for path, weight in _weights(encoder):
+                table |= dict.fromkeys(text_spellings(path), weight)
+            break
+    return table
+
+
+def _weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            yield path, module.get_parameter("weight")
+
+
+def unet_spellings(path: str, config: UNetConfig) -> list[str]:
+    """The published names of a U-Net module whose path is ours, which is diffusers'."""
+    blocks = unet_blocks(config)
+    block = path
+    while block and block not in blocks:
+        block = block.rpartition(".")[0]
+    names = [path, f"unet.{path}", f"base_model.model.{path}", f"lora_unet_{path.replace('.', '_')}"]
+    if block:
+        names.append(f"lora_unet_{blocks[block]}{path.removeprefix(block)}".replace(".", "_"))
+    parent, _, leaf = path.removesuffix(".0").rpartition(".")
+    if leaf in OLD_TEXT_NAMES.values():
+        for old in (f"{parent}.processor.{leaf}", f"{parent}.{leaf}"):
+            names += [old, f"unet.{old}"]
+    return names
+
+
+def text_spellings(path: str) -> list[str]:
+    """The published names of a module of CLIP's text encoder whose path is ours, which is transformers'."""
+    parent, _, leaf = path.rpartition(".")
+    names = [f"lora_te_{model}{path.replace('.', '_')}" for model in ("text_model_", "")]
+    for model in ("", "text_model."):
+        for prefix in ("", "text_encoder.", "base_model.model."):
+            names.append(f"{prefix}{model}{path}")
+            if leaf in OLD_TEXT_NAMES:
+                names.append(f"{prefix}{model}{parent}.{OLD_TEXT_NAMES[leaf]}")
+    return names
+
+
+def _peft(path: Path, name: str, metadata: dict[str, str]) -> tuple[float | None, bool]:
+    """PEFT's alpha of a module, None where the file says none, and whether it is divided by the rank's root.
+
+    Diffusers stores PEFT's configuration in the header, with the part's name before each key.
+    """
+    if PEFT_SETTINGS not in metadata:
+        return None, False
+    try:
+        settings = json.loads(metadata[PEFT_SETTINGS])
+        part = f"{name.partition('.')[0]}."
+        settings |= {key.removeprefix(part): settings[key] for key in list(settings) if key.startswith(part)}
+        alpha = settings.get("lora_alpha")
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if f".{name}".endswith(f".{pattern}"):  # taken as it is: an expression may not end
+                alpha = value
+                break
+        return None if alpha is None else float(alpha), bool(settings.get("use_rslora"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"the metadata {PEFT_SETTINGS} of {path} is damaged ({error})") from None
+
+
+@torch.no_grad()
+def _merged(
+    name: str, parameter: nn.Parameter, parts: State, weight: float, peft: tuple[float | None, bool]
+) -> Tensor:
+    """A module's weight with its change, computed in float32 or wider."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    original = parameter.detach().to(dtype)
+    rank = len(parts["down"])
+    alpha, root = (float(parts["alpha"].flatten()[0]), False) if "alpha" in parts else peft
+    scale = 1.0 if alpha is None else alpha / (rank**0.5 if root else rank)
+    magnitude = parts.get("dora_scale")
+    if "magnitude" in parts:  # PEFT's: one for each output, in several shapes
+        magnitude = parts["magnitude"].flatten()[:, None]
+    up, down, mid = (parts[key].to(original) if key in parts else None for key in ("up", "down", "mid"))
+    assert up is not None and down is not None
+    try:
+        if mid is None:
+            change = (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
+        else:  # Tucker decomposition: both are 1x1, the kernel is in the middle
+            change = torch.einsum("oa,abkl,bi->oikl", up.flatten(1), mid, down.flatten(1))
+        shapes = [
+            (*shape, 1, 1)[:4] for shape in (change.shape, original.shape)
+        ]  # linear is a 1x1 convolution
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{tuple(change.shape)} for {tuple(original.shape)}")
+        change = change.reshape(original.shape)
+        if magnitude is None:
+            new = original + weight * scale * change
+        else:
+            new = torch.lerp(original, _decomposed(original + scale * change, magnitude), weight)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"the matrices of {name} do not fit the model's ({reason})") from None
+    new = new.to(parameter.dtype)
+    if not torch.isfinite(new).all():
+        raise InputError(f"{name} would make the weights infinite: is its weight or the file wrong?")
+    return new
+
+
+def _decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """The weight with the norms of its rows replaced by `magnitude`; of its columns where that is a row."""
+    axis = int(magnitude.shape[0] == 1)
+    others = [dim for dim in range(weight.ndim) if dim != axis]
+    norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return magnitude.to(weight).reshape(norm.shape) * weight / norm.clamp_min(torch.finfo(weight.dtype).tiny)

@@ -1,0 +1,100 @@
+"""Autoencoders of their own, to take the place of a model's: TAESD (madebyollin/taesd), and Stable Diffusion's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stable_diffusion.checkpoints import compvis, diffusers
+from stable_diffusion.checkpoints.checkpoint import State
+from stable_diffusion.checkpoints.lora import read_weights
+from stable_diffusion.config import TAESD, AutoencoderKLConfig, AutoencoderTinyConfig
+from stable_diffusion.errors import InputError
+
+WEIGHTS = [
+    f"diffusion_pytorch_model{variant}.{ending}"
+    for ending in ("safetensors", "bin")
+    for variant in ("", ".fp16")
+]
+PAIRS = [f"taesd_decoder.{ending}" for ending in ("safetensors", "pth")]
+# What an AutoencoderTiny must be like, or say nothing of, for ours to be the same.
+TINY_SETTINGS = {"act_fn": "relu", "upsampling_scaling_factor": 2, "scaling_factor": 1, "shift_factor": 0}
+
+
+def read_vae(path: Path) -> tuple[AutoencoderKLConfig | AutoencoderTinyConfig, State]:
+    """The autoencoder at `path`, told by its content.
+
+    A folder of diffusers' ``AutoencoderKL`` or ``AutoencoderTiny``, or one that has it in ``vae``; a file of such
+    a folder; TAESD's own two files, of which either is named; CompVis' layout, alone or in a whole model.
+
+    Raises:
+        InputError: nothing there, damaged files, or no such autoencoder.
+    """
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        for name in (*WEIGHTS, *PAIRS):
+            if (folder / name).is_file():
+                return read_vae(folder / name)
+        raise InputError(f"{path} has no autoencoder: it needs {WEIGHTS[0]} or {PAIRS[0]}")
+    tensors = _tensors(path)
+    if tensors and all(name.partition(".")[0].isdecimal() for name in tensors):
+        return TAESD, _pair(path)
+    settings = _settings(path.with_name("config.json"))
+    if any(name.startswith(("encoder.layers.", "decoder.layers.")) for name in tensors):
+        return tiny_config(path, settings), tensors
+    if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in tensors):
+        config = diffusers.autoencoder_config(settings) if settings else AutoencoderKLConfig()
+        return config, diffusers.vae_state(tensors)
+    return compvis.read_vae(path)
+
+
+def tiny_config(path: Path, settings: dict[str, Any]) -> AutoencoderTinyConfig:
+    """Our configuration for an ``AutoencoderTiny``'s ``config.json``; TAESD's where there is none."""
+    for key, value in TINY_SETTINGS.items():
+        if settings.get(key, value) != value:
+            raise InputError(
+                f"the autoencoder {path} has {key} {settings[key]!r}: only {value!r} is supported"
+            )
+    return replace(
+        TAESD,
+        latent_channels=settings.get("latent_channels", TAESD.latent_channels),
+        block_out_channels=tuple(settings.get("encoder_block_out_channels", TAESD.block_out_channels)),
+        encoder_blocks=tuple(settings.get("num_encoder_blocks", TAESD.encoder_blocks)),
+        decoder_blocks=tuple(settings.get("num_decoder_blocks", TAESD.decoder_blocks[::-1]))[::-1],
+    )
+
+
+def _pair(path: Path) -> State:
+    """The tensors of TAESD's two files. Its decoder's numbers begin with the squashing, which has no weights."""
+    state = {}
+    for part, first in (("encoder", 0), ("decoder", 1)):
+        name = path.name.replace("encoder", part).replace("decoder", part)
+        if part not in name:
+            raise InputError(f"{path} is one of TAESD's two files: name them taesd_encoder and taesd_decoder")
+        if not path.with_name(name).is_file():
+            raise InputError(f"{path} is one of TAESD's two files: {name} must lie beside it")
+        for key, tensor in _tensors(path.with_name(name)).items():
+            number, _, rest = key.partition(".")
+            state[f"{part}.layers.{int(number) - first if number.isdecimal() else number}.{rest}"] = tensor
+    return state
+
+
+def _tensors(path: Path) -> State:
+    return {name: value for name, value in read_weights(path)[0].items() if isinstance(value, Tensor)}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings in a file beside the weights; none where there is no such file, or it is another part's."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} must hold a JSON object, got a {type(settings).__name__}")
+    return settings if str(settings.get("_class_name", "")).startswith("Autoencoder") else {}
