@@ -239,6 +239,33 @@ def test_inpainting(
     )
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("kind", ["1.5", "2.1", "inpaint"])
+def test_every_sampler_changes_pictures_as_diffusers_does(
+    kind: str,
+    sampler: str,
+    folders: dict[str, Path],
+    models: dict[str, DiffusionModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Image-to-image and inpainting; a 9-channel network only inpaints."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    settings: dict[str, Any] = {
+        "prompt": ["a fox"],
+        "image": picture(),
+        "strength": 0.6,
+        "num_inference_steps": 20,
+    }
+    classes = {"StableDiffusionInpaintPipeline": {"mask_image": mask()}}
+    if kind != "inpaint":
+        classes["StableDiffusionImg2ImgPipeline"] = {}
+    for cls, extra in classes.items():
+        size = {"height": 32, "width": 32} if extra else {}
+        generator = torch.Generator().manual_seed(5)
+        wanted = theirs(reference(folders[kind], cls), sampler, generator=generator, **settings, **extra, **size)
+        assert error(ours(models[kind], sampler, seed=5, **settings, **extra), wanted) < TOLERANCE
+
+
 def test_what_the_folder_says_is_what_the_model_does(models: dict[str, DiffusionModel]) -> None:
     first, second, inpaint = (models[kind].config for kind in sd.KINDS)
     assert (first.sampler.name, second.sampler.name, inpaint.sampler.name) == ("pndm", "ddim", "ddim")
