@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stable_diffusion.checkpoints import Checkpoint, diffusers
+from stable_diffusion.checkpoints import Checkpoint
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import SD15
 from stable_diffusion.nn.text import TextEncoder
@@ -55,7 +55,7 @@ def write_folder(folder: Path) -> None:
     vae, unet, encoder = map(random, modules)
     tokenizer = Tokenizer(packaged("clip-tokenizer"), "clip", 77)
     checkpoint = Checkpoint(SD15, vae, unet, [encoder], [tokenizer.folder])
-    diffusers.write(folder, checkpoint, [tokenizer.files])
+    diffusers_export.write(folder, checkpoint, [tokenizer.files])
 
 
 def ours(folder: Path) -> Any:

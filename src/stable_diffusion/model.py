@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from stable_diffusion import checkpoints, images, pipeline
-from stable_diffusion.checkpoints import Checkpoint, compvis, diffusers, embeddings, lora, native, taesd
+from stable_diffusion.checkpoints import (
+    Checkpoint,
+    compvis,
+    diffusers_export,
+    embeddings,
+    lora,
+    native,
+    taesd,
+)
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, preset
 from stable_diffusion.diffusion.samplers import Step, sampler_named
@@ -167,11 +175,11 @@ class DiffusionModel(nn.Module):
             raise unknown_name("format", format, ("diffusers", "single-file"))
         checkpoint, tokenizer_files = self._to_checkpoint()
         if format == "diffusers":
-            for note in diffusers.write(Path(path), checkpoint, tokenizer_files, dtype):
+            for note in diffusers_export.write(Path(path), checkpoint, tokenizer_files, dtype):
                 warnings.warn(note, stacklevel=2)
         elif Path(path).exists():
             raise InputError(f"{path} exists: choose another name")
-        elif (reason := diffusers.misfit(self.config)) is not None:
+        elif (reason := diffusers_export.misfit(self.config)) is not None:
             raise InputError(f"a single file cannot hold the model {self.config.name!r}: {reason}")
         else:
             compvis.write(Path(path), checkpoint, dtype)

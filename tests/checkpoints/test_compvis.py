@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stable_diffusion.checkpoints import compvis
+from stable_diffusion.checkpoints import compvis, compvis_names
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, State
 from stable_diffusion.config import (
     BERT_BASE,
@@ -207,7 +207,7 @@ def test_full_size_configuration_is_read_from_shapes(preset: ModelConfig) -> Non
     assert (config.unet, config.vae, config.text_encoders) == (preset.unet, preset.vae, (text,))
     assert (config.sample_size, config.schedule) == (preset.sample_size, preset.schedule)
     flat = [
-        compvis._rename(name, compvis.unet_blocks(config.unet)).replace(".", "")
+        compvis_names.rename(name, compvis_names.unet_blocks(config.unet)).replace(".", "")
         for name in config_names(config)
     ]
     assert len(set(flat)) == 686, "the dotless names of averaged weights are as many"

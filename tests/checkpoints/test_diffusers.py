@@ -262,7 +262,9 @@ def test_every_sampler_changes_pictures_as_diffusers_does(
     for cls, extra in classes.items():
         size = {"height": 32, "width": 32} if extra else {}
         generator = torch.Generator().manual_seed(5)
-        wanted = theirs(reference(folders[kind], cls), sampler, generator=generator, **settings, **extra, **size)
+        wanted = theirs(
+            reference(folders[kind], cls), sampler, generator=generator, **settings, **extra, **size
+        )
         assert error(ours(models[kind], sampler, seed=5, **settings, **extra), wanted) < TOLERANCE
 
 

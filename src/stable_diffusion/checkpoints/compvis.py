@@ -23,6 +23,14 @@ from torch import Tensor, nn
 
 from stable_diffusion.checkpoints import pickles
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, State, packaged
+from stable_diffusion.checkpoints.compvis_names import (
+    is_second,
+    rename,
+    renamed,
+    text_blocks,
+    unet_blocks,
+    vae_blocks,
+)
 from stable_diffusion.config import (
     CLIP_H,
     CLIP_L,
@@ -81,71 +89,6 @@ STEPS = {875000: "eps", 110000: "v"}  # of the published 2.0-base and 2.1
 TELLTALE, TELLTALE_STD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 CONFIG = "mini_stable_diffusion.config"
 
-RESNET = {
-    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
-    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
-}
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OPEN_CLIP_LAYER = {
-    **{"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
-    "self_attn": "attn",
-}
-
-
-def unet_blocks(config: UNetConfig) -> dict[str, str]:
-    """Our names of the U-Net's blocks, and CompVis'."""
-    table = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-    table |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    table["mid_block.attentions.0"] = "middle_block.1"
-    levels = len(config.block_out_channels)
-    n = 1
-    for i in range(levels):
-        for j in range(config.layers_per_block):
-            resnets[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{n}.0"
-            table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
-            n += 1
-        table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-        n += 1
-    n = 0
-    for i in range(levels):
-        for j in range(config.layers_per_block + 1):
-            resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{n}.0"
-            table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
-            n += 1
-        after = 1 + config.attention_levels[::-1][i]
-        table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{after}.conv"
-    return table | _products(resnets, RESNET)
-
-
-def vae_blocks(config: AutoencoderKLConfig) -> dict[str, str]:
-    """Our names of the autoencoder's blocks, and CompVis', which count the way up from its end."""
-    table, last = {}, len(config.block_out_channels) - 1
-    for half, way in (("encoder", "down"), ("decoder", "up")):
-        table[f"{half}.conv_norm_out"] = f"{half}.norm_out"
-        resnets = {f"{half}.mid_block.resnets.{j}": f"{half}.mid.block_{j + 1}" for j in (0, 1)}
-        for i in range(last + 1):
-            level = f"{half}.{way}.{i if way == 'down' else last - i}"
-            table[f"{half}.{way}_blocks.{i}.{way}samplers.0"] = f"{level}.{way}sample"
-            for j in range(config.layers_per_block + 1):
-                resnets[f"{half}.{way}_blocks.{i}.resnets.{j}"] = f"{level}.block.{j}"
-        table |= resnets | _products(resnets, {"conv_shortcut": "nin_shortcut"})
-        table |= _products({f"{half}.mid_block.attentions.0": f"{half}.mid.attn_1"}, VAE_ATTENTION)
-    return table
-
-
-def text_blocks(config: TextEncoderConfig) -> dict[str, str]:
-    """Our names of the text encoder's blocks, and OpenCLIP's; CLIP's are the same."""
-    if not _second(config):
-        return {}
-    layers = {f"encoder.layers.{k}": f"transformer.resblocks.{k}" for k in range(config.num_hidden_layers)}
-    return {
-        "embeddings.token_embedding": "token_embedding",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "final_layer_norm": "ln_final",
-        **_products(layers, OPEN_CLIP_LAYER),
-    }
-
 
 def is_single_file(path: Path) -> bool:
     """Whether `path` is one file, not a folder. ``read`` tells by its content what it is."""
@@ -184,7 +127,7 @@ def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -
         unet=_unet_state(file, config.unet, ema),
         text_encoders=[_text_state(file, text)],
         # The second pads with "!": a folder of the same vocabulary whose special_tokens_map.json says so.
-        tokenizers=[packaged("clip-tokenizer-2" if _second(text) else "clip-tokenizer")],
+        tokenizers=[packaged("clip-tokenizer-2" if is_second(text) else "clip-tokenizer")],
         notes=tuple(notes),
     )
 
@@ -238,12 +181,12 @@ def write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) 
 def to_single(config: ModelConfig, unet: State, vae: State, text: State) -> State:
     """The parts' tensors under the names of a single file. Raises InputError where they have no place there."""
     vae_config, text_config = _check_fits(config)
-    second = _second(text_config)
-    tensors = _renamed(unet, unet_blocks(config.unet), UNET) | _renamed(vae, vae_blocks(vae_config), VAE)
+    second = is_second(text_config)
+    tensors = renamed(unet, unet_blocks(config.unet), UNET) | renamed(vae, vae_blocks(vae_config), VAE)
     for name, tensor in tensors.items():
         if ".mid.attn_1." in name and tensor.ndim == 2:
             tensors[name] = tensor[:, :, None, None]
-    text = _renamed(text, text_blocks(text_config), "")
+    text = renamed(text, text_blocks(text_config), "")
     if second:
         text = _unused_head(_fused(text), text_config.num_hidden_layers - text_config.skip_last_layers)
     else:
@@ -482,7 +425,7 @@ def _unet_state(file: _File, config: UNetConfig, ema: bool) -> State:
         if not averaged:
             raise InputError(f"{file.path} holds no averaged (EMA) weights: read its plain ones")
         names = {
-            name.replace(".", ""): name for name in (_rename(ours, table) for ours in module.state_dict())
+            name.replace(".", ""): name for name in (rename(ours, table) for ours in module.state_dict())
         }
         state = {names.get(flat, flat): tensor for flat, tensor in averaged.items()}
     return _fitted(file.path, "U-Net", module, table, state)
@@ -496,9 +439,9 @@ def _vae_state(file: _File, config: AutoencoderKLConfig) -> State:
 
 def _text_state(file: _File, config: TextEncoderConfig) -> State:
     module = _built(file.path, TextEncoder, config)
-    prefix = OPEN_CLIP if _second(config) else CLIP
+    prefix = OPEN_CLIP if is_second(config) else CLIP
     state = {k: t for k, t in _part(file.tensors, prefix).items() if not UNUSED.search(prefix + k)}
-    if _second(config):  # the last layer, which the U-Net does not read
+    if is_second(config):  # the last layer, which the U-Net does not read
         beyond = f"transformer.resblocks.{config.num_hidden_layers}."
         state = {k: t for k, t in _split(state).items() if not k.startswith(beyond)}
     return _fitted(file.path, "text encoder", module, text_blocks(config), state)
@@ -518,7 +461,7 @@ def _built(path: Path, cls: Callable[[Any], nn.Module], config: object) -> nn.Mo
 def _fitted(path: Path, part: str, module: nn.Module, table: dict[str, str], state: State) -> State:
     """The state under the module's names. Raises InputError where names or shapes are others."""
     wanted = module.state_dict()
-    names = {_rename(ours, table): ours for ours in wanted}
+    names = {rename(ours, table): ours for ours in wanted}
     found = {}
     for theirs in names.keys() & state.keys():
         tensor, shape = state[theirs], wanted[names[theirs]].shape
@@ -540,23 +483,6 @@ def _count(names: Iterable[str], total: int) -> str:
     """A number of tensors, and three of their names."""
     names = sorted(names)
     return f"{len(names)} of {total} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-
-
-def _rename(name: str, table: dict[str, str]) -> str:
-    """The name with its longest beginning that the table has replaced."""
-    parts = name.split(".")
-    for i in range(len(parts), 0, -1):
-        if (block := ".".join(parts[:i])) in table:
-            return ".".join([table[block], *parts[i:]])
-    return name
-
-
-def _renamed(state: State, table: dict[str, str], prefix: str) -> State:
-    return {prefix + _rename(name, table): tensor for name, tensor in state.items()}
-
-
-def _products(blocks: dict[str, str], leaves: dict[str, str]) -> dict[str, str]:
-    return {f"{a}.{x}": f"{b}.{y}" for a, b in blocks.items() for x, y in leaves.items()}
 
 
 def _split(state: State) -> State:
@@ -593,11 +519,6 @@ def _unused_head(state: State, layers: int) -> State:
     return copies | head | state
 
 
-def _second(config: TextEncoderConfig) -> bool:
-    """Whether a text encoder is OpenCLIP's, which has GELU as it stands; CLIP's has the quick one."""
-    return config.hidden_act == "gelu"
-
-
 def _check_fits(config: ModelConfig) -> tuple[AutoencoderKLConfig, TextEncoderConfig]:
     """The configurations of the autoencoder and the text encoder, where the layout has a place for the model."""
     vae, text, unet = config.vae, config.text_encoders[:1], config.unet
@@ -606,7 +527,7 @@ def _check_fits(config: ModelConfig) -> tuple[AutoencoderKLConfig, TextEncoderCo
         reason = "its autoencoder is not Stable Diffusion's"
     elif len(config.text_encoders) != 1 or text[0].architecture != "clip" or text[0].vocab_size != 49408:
         reason = "it reads its prompts with other than one CLIP text encoder"
-    elif text[0].skip_last_layers > _second(text[0]) or text[0].hidden_size != unet.cross_attention_dim:
+    elif text[0].skip_last_layers > is_second(text[0]) or text[0].hidden_size != unet.cross_attention_dim:
         reason = "its U-Net reads other than the text encoder's usual layer"
     elif unet.num_class_embeds or unet.pooled_projection_dim:
         reason = "its U-Net has a class embedding"
@@ -624,7 +545,7 @@ def _check_fits(config: ModelConfig) -> tuple[AutoencoderKLConfig, TextEncoderCo
 def _metadata(config: ModelConfig) -> dict[str, str]:
     """The header's metadata: modelspec's keys, and the configuration, since shapes do not tell all of it."""
     v = config.schedule.prediction_type == "v_prediction"
-    second = _second(config.text_encoders[0])
+    second = is_second(config.text_encoders[0])
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stable_diffusion.checkpoints import pickles
 from stable_diffusion.checkpoints.checkpoint import State
-from stable_diffusion.checkpoints.compvis import unet_blocks
+from stable_diffusion.checkpoints.compvis_names import unet_blocks
 from stable_diffusion.config import ModelConfig, UNetConfig
 from stable_diffusion.errors import InputError
 from stable_diffusion.nn.text import PromptEncoder
