@@ -17,13 +17,8 @@ from torch import Tensor
 
 from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints import native
-from stable_diffusion.checkpoints.diffusers import (
-    SCHEDULERS,
-    misfit,
-    sampler_config,
-    schedule_config,
-    scheduler_settings,
-)
+from stable_diffusion.checkpoints.diffusers import sampler_config, schedule_config
+from stable_diffusion.checkpoints.diffusers_export import SCHEDULERS, misfit, scheduler_settings
 from stable_diffusion.cli import main
 from stable_diffusion.config import MINILM, SD15, SD21, ModelConfig, SamplerConfig, ScheduleConfig
 from stable_diffusion.diffusion.samplers import SAMPLERS
