@@ -228,3 +228,12 @@ def test_unknown_presets_and_presets_without_vocabulary_are_refused() -> None:
         DiffusionModel("sd-15")
     with pytest.raises(InputError, match="from_pretrained"):
         DiffusionModel("sd15")
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [Guidance(interval=(0.8, 0.2)), Guidance(interval=(-0.1, 1.0)), Guidance(rescale=1.5)],
+)
+def test_guidance_out_of_range(guidance: Guidance) -> None:
+    with pytest.raises(InputError, match=r"the guidance (interval|rescale) must be"):
+        DiffusionModel.from_pretrained().generate("a cat", guidance_scale=guidance, num_inference_steps=1)

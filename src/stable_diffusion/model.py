@@ -34,7 +34,7 @@ from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
-from stable_diffusion.nn.vae import autoencoder
+from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 from stable_diffusion.runtime import first_process, watched
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class DiffusionModel(nn.Module):
         for encoder, text in zip(self.text_encoder.encoders, self.config.text_encoders, strict=True):
             if state := native.packaged_text_encoder(text):
                 encoder.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+
+    _preview: tuple[AutoencoderKL | AutoencoderTiny, ...] = ()
 
     def _build(self, tokenizer_folders: list[Path]) -> None:
         config = self.config
@@ -213,11 +215,13 @@ class DiffusionModel(nn.Module):
         """
         return embeddings.add(self.text_encoder, self.config, Path(path), token)
 
-    def load_vae(self, path: str | Path) -> None:
+    def load_vae(self, path: str | Path, *, preview: bool = False) -> None:
         """Takes another autoencoder for the model's own: a better decoder, or TAESD, which is many times faster.
 
         Args:
             path: a diffusers folder, a file of Stable Diffusion's autoencoder, or one of TAESD's two files.
+            preview: keeps the model's own, and takes this one for ``decode(latents, preview=True)`` alone, as in a
+                callback that shows ``step.x0``.
 
         Raises:
             InputError: no such autoencoder there, or one of other latents; the model keeps its own then.
@@ -232,7 +236,11 @@ class DiffusionModel(nn.Module):
         with torch.device("meta"):
             vae = autoencoder(config)
         _assign("vae", vae, state, weight.dtype)
-        self.vae = vae.to(weight.device).train(self.vae.training)
+        vae = vae.to(weight.device).train(self.vae.training)
+        if preview:
+            self._preview = (vae,)  # in a tuple: no part of the model's state
+            return
+        self.vae = vae
         size = self.config.sample_size // own.factor * config.factor  # the U-Net keeps its size of latents
         self.config = dataclasses.replace(self.config, vae=config, sample_size=size)
 
@@ -277,9 +285,18 @@ class DiffusionModel(nn.Module):
         return self.vae.encode(pixels.to(self.unet.conv_out.weight))
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> list[Image.Image]:
-        """The pictures that latents of unit deviation stand for. Raises InputError where they hold NaN."""
-        return images.to_pil(self.vae.decode(latents.to(self.unet.conv_out.weight)).float())
+    def decode(self, latents: Float[Tensor, "b c h w"], *, preview: bool = False) -> list[Image.Image]:
+        """The pictures that latents of unit deviation stand for, by the preview's autoencoder where it is asked for.
+
+        Raises:
+            InputError: NaN in the picture, or a preview before ``load_vae(path, preview=True)``.
+        """
+        if preview and not self._preview:
+            raise InputError(
+                "there is no autoencoder for previews: load one with load_vae(path, preview=True)"
+            )
+        vae = self._preview[0].to(latents.device) if preview else self.vae
+        return images.to_pil(vae.decode(latents.to(self.unet.conv_out.weight)).float())
 
     @torch.no_grad()
     def encode_prompt(self, texts: str | Sequence[str]) -> PromptEmbeds:
@@ -428,6 +445,13 @@ class DiffusionModel(nn.Module):
             _number("guidance_scale", guidance.scale)
         else:
             guidance = dataclasses.replace(config.guidance, scale=_number("guidance_scale", guidance_scale))
+        low, high = guidance.interval
+        if not 0 <= low <= high <= 1:
+            raise InputError(
+                f"the guidance interval must be two numbers from 0 to 1, in order, got {low} and {high}"
+            )
+        if not 0 <= guidance.rescale <= 1:
+            raise InputError(f"the guidance rescale must be from 0 to 1, got {guidance.rescale}")
         if mask_image is not None and image is None:
             raise InputError("mask_image needs the image that it masks: give image as well")
         if not 0 < _number("strength", strength) <= 1:

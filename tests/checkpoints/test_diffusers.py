@@ -268,6 +268,18 @@ def test_every_sampler_changes_pictures_as_diffusers_does(
         assert error(ours(models[kind], sampler, seed=5, **settings, **extra), wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["1.5", "2.1"])
+def test_a_single_file_gives_the_latents_of_diffusers(
+    kind: str, folders: dict[str, Path], models: dict[str, DiffusionModel], tmp_path: Path
+) -> None:
+    """The folder as one file in CompVis' layout, read back: the whole way, 2.x' padding token included."""
+    models[kind].export(tmp_path / "model.safetensors", format="single-file")
+    model = DiffusionModel.from_pretrained(tmp_path / "model.safetensors")
+    noise = normal(len(PROMPTS), 4, 8, 8, dtype=torch.float32)
+    wanted = theirs(reference(folders[kind]), "ddim", prompt=PROMPTS, latents=noise.clone())
+    assert error(ours(model, "ddim", prompt=PROMPTS, latents=noise), wanted) < TOLERANCE
+
+
 def test_what_the_folder_says_is_what_the_model_does(models: dict[str, DiffusionModel]) -> None:
     first, second, inpaint = (models[kind].config for kind in sd.KINDS)
     assert (first.sampler.name, second.sampler.name, inpaint.sampler.name) == ("pndm", "ddim", "ddim")

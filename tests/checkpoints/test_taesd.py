@@ -194,3 +194,22 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
         assert "\n" not in str(caught.value)
     assert model.config == config
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_preview_beside_the_models_own(model: DiffusionModel, tiny: Path) -> None:
+    """A callback shows each step by TAESD; the picture and the model's state are as without it."""
+    settings: dict[str, Any] = {"num_inference_steps": 3, "seed": 1}
+    before, (without,) = list(model.state_dict()), model.generate("a cat", **settings)
+    with pytest.raises(InputError, match="load one with load_vae"):
+        model.decode(torch.zeros(1, 4, 8, 8), preview=True)
+    model.load_vae(tiny, preview=True)
+    shown: list[Any] = []
+    (picture,) = model.generate(
+        "a cat", **settings, callback=lambda step: shown.extend(model.decode(step.x0, preview=True)) or None
+    )
+    assert list(model.state_dict()) == before and picture.tobytes() == without.tobytes()
+    assert len(shown) == 3 and all(one.size == (64, 64) for one in shown)
+    model.load_vae(tiny)
+    assert model.decode(torch.ones(1, 4, 8, 8))[0].tobytes() == (
+        model.decode(torch.ones(1, 4, 8, 8), preview=True)[0].tobytes()
+    )
