@@ -268,6 +268,18 @@ def test_every_sampler_changes_pictures_as_diffusers_does(
         assert error(ours(models[kind], sampler, seed=5, **settings, **extra), wanted) < TOLERANCE
 
 
+def test_inpainting_with_pndm(
+    folders: dict[str, Path], models: dict[str, DiffusionModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At strength 1. Below it diffusers counts PNDM's doubled timestep and runs one level behind its latents."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    pipe = reference(folders["1.5"], "StableDiffusionInpaintPipeline")
+    same: dict[str, Any] = {"prompt": ["a fox"], "image": picture(), "mask_image": mask(), "strength": 1.0}
+    generator = torch.Generator().manual_seed(5)
+    wanted = theirs(pipe, "pndm", generator=generator, height=32, width=32, **same)
+    assert error(ours(models["1.5"], "pndm", seed=5, **same), wanted) < TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["1.5", "2.1"])
 def test_a_single_file_gives_the_latents_of_diffusers(
     kind: str, folders: dict[str, Path], models: dict[str, DiffusionModel], tmp_path: Path
