@@ -354,10 +354,8 @@ class DiffusionModel(nn.Module):
             prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps,
             guidance_scale, sampler, seed, num_images_per_prompt, latents,
         )  # fmt: skip
-        if (
-            self.unet.conv_out.weight.dtype == torch.float16
-            and self.unet.conv_out.weight.device.type == "cpu"
-        ):
+        weight = self.unet.conv_out.weight
+        if weight.dtype == torch.float16 and weight.device.type == "cpu":
             warnings.warn("float16 is no format to compute in on a CPU: going on in float32", stacklevel=2)
             self.float()
         try:

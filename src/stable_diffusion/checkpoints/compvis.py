@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stable_diffusion.checkpoints import pickles
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, State, packaged
 from stable_diffusion.checkpoints.compvis_names import (
     is_second,
@@ -31,6 +29,7 @@ from stable_diffusion.checkpoints.compvis_names import (
     unet_blocks,
     vae_blocks,
 )
+from stable_diffusion.checkpoints.weights import read_weights
 from stable_diffusion.config import (
     CLIP_H,
     CLIP_L,
@@ -204,30 +203,10 @@ class _File(NamedTuple):
 
 def _load(path: Path) -> _File:
     """A file's tensors, mapped into memory. Raises InputError for a damaged file or one of another kind."""
-    if not path.is_file():
-        raise InputError(f"{path} is no file: give a .safetensors or .ckpt file")
-    with path.open("rb") as opened:
-        start = opened.read(9)
-    metadata: dict[str, str] = {}
-    root: dict[Any, Any] = {}
-    step = None
-    pickled = (
-        start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix in (".ckpt", ".pt", ".bin") or not start
-    )
-    if pickled and start[8:] != b"{":  # there the header of safetensors begins
-        root = pickles.read(path)
-        step = root.get("global_step")
-        for _ in range(3):  # it may nest, but a pickle may also hold itself
-            root = root["state_dict"] if isinstance(root.get("state_dict"), dict) else root
-    else:
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                root = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no dictionary
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{path} is not a whole safetensors file ({error}): copy or download it again"
-            ) from None
+    root, metadata = read_weights(path)
+    step = root.get("global_step")
+    for _ in range(3):  # it may nest, but a pickle may also hold itself
+        root = root["state_dict"] if isinstance(root.get("state_dict"), dict) else root
     names = "\n".join(name for name in root if isinstance(name, str))
     for pattern, kind in OTHER_KINDS:
         if re.search(pattern, names, re.MULTILINE):

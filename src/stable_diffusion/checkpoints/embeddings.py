@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stable_diffusion.checkpoints.checkpoint import State
-from stable_diffusion.checkpoints.lora import ENDINGS, family, read_weights
+from stable_diffusion.checkpoints.lora import ENDINGS, family
+from stable_diffusion.checkpoints.weights import read_weights
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError
 from stable_diffusion.nn.text import PromptEncoder, TextEncoder

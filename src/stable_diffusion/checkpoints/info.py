@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stable_diffusion import checkpoints
-from stable_diffusion.checkpoints import Checkpoint, compvis, diffusers, hub, pickles
+from stable_diffusion.checkpoints import Checkpoint, compvis, diffusers, hub
 from stable_diffusion.checkpoints.checkpoint import State
+from stable_diffusion.checkpoints.weights import read_weights
 from stable_diffusion.config import AutoencoderKLConfig, ModelConfig
-from stable_diffusion.errors import InputError
 
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 """By the width of the text's tokens."""
@@ -73,18 +72,8 @@ def describe(path: str | Path) -> Iterator[str]:
 
 def _open(path: Path) -> tuple[State, dict[str, str]]:
     """A file's tensors, with those of inner dictionaries, and its metadata."""
-    with path.open("rb") as file:
-        pickled = file.read(2) in (b"PK", b"\x80\x02")
-    if pickled:
-        return dict(_flat(pickles.read(path))), {}
-    try:
-        with safe_open(path, "pt") as opened:
-            keys = opened.keys()
-            return {name: opened.get_tensor(name) for name in keys}, opened.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}): copy or download it again"
-        ) from None
+    content, metadata = read_weights(path)
+    return dict(_flat(content)), metadata
 
 
 def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:

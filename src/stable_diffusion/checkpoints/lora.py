@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stable_diffusion.checkpoints import pickles
 from stable_diffusion.checkpoints.checkpoint import State
 from stable_diffusion.checkpoints.compvis_names import unet_blocks
+from stable_diffusion.checkpoints.weights import read_weights
 from stable_diffusion.config import ModelConfig, UNetConfig
 from stable_diffusion.errors import InputError
 from stable_diffusion.nn.text import PromptEncoder
@@ -92,25 +91,6 @@ def merge(unet: UNet, text: PromptEncoder, config: ModelConfig, path: Path, weig
     if strange:
         warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
     return result
-
-
-def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a ``.safetensors`` file or one of PyTorch's pickles holds, with a safetensors file's metadata.
-
-    Raises:
-        InputError: the file is missing, damaged, or asks to run something.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} is no file: give a .safetensors, .pt or .bin file")
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        return {str(name): value for name, value in pickles.read(path).items()}, {}
-    try:
-        with safe_open(path, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}): download it again") from None
 
 
 def family(width: int | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stable_diffusion.checkpoints import compvis, diffusers
 from stable_diffusion.checkpoints.checkpoint import State
-from stable_diffusion.checkpoints.lora import read_weights
+from stable_diffusion.checkpoints.weights import read_weights
 from stable_diffusion.config import TAESD, AutoencoderKLConfig, AutoencoderTinyConfig
 from stable_diffusion.errors import InputError
 

@@ -91,7 +91,6 @@ def train_model(
     if parts.unet.conv_out.weight.dtype != torch.float32:
         raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
 
-    seed = config.training.seed
     autoencoder = AutoencoderStage(parts.vae, config.training.autoencoder, config.sample_size)
     denoiser = DenoiserStage(parts.unet, parts.text_encoder, parts.scheduler, config)
     for module in (parts.vae, parts.unet):
@@ -120,21 +119,24 @@ def train_model(
         number_format=str(dtype or torch.float32).removeprefix("torch."),
     )
 
+    def trained(stage: AutoencoderStage | DenoiserStage) -> Iterator[TrainStep]:
+        return train_stage(
+            stage,
+            total=stored["steps"][stage.name],
+            seed=config.training.seed,
+            path=output_dir / f"{stage.name}.safetensors",
+            step_function=functions[stage.name],
+            autocast=dtype,
+            process=state.process_index,
+            processes=state.num_processes,
+        )
+
     with state.main_process_first():
         pictures_key, pictures, kept = yield from _decode_pictures(
             data, config.sample_size, output_dir / "cache"
         )
     autoencoder.pictures = pictures
-    yield from train_stage(
-        autoencoder,
-        total=stored["steps"]["autoencoder"],
-        seed=seed,
-        path=output_dir / "autoencoder.safetensors",
-        step_function=functions["autoencoder"],
-        autocast=dtype,
-        process=state.process_index,
-        processes=state.num_processes,
-    )
+    yield from trained(autoencoder)
     normalise(parts.vae, pictures)
 
     with state.main_process_first():
@@ -143,16 +145,7 @@ def train_model(
     numbers = {caption: number for number, caption in enumerate(captions, start=1)}
     denoiser.captions = ["", *captions]
     denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
-    yield from train_stage(
-        denoiser,
-        total=stored["steps"]["denoiser"],
-        seed=seed,
-        path=output_dir / "denoiser.safetensors",
-        step_function=functions["denoiser"],
-        autocast=dtype,
-        process=state.process_index,
-        processes=state.num_processes,
-    )
+    yield from trained(denoiser)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
