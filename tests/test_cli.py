@@ -20,17 +20,20 @@ from PIL.PngImagePlugin import PngInfo
 
 from stable_diffusion import DiffusionModel, cli
 from stable_diffusion.checkpoints.checkpoint import packaged
+from stable_diffusion.config import Styles
 from stable_diffusion.nn import tokenizer
 from tests.lively import lively
 from tests.tiny import KL, TINY, tiny_model
 
 ROOT = Path(__file__).parents[1]
+PACKAGED = json.loads((packaged("model") / "config.json").read_text(encoding="utf-8"))
 CLIP = tokenizer._clip(packaged("clip-tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    network = lively(tiny_model(replace(TINY, vae=KL, prompts=("a red circle",))))
+    styles = Styles(words=("noto style", "3d render"), default="noto style")
+    network = lively(tiny_model(replace(TINY, vae=KL, prompts=("a fox",), styles=styles)))
     folder = tmp_path_factory.mktemp("models") / "tiny"
     network.save_pretrained(folder)
     return str(folder)
@@ -269,8 +272,12 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
     failures: list[tuple[Any, ...]] = []
     base: tuple[object, ...] = ("generate", "a", "--model", model)
     for arguments, message in [
-        (("generate", "--model", model), "what shall be drawn"),
-        (("generate",), "what shall be drawn"),
+        (("generate", "--model", model), 'what shall be drawn? Give a prompt in quotes, such as "a fox"'),
+        (
+            ("generate", "--model", "folder"),
+            'what shall be drawn? Give a prompt in quotes, such as "a red circle"',
+        ),
+        (("generate",), f'what shall be drawn? Give a prompt in quotes, such as "{PACKAGED["prompts"][0]}"'),
         ((*base, "--size", 33), "multiple of 4, got 33; nearest are 32 and 36"),
         ((*base, "--size", "32x"), "WIDTHxHEIGHT"),
         ((*base, "--size", "0"), "width must be"),
@@ -324,6 +331,12 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         (("data", "shapes", "--out", "given.png"), "given.png"),
         (("data", "shapes", "--out", "new", "--count", 0), "at least 2 pictures"),
         (("data", "shapes", "--out", "new", "--size", 0), "at least 16 pixels"),
+        (("data", "check"), "give the folder of a set, or both --images and --captions"),
+        (("data", "check", "--images", "folder"), "or both --images and --captions"),
+        (("data", "check", "folder", "--captions", "x.json"), "not both"),
+        (("data", "check", "nowhere"), "there is no folder 'nowhere'"),
+        (("data", "check", "folder"), "there is nothing to check in 'folder'"),
+        (("data", "check", "--images", "folder", "--captions", "text.png"), "text.png"),
     ]:
         try:
             result = minisd(*arguments)
@@ -389,7 +402,8 @@ def test_info_of_a_model_and_of_a_picture(minisd: Any, model: str) -> None:
     assert result.out.startswith("tiny: 32 pixels, flow schedule")
     assert "unet: " in result.out
     assert "million parameters in float32" in result.out
-    assert 'minisd generate "a red circle"' in result.out
+    assert 'minisd generate "a fox"' in result.out
+    assert "styles: noto style, 3d render; a prompt that names none is drawn in noto style" in result.out
     (path,) = minisd("generate", "a blue star", "--model", model, "--seed", 4).paths
     result = minisd("info", path)
     assert "prompt: a blue star\n" in result.out
@@ -402,6 +416,64 @@ def test_data_shapes(minisd: Any) -> None:
     assert len(result.out.splitlines()) == 1
     captions = json.loads(Path("shapes/annotations/captions_train.json").read_text(encoding="utf-8"))
     assert len(list(Path("shapes/train").iterdir())) == len(captions["images"]) == 9
+
+
+def test_data_check(minisd: Any) -> None:
+    minisd("data", "shapes", "--out", "shapes", "--count", 10, "--size", 32)
+    result = minisd("data", "check", "shapes", "--size", 64)
+    assert (result.code, result.err) == (0, "")
+    assert [line for line in result.out.splitlines() if not line.startswith(" ")] == [
+        "train: 9 pictures with 32 captions",
+        "val: 1 pictures with 4 captions",
+    ]
+    assert "  enlarged to 64 pixels: 9 (000000.png, 000001.png, 000002.png, …)\n" in result.out
+    assert "all within the 32 tokens" in result.out
+    captions = "shapes/annotations/captions_val.json"
+    alone = minisd("data", "check", "--images", "shapes/val", "--captions", captions, "--size", 64)
+    assert alone.out == result.out[result.out.index("val: ") :]
+
+
+def test_data_check_measures_captions_as_the_mini_preset_does(minisd: Any) -> None:
+    minisd("data", "shapes", "--out", "shapes", "--count", 10, "--size", 32)
+    file = Path("shapes/annotations/captions_train.json")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["annotations"][0]["caption"] = "a " * 30 + "two three"  # and begin and end
+    file.write_text(json.dumps(content), encoding="utf-8")
+    result = minisd("data", "check", "shapes")
+    assert (
+        "captions longer than the 32 tokens that the text encoder reads: 1; the longest, 'a a " in result.out
+    )
+    assert "two three', loses 'two three'\n" in result.out
+
+
+def test_help_of_generate_shows_what_the_packaged_model_draws(
+    minisd: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = minisd("generate", "--help")
+    assert result.code == 0
+    lines = [f'  minisd generate "{prompt}"' for prompt in PACKAGED["prompts"]]
+    told = f"What the packaged model, {PACKAGED['name']}, draws:"
+    assert result.out.splitlines()[-len(lines) - 1 :] == [told, *lines]
+    assert "draws:" not in minisd("info", "--help").out
+    styled = cli._shown(model)
+    monkeypatch.setattr(cli, "_shown", lambda model: styled)
+    assert minisd("generate", "-h").out.splitlines()[-4:] == [
+        "What the packaged model, tiny, draws:",
+        '  minisd generate "a fox"',
+        "Its styles: noto style, 3d render; a prompt that names none is drawn in noto",
+        "  style.",
+    ]
+
+
+def test_a_picture_in_the_default_style_keeps_its_prompt(minisd: Any, model: str) -> None:
+    (plain,) = minisd("generate", "a fox", "--model", model, "--seed", 3).paths
+    assert (plain.name, settings(plain)["prompt"]) == ("a-fox-3.png", "a fox")
+    (again,) = minisd("generate", "--from", plain).paths
+    assert again.read_bytes() == plain.read_bytes()
+    (named,) = minisd("generate", "a fox, noto style", "--model", model, "--seed", 3).paths
+    (other,) = minisd("generate", "a fox, 3d render", "--model", model, "--seed", 3).paths
+    assert Image.open(named).tobytes() == Image.open(plain).tobytes()
+    assert Image.open(other).tobytes() != Image.open(plain).tobytes()
 
 
 RECIPE = """

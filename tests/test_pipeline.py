@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from stable_diffusion import DiffusionModel, Guidance, InputError, SamplerConfig, pipeline
-from stable_diffusion.config import ModelConfig, ScheduleConfig
+from stable_diffusion.config import ModelConfig, ScheduleConfig, Styles
 from stable_diffusion.diffusion.samplers import SAMPLERS, Step
 from stable_diffusion.errors import InputError as SameError
 from tests.lively import lively
@@ -263,6 +263,60 @@ def test_a_model_without_text_draws_the_empty_prompt() -> None:
     assert one.size == (32, 32)
     with pytest.raises(InputError, match="no text encoder"):
         network.generate("a cat")
+
+
+# Styles
+
+STYLES = Styles(words=("noto style", "line icon style", "3d render"), default="noto style")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "styled"),
+    [
+        ("a fox", "a fox, noto style"),
+        ("A fox. ", "A fox, noto style"),
+        ("🦊", "🦊, noto style"),
+        ("a fox in style", "a fox in style, noto style"),
+        ("a fox, Line  Icon\nSTYLE", None),
+        ("a fox (noto style)", None),
+        ("3d renders of a fox", "3d renders of a fox, noto style"),
+        ("a2-3d rendered fox", "a2-3d rendered fox, noto style"),
+        ("a 3d render of a fox", None),
+        ("", None),
+        ("  ", None),
+        ("…", "…, noto style"),
+        (",.", None),
+    ],
+)
+def test_a_prompt_that_names_no_style_gets_the_default_one(prompt: str, styled: str | None) -> None:
+    assert pipeline.with_style(prompt, STYLES) == (prompt if styled is None else styled)
+    assert pipeline.with_style(pipeline.with_style(prompt, STYLES), STYLES) == (styled or prompt)
+    assert pipeline.with_style(prompt, Styles()) == prompt
+    assert pipeline.with_style(prompt, replace(STYLES, default="")) == prompt
+
+
+def test_words_are_words_and_no_patterns() -> None:
+    styles = Styles(words=("b+w",), default="flat (2d)")
+    assert pipeline.with_style("a fox, B+W", styles) == "a fox, B+W"
+    assert pipeline.with_style("a fox, flat (2d)", styles) == "a fox, flat (2d)"
+    assert pipeline.with_style("a fox, bbw", styles) == "a fox, bbw, flat (2d)"
+
+
+def test_the_default_style_is_drawn_and_not_stored(flow: DiffusionModel) -> None:
+    """Legal beside every other prompt: the empty one and negative ones stay as they are."""
+    styled = shared(replace(FLOW, styles=STYLES))
+    latents, pictures = walk(styled, ["a fox", "a fox, 3d render", ""], "a cat", seed=3)
+    explicit = ["a fox, noto style", "a fox, 3d render", ""]
+    assert torch.equal(latents, walk(flow, explicit, "a cat", seed=3)[0])
+    assert not torch.allclose(latents[0], walk(flow, "a fox", "a cat", seed=3)[0][0], atol=1e-2)
+    assert [p.info["settings"]["prompt"] for p in pictures] == ["a fox", "a fox, 3d render", ""]
+    assert all(p.info["settings"]["negative_prompt"] == "a cat" for p in pictures)
+
+
+def test_a_style_that_does_not_fit_is_named_as_cut() -> None:
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    with pytest.warns(UserWarning, match="left out: 'noto style'"):
+        shared(replace(FLOW, styles=STYLES)).generate(long, num_inference_steps=1, seed=0)
 
 
 # Image-to-image and inpainting

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+import textwrap
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from stable_diffusion.config import MINI, ModelConfig, Styles, from_dict
 from stable_diffusion.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from stable_diffusion import DiffusionModel
+    from stable_diffusion.data.icon_packages import Progress
+
+T = TypeVar("T")
 
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
@@ -140,7 +146,8 @@ def generate(
         prompt = prompt or (str(settings["prompt"]),)
     settings.pop("prompt", None)
     if not prompt:
-        raise InputError('what shall be drawn? Give a prompt in quotes: minisd generate "a red circle"')
+        example = (*_shown(settings.get("model")).prompts, "a red circle")[0]
+        raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
     source = settings.pop("model", None)
     reading = {key: settings.pop(key) for key in READING if key in settings}
     diffusion_model = DiffusionModel.from_pretrained(source, **reading)
@@ -284,41 +291,99 @@ def train(
     print(folder / "model")
 
 
-def data(
-    kind: tyro.conf.Positional[Literal["shapes", "icons"]],
-    *,
-    out: Path,
-    size: int = 128,
-    count: int = 5000,
-    seed: int = 0,
-    packages: Path | None = None,
-) -> None:
-    """Make a set of captioned images in COCO format.
+def data_shapes(*, out: Path, size: int = 128, count: int = 5000, seed: int = 0) -> None:
+    """Draw coloured shapes.
 
     Args:
-        kind: shapes: coloured shapes, drawn here; icons: 20,000 named drawings in eight styles, from npm packages.
         out: The folder to make.
         size: Side of the pictures in pixels.
-        count: shapes: number of pictures; every tenth is held out.
-        seed: shapes: of the drawing; the same seed gives the same files.
-        packages: icons: a folder to keep the npm packages in; by default they are not kept.
+        count: Number of pictures; every tenth is held out.
+        seed: Of the drawing; the same seed gives the same files.
     """
-    if kind == "shapes":
-        from stable_diffusion.data.shapes import write_shapes
+    from stable_diffusion.data.shapes import write_shapes
 
-        write_shapes(out, count=count, size=size, seed=seed)
-    else:
-        from tqdm import tqdm
-
-        from stable_diffusion.data.icons import write_icons
-
-        bars: dict[str, tqdm[None]] = {}
-        for step in write_icons(out, size, packages=packages):
-            bar = bars.setdefault(step.what, tqdm(desc=step.what, total=step.total, disable=None))
-            bar.update(step.done - bar.n)
-        for bar in bars.values():
-            bar.close()
+    write_shapes(out, count=count, size=size, seed=seed)
     print(out)
+
+
+def data_icons(*, out: Path, size: int = 128, packages: Path | None = None) -> None:
+    """Make 20,000 named drawings in eight styles, from npm packages.
+
+    Args:
+        out: The folder to make.
+        size: Side of the pictures in pixels.
+        packages: A folder to keep the npm packages in; by default they are not kept.
+    """
+    from stable_diffusion.data.icons import write_icons
+
+    print(_finished(write_icons(out, size, packages=packages)))
+
+
+def data_check(
+    folder: tyro.conf.Positional[Path | None] = None,
+    *,
+    images: Path | None = None,
+    captions: Path | None = None,
+    size: int = MINI.sample_size,
+) -> None:
+    """Say what training will see of a set: every picture is decoded, every caption measured.
+
+    Args:
+        folder: The set: annotations/captions_NAME.json, and the pictures in NAME, as COCO and the sets made here
+            have them.
+        images: An image folder, instead.
+        captions: Its captions file in COCO format.
+        size: Side of the pictures in training, in pixels.
+    """
+    from stable_diffusion.checkpoints.checkpoint import packaged
+    from stable_diffusion.data.check import Split, check_set, find_splits
+    from stable_diffusion.nn.tokenizer import Tokenizer
+
+    if folder is not None:
+        if images is not None or captions is not None:
+            raise InputError("give the folder of a set, or --images and --captions, not both")
+        splits = find_splits(folder)
+    else:
+        if images is None or captions is None:
+            raise InputError("give the folder of a set, or both --images and --captions")
+        splits = [Split(images.resolve().name, images, captions)]
+    (text,) = MINI.text_encoders
+    tokenizer = Tokenizer(packaged(str(text.packaged)), text.architecture, text.context_length)
+    found = check_set(
+        splits, size=size, cut=lambda texts: tokenizer(texts).cut, context_length=text.context_length
+    )
+    print(_finished(found))
+
+
+def data(
+    what: tyro.conf.OmitArgPrefixes[
+        tyro.conf.OmitSubcommandPrefixes[
+            Annotated[Any, tyro.conf.subcommand("shapes", constructor=data_shapes)]
+            | Annotated[Any, tyro.conf.subcommand("icons", constructor=data_icons)]
+            | Annotated[Any, tyro.conf.subcommand("check", constructor=data_check)]
+        ]
+    ],
+) -> None:
+    """Make a set of captioned images in COCO format, or check one."""
+    # The subcommands have done it: `what` is what they return.
+
+
+def _finished(steps: Generator[Progress, None, T]) -> T:
+    """What the steps return at their end; meanwhile, on a terminal, a bar for each of the things they do."""
+    from tqdm import tqdm
+
+    what, bar = "", tqdm(disable=True)
+    try:
+        while True:
+            step = next(steps)
+            if step.what != what:
+                bar.close()
+                what, bar = step.what, tqdm(desc=step.what, total=step.total, disable=None)
+            bar.update(step.done - bar.n)
+    except StopIteration as end:
+        return end.value
+    finally:
+        bar.close()
 
 
 def info(path: tyro.conf.Positional[Path | None] = None) -> None:
@@ -371,6 +436,29 @@ def export(
     print(out)
 
 
+def _shown(model: str | None) -> ModelConfig:
+    """What our model folder, or else the package's own model, says of itself; nothing where it cannot be read.
+
+    It costs no import of torch: for help, and for what is wrong before the model is read.
+    """
+    folder = Path(__file__).with_name("weights") / "model" if model is None else Path(model)
+    try:
+        return from_dict(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return ModelConfig()
+
+
+def _examples() -> Iterator[str]:
+    """The lines below the help of ``generate``: prompts and styles of the package's own model."""
+    config = _shown(None)
+    if config.prompts:
+        yield f"What the packaged model, {config.name}, draws:"
+    for prompt in config.prompts:
+        yield f'  minisd generate "{prompt}"'
+    if config.styles != Styles():
+        yield textwrap.fill(f"Its styles: {config.styles}.", 80, subsequent_indent="  ")
+
+
 def _size(text: str) -> dict[str, int]:
     match = SIZE.fullmatch(text)
     if match is None:
@@ -395,6 +483,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. Input that cannot be used is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
+    arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[..., Any]] = {
         "generate": generate,
         "train": train,
@@ -412,6 +501,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"minisd: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except SystemExit as end:
+        if end.code == 0 and list(arguments[:1]) == ["generate"]:
+            for line in _examples():  # which tyro has no place for
+                print(line)
+        raise
     except KeyboardInterrupt:
         print("minisd: stopped; the same command goes on with a training", file=sys.stderr)
         raise SystemExit(130) from None

@@ -181,15 +181,31 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The recipe of a preset: the autoencoder's stage, then the denoiser's."""
+    """The recipe of a preset: the autoencoder's stage, then the denoiser's one or two."""
 
     autoencoder: StageConfig = StageConfig()
+    coarse: StageConfig | None = None
+    """A first phase of the denoiser on latents of half the resolution, a quarter of the work; None for none."""
     denoiser: StageConfig = StageConfig()
     loss_weight: Literal["simple", "min_snr", "bound"] = "simple"
     """Weight of each noise level in the denoiser's loss (`diffusion.objective`)."""
     caption_dropout: float = 0.1
     """Part of the captions that training replaces by the empty one, which guidance needs."""
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Styles:
+    """The styles that a model's prompts can name (`pipeline.with_style`); ``str`` is a sentence for the user."""
+
+    words: tuple[str, ...] = ()
+    """Phrases any of which in a prompt names a style, such as "noto style" or "black line drawing"."""
+    default: str = ""
+    """What generation adds to a prompt that names none, after a comma; empty adds nothing."""
+
+    def __str__(self) -> str:
+        default = f"; a prompt that names none is drawn in {self.default}" if self.default else ""
+        return ", ".join(self.words or (self.default,)) + default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +226,8 @@ class ModelConfig:
     training: TrainingConfig = TrainingConfig()
     prompts: tuple[str, ...] = ()
     """Prompts that show what the model draws; the previews of training draw them too."""
+    styles: Styles = Styles()
+    """Read by generation alone: training takes captions as they are."""
 
 
 MINILM = TextEncoderConfig(

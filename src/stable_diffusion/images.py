@@ -60,15 +60,50 @@ def open_image(path: str | Path) -> Image.Image:
     The content counts, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
     cut off, or too large to be decoded safely.
     """
-    with _opened(path) as image:
-        image.load()
-        return to_rgb(_upright(image))
+    with opened(path) as image:
+        return decoded(image)
 
 
 def check_header(path: str | Path) -> None:
     """Raises InputError unless the file begins as a picture does; what follows the header is not read."""
-    with _opened(path):
+    with opened(path):
         pass
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image in a file as PIL has it, not decoded yet.
+
+    Raises InputError for what ``open_image`` refuses, also where that shows only inside the ``with`` block.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.format not in FORMATS:
+                raise UnidentifiedImageError
+            yield image
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{path} is not a picture that can be read, whatever its name says: "
+            "convert it to PNG or JPEG, or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path} is too large to be decoded safely: make the picture smaller, or remove it"
+        ) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error
+        raise _damaged(path, error) from error
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """The picture of an opened file: RGB, upright, on white where it is transparent."""
+    image.load()
+    return to_rgb(_upright(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -156,7 +191,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that ``save_png`` stored. Raises InputError if the file holds none."""
-    with _opened(path) as image:
+    with opened(path) as image:
         text = image.info.get("minisd")
     if not isinstance(text, str):
         raise InputError(
@@ -202,33 +237,6 @@ def free_name(folder: str | Path, stem: str, suffix: str = ".png") -> Path:
         number += 1
         path = path.with_name(f"{stem}-{number}{suffix}")
     return path
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The image in a file, not decoded yet; whatever PIL raises becomes one sentence."""
-    try:
-        with Image.open(path) as image:
-            if image.format not in FORMATS:
-                raise UnidentifiedImageError
-            yield image
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path} is not a picture that can be read, whatever its name says: "
-            "convert it to PNG or JPEG, or remove it"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path} is too large to be decoded safely: make the picture smaller, or remove it"
-        ) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error
-        raise _damaged(path, error) from error
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
 
 
 def _damaged(path: str | Path, error: Exception) -> InputError:

@@ -331,7 +331,8 @@ class DiffusionModel(nn.Module):
         Every picture's ``info["settings"]`` has all that made it.
 
         Args:
-            prompt: what to draw; several prompts are drawn as one batch. An empty one is valid.
+            prompt: what to draw; several prompts are drawn as one batch. An empty one is valid. One that names none
+                of the model's styles is drawn in its default style, if it has one (``config.Styles``).
             negative_prompt: what to steer away from: one for all, or one for each prompt.
             image: the picture to begin with, a PIL image or a file.
             mask_image: white where `image` is repainted; elsewhere its bytes stay.
@@ -423,7 +424,8 @@ class DiffusionModel(nn.Module):
             raise InputError(
                 f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
             )
-        self._warn_of_cut([*prompts, *negatives])
+        styled = [pipeline.with_style(text, config.styles) for text in prompts]
+        self._warn_of_cut([*styled, *negatives])
         count = _integer("num_images_per_prompt", num_images_per_prompt, 1)
         steps = _integer(
             "num_inference_steps",
@@ -470,6 +472,7 @@ class DiffusionModel(nn.Module):
             num_inference_steps=steps,
             guidance=guidance,
             sampler=sampler,
+            styles=config.styles,
             strength=strength if picture is not None else 1.0,
             image=None if picture is None else images.cover(picture, width, height),
             mask=None if mask is None else images.cover(mask, width, height),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from stable_diffusion import images
-from stable_diffusion.config import Guidance, SamplerConfig
+from stable_diffusion.config import Guidance, SamplerConfig, Styles
 from stable_diffusion.diffusion.guidance import guide, is_on
 from stable_diffusion.diffusion.objective import Denoiser, to_x0
 from stable_diffusion.diffusion.samplers import Step, initial_scale, sample, sampling_levels
@@ -50,6 +51,8 @@ class Request:
     num_inference_steps: int
     guidance: Guidance
     sampler: SamplerConfig
+    styles: Styles = field(default_factory=Styles)
+    """By which the prompts, not the negative ones, get the default style as they are encoded."""
     strength: float = 1.0
     """Part of the walk that image-to-image takes; 1 begins at pure noise."""
     image: Image.Image | None = None
@@ -106,7 +109,8 @@ def decode(parts: Parts, request: Request, latents: Latents) -> list[Image.Image
 
 def encode_prompts(parts: Parts, request: Request) -> tuple[PromptEmbeds, PromptEmbeds]:
     """Embeddings of the prompts and of the negative prompts; each distinct text is encoded once."""
-    texts = sorted({*request.prompts, *request.negative_prompts})
+    styled = tuple(with_style(prompt, request.styles) for prompt in request.prompts)
+    texts = sorted({*styled, *request.negative_prompts})
     embeds = parts.text_encoder(texts)
     _check_finite("the text encoder", embeds.tokens)
 
@@ -115,7 +119,22 @@ def encode_prompts(parts: Parts, request: Request) -> tuple[PromptEmbeds, Prompt
         mask = None if embeds.mask is None else embeds.mask[index]
         return PromptEmbeds(embeds.tokens[index], mask, embeds.pooled[index])
 
-    return rows(request.prompts), rows(request.negative_prompts)
+    return rows(styled), rows(request.negative_prompts)
+
+
+def with_style(prompt: str, styles: Styles) -> str:
+    """The prompt with the default style at its end, unless it is empty or names a style.
+
+    A style's words count in upper and lower case, but not as parts of longer words.
+    """
+    bare = prompt.rstrip(" \t\n,.")
+    if not bare or not styles.default:
+        return prompt
+    text = " ".join(bare.split()).casefold()
+    named = (re.escape(" ".join(phrase.split()).casefold()) for phrase in (*styles.words, styles.default))
+    if any(re.search(rf"(?<!\w){phrase}(?!\w)", text) for phrase in named):
+        return prompt
+    return f"{bare}, {styles.default}"
 
 
 def seeded_noise(parts: Parts, request: Request) -> Callable[[], Latents]:

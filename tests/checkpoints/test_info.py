@@ -14,8 +14,9 @@ from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints.checkpoint import is_weights
 from stable_diffusion.checkpoints.info import describe
 from stable_diffusion.cli import main
-from stable_diffusion.config import SD15, SD21
+from stable_diffusion.config import SD15, SD21, Styles
 from tests.checkpoints import sd
+from tests.tiny import TINY, tiny_model
 
 
 def text(path: Path) -> str:
@@ -44,6 +45,18 @@ def test_folders(folder: Path, tmp_path: Path) -> None:
     assert lines[-1] == "  licence: creativeml-openrail-m"
     DiffusionModel.from_pretrained(folder).save_pretrained(tmp_path / "ours")
     assert "model folder of this project" in text(tmp_path / "ours")
+
+
+def test_prompts_and_styles(tmp_path: Path) -> None:
+    styles = Styles(words=("noto style", "3d render"), default="noto style")
+    tiny_model(replace(TINY, prompts=("a fox",), styles=styles)).save_pretrained(tmp_path / "styled")
+    assert text(tmp_path / "styled").splitlines()[-2:] == [
+        '  minisd generate "a fox"',
+        "  styles: noto style, 3d render; a prompt that names none is drawn in noto style",
+    ]
+    assert DiffusionModel.from_pretrained(tmp_path / "styled").config.styles == styles
+    tiny_model(replace(TINY, styles=Styles(words=("b",)))).save_pretrained(tmp_path / "free")
+    assert text(tmp_path / "free").splitlines()[-1] == "  styles: b"
 
 
 def test_versions() -> None:

@@ -257,3 +257,21 @@ def test_the_order_does_not_depend_on_the_file(folder: Path) -> None:
         loader = CocoImageLoader(folder / "pictures", captions_file(folder, images[::order], notes[::order]))
         assert [loader.name(i) for i in range(3)] == ["1.png", "2.png", "3.png"]
         assert [item.captions[0] for item in loader] == ["1.png", "2.png", "3.png"]
+
+
+def test_weights_of_pictures(folder: Path) -> None:
+    for name in ("a.png", "b.png"):
+        picture(folder / "pictures" / name)
+    images = [{**image(1, "a.png"), "weight": 0.25}, image(2, "b.png")]
+    loader = CocoImageLoader(
+        folder / "pictures", captions_file(folder, images, [note(1, "one"), note(2, "two")])
+    )
+    assert [loader.weight(i) for i in range(2)] == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("weight", [0, -1, "2", True, float("nan"), float("inf")])
+def test_weights_are_positive_numbers(folder: Path, weight: Any) -> None:
+    picture(folder / "pictures" / "a.png")
+    file = captions_file(folder, [{**image(1, "a.png"), "weight": weight}], [note(1, "one")])
+    message = refused(folder, file)
+    assert "a.png" in message and repr(weight) in message and "above 0" in message

@@ -10,7 +10,7 @@ import stat
 import sys
 import tarfile
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -408,6 +408,10 @@ def test_pictures_are_named_and_described(made: Path) -> None:
     }
     assert "a fox, noto style" in fox["captions"]
     assert isinstance(fox["sister"], bool)
+    flags = [image["weight"] for image in found.values() if image["group"] == "flags"]
+    roles = Counter(image["role"] for image in found.values() if image["split"] == fox["split"])
+    assert fox["weight"] == pytest.approx(roles["fox"] ** -0.5, abs=1e-4), "the square root of its drawings"
+    assert max(flags) <= 0.3
     dark = found["flat-student-1f9d1-1f3ff-200d-1f393.png"]
     assert (dark["tone"], dark["object"]) == ("dark", "student")
     assert "fluent3d-clock-at-four-oclock-1f553.png" in found

@@ -83,6 +83,14 @@ def test_a_set_smaller_than_the_batch_is_drawn_evenly() -> None:
     assert Counter(draw(0).indices(3)) == {0: 2, 1: 2, 2: 2}
 
 
+def test_weights_are_shares_of_every_pass() -> None:
+    weights = (1.0, 0.5, 4.0, 1.0, 0.25, 2.0, 1.0)  # of 9.75
+    drawn = [index for step in range(70) for index in draw(step).indices(COUNT, weights)]
+    for one in (Counter(drawn[i : i + COUNT]) for i in range(0, len(drawn), COUNT)):
+        assert all(abs(one[i] - COUNT * weight / 9.75) < 1 for i, weight in enumerate(weights))
+    assert Counter(drawn)[4] == pytest.approx(420 * 0.25 / 9.75, abs=6), "by lot, not always rounded down"
+
+
 def noise(given: Draw) -> list[float]:
     return [torch.rand(1, generator=generator).item() for generator in given.generators()]
 

@@ -9,6 +9,8 @@ import pytest
 
 from stable_diffusion import CocoImageLoader, InputError
 from stable_diffusion.config import MINI, from_dict, to_dict
+from stable_diffusion.data.icon_captions import DEFAULT_STYLE, STYLES, Thing, captions
+from stable_diffusion.pipeline import with_style
 from stable_diffusion.training.recipe import DataConfig, Recipe, read_recipe
 from tests.tiny import TINY, shapes
 
@@ -25,6 +27,27 @@ def test_the_packaged_models_recipe() -> None:
     recipe = read_recipe(next(path for path in RECIPES if path.stem == "shapes-128"))
     assert recipe.name == recipe.config.name == "shapes-128" and recipe.data.kind == "shapes"
     assert recipe.data.size == recipe.config.sample_size == 128
+
+
+def test_the_icons_recipe_names_the_styles_of_their_captions() -> None:
+    """Styles are listed in the recipe, which says all that its model is; here is what holds them to the data."""
+    styles = read_recipe(next(path for path in RECIPES if path.stem == "icons-128")).config.styles
+    named = [(f"{style.name} style", style.look.removeprefix("a ")) for style in STYLES.values()]
+    assert styles.words == tuple(word for pair in named for word in pair)
+    assert styles.default == f"{STYLES[DEFAULT_STYLE].name} style"
+    fox = Thing(
+        code="1f98a",
+        object="fox",
+        article="a",
+        role="fox",
+        group="animals-nature",
+        nameable=True,
+        keywords=("animal",),
+    )
+    for style in STYLES:
+        made = {caption: with_style(caption, styles) for caption in captions(fox, style)}
+        assert made.pop("fox") == "fox, noto style"
+        assert all(caption == styled for caption, styled in made.items()) and len(made) == 3
 
 
 def test_it_says_what_differs_from_a_preset(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stable_diffusion import pipeline
-from stable_diffusion.config import MINILM, AutoencoderKLConfig, Guidance, ModelConfig, SamplerConfig
+from stable_diffusion.config import MINILM, AutoencoderKLConfig, Guidance, ModelConfig, SamplerConfig, StageConfig
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.training.autoencoder import AutoencoderStage, normalise, read_pixels
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache
@@ -22,12 +22,12 @@ CAPTIONS = ["", "a red circle", "a blue square", "a green heart", "a yellow star
 BATCH = 8
 
 
-def stage_of(config: ModelConfig = TINY, pictures: int = 4) -> DenoiserStage:
+def stage_of(config: ModelConfig = TINY, pictures: int = 4, *, coarse: bool = False) -> DenoiserStage:
     """A denoiser's stage on random latents; picture i has the captions i + 1 and, but the last, i + 2."""
     model = tiny_model(config)
     settings = replace(config.training.denoiser, batch_size=BATCH)
     config = replace(config, training=replace(config.training, denoiser=settings))
-    stage = DenoiserStage(model.unet, model.text_encoder, model.scheduler, config)
+    stage = DenoiserStage(model.unet, model.text_encoder, model.scheduler, config, coarse=coarse)
     side = config.sample_size // config.vae.factor
     latents = torch.randn(
         pictures, config.vae.latent_channels, side, side, generator=torch.Generator().manual_seed(0)
@@ -63,6 +63,27 @@ def drawn_captions(stage: DenoiserStage, steps: int) -> list[tuple[int, str]]:
         assert stage.latents is not None
         pairs += zip(draw(step).indices(len(stage.latents)), words(stage, ids), strict=True)
     return pairs
+
+
+def test_the_coarse_phase_sees_means_of_four_latents() -> None:
+    config = replace(TINY, training=replace(TINY.training, coarse=StageConfig(batch_size=BATCH)))
+    coarse = stage_of(config, coarse=True)
+    assert coarse.name == "coarse" and coarse.settings == config.training.coarse
+    x0, noise, *_ = coarse.batch(draw(2))
+    assert coarse.latents is not None
+    full = torch.from_numpy(coarse.latents[draw(2).indices(4)].astype(np.float32))
+    b, c, h, w = full.shape
+    torch.testing.assert_close(x0, full.view(b, c, h // 2, 2, w // 2, 2).mean(dim=(3, 5)))
+    assert noise.shape == x0.shape and abs(noise.std() - 1) < 0.1, "noise of unit deviation, not pooled"
+    assert coarse.example()[0].shape[1:] == x0.shape[1:]
+
+
+def test_weights_say_how_often_a_picture_is_drawn() -> None:
+    stage = stage_of()
+    stage.weights = (1.0, 0.001, 0.001, 0.001)
+    x0, *_ = stage.batch(draw(1))
+    assert stage.latents is not None
+    assert np.allclose(x0, stage.latents[:1].astype(np.float32))
 
 
 def test_a_tenth_of_the_captions_is_dropped() -> None:

@@ -21,7 +21,7 @@ from stable_diffusion.config import MINILM, ModelConfig, StageConfig
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.errors import InputError
 from stable_diffusion.training import run
-from stable_diffusion.training.loop import learning_rate
+from stable_diffusion.training.loop import TrainStep, learning_rate
 from stable_diffusion.training.run import autocast_dtype
 from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, shapes, tiny_model
 from tests.training.record import Record, copied, differing
@@ -64,6 +64,24 @@ def test_20_steps_are_10_and_10(
             load_file(tmp_path / f"{name}.safetensors"), load_file(folder / f"{name}.safetensors")
         )
     assert [step.index for step in second.stage(stage)] == list(range(10, 20))
+
+
+def test_a_coarse_phase_comes_between_and_resumes(tmp_path: Path, data: CocoImageLoader) -> None:
+    config = replace(TINY, training=replace(TINY.training, coarse=StageConfig(batch_size=4)))
+    whole, first, second = Record(), Record("coarse", 9), Record()
+    state = trained(tmp_path / "whole", data, whole, config, steps=20)
+    trained(tmp_path / "parts", data, first, config, steps=20)
+    assert differing(trained(tmp_path / "parts", data, second, config, steps=20), state) == []
+    assert first.curve("coarse") + second.curve("coarse") == whole.curve("coarse")
+    order = [event.stage for event in whole.events if isinstance(event, TrainStep) and event.loss is not None]
+    assert list(dict.fromkeys(order)) == ["autoencoder", "coarse", "denoiser"]
+    left = load_file(tmp_path / "whole" / "coarse.safetensors")
+    begun = tmp_path / "begun"
+    trained(begun, data, Record("denoiser", 0), config, steps=20)
+    for name, value in load_file(begun / "denoiser.safetensors").items():
+        if name.startswith("weights.unet.down_blocks") and name.endswith("weight"):
+            moved = (value - left[name.replace("weights", "average", 1)]).abs().max()
+            assert moved < 2 * config.training.denoiser.learning_rate, "one step from the coarse phase's average"
 
 
 def test_rates_are_the_planned_ones(straight: tuple[Path, Record, Any]) -> None:

@@ -13,7 +13,7 @@ from stable_diffusion import checkpoints
 from stable_diffusion.checkpoints import Checkpoint, compvis, diffusers, hub
 from stable_diffusion.checkpoints.checkpoint import State
 from stable_diffusion.checkpoints.weights import read_weights
-from stable_diffusion.config import AutoencoderKLConfig, ModelConfig
+from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, Styles
 
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 """By the width of the text's tokens."""
@@ -103,6 +103,8 @@ def _model(checkpoint: Checkpoint, kind: str) -> Iterator[str]:
     )
     for prompt in config.prompts:
         yield f'  minisd generate "{prompt}"'
+    if config.styles != Styles():
+        yield f"  styles: {config.styles}"
 
 
 def _version(config: ModelConfig) -> str:

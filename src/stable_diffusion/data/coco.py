@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import unicodedata
 import warnings
@@ -63,7 +64,8 @@ class CocoImageLoader:
 
     Args:
         image_folder: holds the pictures; names in the JSON file are relative to it.
-        captions_file: JSON with ``images`` (``id``, ``file_name``) and ``annotations`` (``image_id``,
+        captions_file: JSON with ``images`` (``id``, ``file_name``; also ``weight``, how often training draws
+            the picture, where some are to be drawn more often than others) and ``annotations`` (``image_id``,
             ``caption``).
 
     Raises:
@@ -80,6 +82,7 @@ class CocoImageLoader:
             raise InputError(f"there is no folder of pictures {str(image_folder)!r}: check the path")
         images, annotations = _read(self.captions_file)
         names = _names(images, self.captions_file)
+        weights = _weights(images, names, self.captions_file)
         captions: dict[str, list[str]] = {name: [] for name in names.values()}
         orphans: dict[str, None] = {}  # a set that keeps the order
         unusable = []
@@ -106,6 +109,7 @@ class CocoImageLoader:
         self._names = [name for name in usable if name not in bad]
         self._files = [usable[name] for name in self._names]
         self._captions = [tuple(captions[name]) for name in self._names]
+        self._weights = [weights[name] for name in self._names]
         bare = [name for name in here if not captions[name]]
         self.report = CocoReport(
             pictures=len(self._names),
@@ -140,6 +144,10 @@ class CocoImageLoader:
     def captions(self, index: int) -> tuple[str, ...]:
         """The picture's captions, without decoding it."""
         return self._captions[index]
+
+    def weight(self, index: int) -> float:
+        """How often training draws the picture, relative to the others."""
+        return self._weights[index]
 
     def name(self, index: int) -> str:
         """The picture's file name as the JSON file gives it."""
@@ -209,6 +217,23 @@ def _names(images: list[Any], captions_file: Path) -> dict[int | str, str]:
         if names.setdefault(key, name) != name:
             raise InputError(f"{where} has the id {key!r} of another picture: give each picture its own")
     return names
+
+
+def _weights(
+    images: list[dict[str, Any]], names: dict[int | str, str], captions_file: Path
+) -> dict[str, float]:
+    """How often training draws each file, by name. Raises InputError for a weight that is no positive number."""
+    weights = {}
+    for image in images:
+        weight = image.get("weight", 1.0)
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
+            raise InputError(
+                f"the weight of {image['file_name']!r} in {str(captions_file)!r} must be a number above 0,"
+                f" got {weight!r}: correct it, or leave it out for 1"
+            )
+        weights[names[image["id"]]] = float(weight)
+    return weights
 
 
 def _files(folder: Path, names: Iterable[str]) -> dict[str, str]:

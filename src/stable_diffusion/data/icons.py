@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -30,8 +31,10 @@ from stable_diffusion.data.icon_packages import (
 from stable_diffusion.data.icon_splits import HASH_RULE, SPLITS, sisters, split_pictures
 from stable_diffusion.errors import InputError
 
-# The number grows with every change of pictures, captions or splits.
-_DESCRIPTION = "mini-stable-diffusion icons, version 1"
+SIGN_WEIGHT = 0.3  # of flags, letters and numbers, which are a quarter of the things and no use in pictures
+
+_DESCRIPTION = "mini-stable-diffusion icons"
+_VERSION = 2  # grows with every change of pictures, captions, splits or weights
 
 
 def write_icons(
@@ -42,8 +45,9 @@ def write_icons(
     The same bytes every time. The work is done as the generator is consumed; closed early, it leaves nothing.
     A set that is there already and was made of the same is left as it is, one made of others is replaced. In
     the JSON files each image also has ``style``, ``object``, ``role`` (the object without its gender),
-    ``group``, ``tone``, ``gender``, ``code``, and ``sister``: whether training holds the object in another style
-    of the same family (``STYLES``).
+    ``group``, ``tone``, ``gender``, ``code``, ``weight``: how often training draws it, relative to the others, so
+    that people, of whom there are most drawings, do not fill half of it; and ``sister``: whether training holds the
+    object in another style of the same family (``STYLES``).
 
     Args:
         out: a folder that is empty, new, or such a set.
@@ -63,7 +67,7 @@ def write_icons(
         raise InputError(f"{str(out)!r} is a file: give a folder")
     if out.is_dir() and any(out.iterdir()):
         there = _there(out)
-        if there.get("description") != _DESCRIPTION:
+        if not str(there.get("description")).startswith(_DESCRIPTION):
             raise InputError(
                 f"{str(out)!r} holds something else than a set of icons: give an empty or a new folder"
             )
@@ -96,6 +100,7 @@ def _info(size: int) -> dict[str, Any]:
         ) from error
     return {
         "description": _DESCRIPTION,
+        "version": _VERSION,
         "size": size,
         "packages": {package.name: package.version for package in (*PACKAGES.values(), NAMES)},
         "drawn_with": {"resvg-py": resvg_py.__version__, "pillow": version("pillow")},
@@ -177,6 +182,7 @@ def _write_split(
     (out / split).mkdir()
     (out / "annotations").mkdir(exist_ok=True)
     licences = {package.licence: package.url for package in PACKAGES.values()}
+    roles = Counter(thing.role for _, (_, thing, _, _) in rows)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, (style, thing, _, sister) in rows:
@@ -192,6 +198,7 @@ def _write_split(
                 "style": style,
                 **{key: getattr(thing, key) for key in ("object", "role", "group", "tone", "gender", "code")},
                 "sister": sister,
+                "weight": round(_weight(thing, roles[thing.role]), 4),
             }
         )
         for nth, caption in enumerate(captions(thing, style)):
@@ -205,6 +212,12 @@ def _write_split(
         "annotations": annotations,
     }
     _write_json(out / "annotations" / f"captions_{split}.json", data)
+
+
+def _weight(thing: Thing, drawings: int) -> float:
+    """How often training draws one of the `drawings` of a role: people have a hundred, most things have eight."""
+    sign = not thing.nameable and thing.group != "people-body"  # flags, letters, numbers: many, and each alone
+    return (SIGN_WEIGHT if sign else 1.0) / math.sqrt(drawings)
 
 
 def _describe(

@@ -30,6 +30,10 @@ class CaptionedImages(Protocol):
         """The picture's captions, without decoding it."""
         ...
 
+    def weight(self, index: int) -> float:
+        """How often training draws the picture, relative to the others: above 0, and 1 where nothing is said."""
+        ...
+
     def name(self, index: int) -> str:
         """The picture's file name, unique in the set: for messages and for the keys of caches."""
         ...

@@ -15,7 +15,7 @@ from stable_diffusion.training.loop import Draw
 GRADIENT_WEIGHT = 0.5  # edges: without it thin lines soften
 POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
 KL_WEIGHT = 1e-6  # Rombach et al. 2022, section 3.1: just enough to keep latents together
-LATENT_NOISE = 0.05  # what the light autoencoder's decoder must bear, in the latents' deviations
+LATENT_NOISE = 0.25  # what the light autoencoder's decoder must bear, in the latents' deviations
 
 
 class AutoencoderStage(nn.Module):

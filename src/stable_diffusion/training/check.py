@@ -65,6 +65,9 @@ class _Few:
     def captions(self, index: int) -> tuple[str, ...]:
         return (self.chosen[self.order[index]],)
 
+    def weight(self, index: int) -> float:
+        return 1.0
+
     def name(self, index: int) -> str:
         return self.data.name(self.order[index])
 

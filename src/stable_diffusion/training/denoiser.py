@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -46,18 +47,28 @@ class TextCache:
 class DenoiserStage(nn.Module):
     """Weighted squared error of the prediction at random noise levels (Ho et al. 2020, algorithm 1)."""
 
-    name = "denoiser"
-
     def __init__(
-        self, unet: UNet, text_encoder: PromptEncoder, scheduler: Schedule, config: ModelConfig
+        self,
+        unet: UNet,
+        text_encoder: PromptEncoder,
+        scheduler: Schedule,
+        config: ModelConfig,
+        *,
+        coarse: bool = False,
     ) -> None:
+        """`coarse` is the first phase, on means of 2x2 latents: what a thing looks like is learnt there sooner."""
         super().__init__()
+        self.name = "coarse" if coarse else "denoiser"
+        self.pooling = 2 if coarse else 1
         self.unet = unet
         self.text_encoder = text_encoder
         self.scheduler = scheduler
         self.config = config
-        self.settings = config.training.denoiser
+        settings = config.training.coarse if coarse else config.training.denoiser
+        assert settings is not None, "a coarse phase has settings"
+        self.settings = settings
         self.latents: Array | None = None  # b c h w, float16
+        self.weights: tuple[float, ...] | None = None  # how often each picture is drawn
         self.captions: list[str] = [""]  # every distinct caption; the empty one first
         self.captions_of: Sequence[Sequence[int]] = []  # numbers of each picture's captions
         self.text_caches: list[TextCache | None] = []  # of each frozen encoder
@@ -65,20 +76,23 @@ class DenoiserStage(nn.Module):
     def batch(self, draw: Draw) -> tuple[Tensor, ...]:
         """Latents, noise, times, alpha, sigma and loss weight; then for each encoder what it says or has to read."""
         assert self.latents is not None, "set `latents` and the captions first"
-        indices = draw.indices(len(self.latents))
+        indices = draw.indices(len(self.latents), self.weights)
+        c, h, w = self.latents.shape[1:]
+        shape = (c, h // self.pooling, w // self.pooling)
         noise, uniform, captions = [], [], []
         for index, generator in zip(indices, draw.generators(), strict=True):
-            noise.append(torch.randn(self.latents.shape[1:], generator=generator))
+            noise.append(torch.randn(shape, generator=generator))
             u, dropped, chosen = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
             uniform.append(u)
             choices = self.captions_of[index]
             keep = dropped >= self.config.training.caption_dropout
             captions.append(choices[int(chosen * len(choices))] if keep else 0)
-        latents = torch.from_numpy(self.latents[indices].astype(np.float32))
+        latents = F.avg_pool2d(torch.from_numpy(self.latents[indices].astype(np.float32)), self.pooling)
         return self._tensors(latents, torch.stack(noise), torch.tensor(uniform), captions)
 
     def example(self) -> tuple[Tensor, ...]:
-        vae, size = self.config.vae, self.config.sample_size // self.config.vae.factor
+        vae = self.config.vae
+        size = self.config.sample_size // vae.factor // self.pooling
         count = self.settings.batch_size
         latents = torch.randn(count, vae.latent_channels, size, size)
         caches, self.text_caches = self.text_caches, [_blank(c) for c in self.text_encoder.configs]

@@ -59,10 +59,17 @@ class Draw:
     batch_size: int
     """Of all processes together."""
 
-    def indices(self, count: int) -> list[int]:
-        """Which of `count` samples stand at the places: each once a pass, in a new order every pass."""
+    def indices(self, count: int, weights: tuple[float, ...] | None = None) -> list[int]:
+        """Which of `count` samples stand at the places: `count` a pass, in a new order every pass.
+
+        Args:
+            count: samples that there are.
+            weights: of each, above 0: a pass draws its share, rounded up or down by lot. None draws each once.
+        """
         turns = [divmod(self.step * self.batch_size + place, count) for place in self.places]
-        return [_order(self.seed, self.stage, turn, count)[i] for turn, i in turns]
+        weights = weights or (1.0,) * count
+        orders = {turn: _order(self.seed, self.stage, turn, weights) for turn in {turn for turn, _ in turns}}
+        return [orders[turn][i] for turn, i in turns]
 
     def generators(self) -> Iterator[torch.Generator]:
         """A generator for each place."""
@@ -71,9 +78,15 @@ class Draw:
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, stage: str, turn: int, count: int) -> list[int]:
+def _order(seed: int, stage: str, turn: int, weights: tuple[float, ...]) -> list[int]:
+    """Systematic sampling (Madow 1949): equal steps through the summed weights from a random start, shuffled."""
     generator = torch.Generator().manual_seed(_seed(seed, stage, "order", turn))
-    return torch.randperm(count, generator=generator).tolist()
+    ends = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    count = len(weights)
+    start = torch.rand((), generator=generator, dtype=torch.float64)
+    marks = (torch.arange(count, dtype=torch.float64) + start) * ends[-1] / count
+    chosen = torch.searchsorted(ends, marks, right=True).clamp(max=count - 1)
+    return chosen[torch.randperm(count, generator=generator)].tolist()
 
 
 def _seed(*parts: object) -> int:

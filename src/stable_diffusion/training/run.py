@@ -28,7 +28,7 @@ from stable_diffusion.training.autoencoder import AutoencoderStage, normalise, r
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache
 from stable_diffusion.training.loop import CompiledOrEager, Compiler, TrainStep, train_stage
 
-AUTOENCODER_SHARE = 0.15  # of a budget in minutes
+SHARES = {"autoencoder": 0.15, "coarse": 0.25, "denoiser": 0.6}  # of a budget in minutes, where there are all
 ENCODED_TOGETHER = 32  # pictures, or captions
 OVERHEAD = 1.1  # reading batches, the optimizer's step, saving: beside what is measured
 
@@ -92,19 +92,26 @@ def train_model(
         raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
 
     autoencoder = AutoencoderStage(parts.vae, config.training.autoencoder, config.sample_size)
-    denoiser = DenoiserStage(parts.unet, parts.text_encoder, parts.scheduler, config)
+    denoisers = [
+        DenoiserStage(parts.unet, parts.text_encoder, parts.scheduler, config, coarse=coarse)
+        for coarse in ([False] if config.training.coarse is None else [True, False])
+    ]
+    stages: list[AutoencoderStage | DenoiserStage] = [autoencoder, *denoisers]
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
     compiling = None if compiler is None else CompiledOrEager(compiler)
-    functions = {stage.name: _step_function(stage, compiling, state) for stage in (autoencoder, denoiser)}
+    functions = {stage.name: _step_function(stage, compiling, state) for stage in stages}
 
-    identity = digest(to_dict(config), [(data.name(i), data.captions(i)) for i in range(len(data))])
+    identity = digest(  # of what training reads: other prompts or steps of sampling are no other run
+        (config.sample_size, config.vae, config.unet, config.text_encoders, config.schedule, config.training),
+        [(data.name(i), data.captions(i), data.weight(i)) for i in range(len(data))],
+    )
     if state.is_main_process:
         _open_folder(output_dir, identity, resume)
     state.wait_for_everyone()
     stored = _stored_plan(output_dir, steps, minutes, functions)
     if stored is None:  # measured by all processes together, as they compute together; the first one's counts
-        plan = _measured_plan(len(data), config, steps, minutes, (autoencoder, denoiser), functions, dtype)
+        plan = _measured_plan(len(data), config, steps, minutes, stages, functions, dtype)
         stored = broadcast_object_list([plan])[0]
         if state.is_main_process:
             write_json(output_dir / "run.json", {"identity": identity, **stored})
@@ -140,12 +147,15 @@ def train_model(
     normalise(parts.vae, pictures)
 
     with state.main_process_first():
-        denoiser.latents = yield from _encode_pictures(parts, pictures, pictures_key, output_dir / "cache")
-        denoiser.text_caches = yield from _encode_captions(parts, ["", *captions], output_dir / "cache")
+        latents = yield from _encode_pictures(parts, pictures, pictures_key, output_dir / "cache")
+        text_caches = yield from _encode_captions(parts, ["", *captions], output_dir / "cache")
     numbers = {caption: number for number, caption in enumerate(captions, start=1)}
-    denoiser.captions = ["", *captions]
-    denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
-    yield from trained(denoiser)
+    for denoiser in denoisers:
+        denoiser.latents, denoiser.text_caches = latents, text_caches
+        denoiser.captions = ["", *captions]
+        denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
+        denoiser.weights = tuple(data.weight(i) for i in kept)
+        yield from trained(denoiser)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -172,7 +182,7 @@ def _open_folder(folder: Path, identity: str, resume: bool) -> None:
     """Makes the run's folder. Raises InputError where another run is in it."""
     record = folder / "run.json"
     if not resume:
-        for name in ("run.json", "autoencoder.safetensors", "denoiser.safetensors"):
+        for name in ("run.json", *(f"{stage}.safetensors" for stage in SHARES)):
             (folder / name).unlink(missing_ok=True)
     elif record.is_file() and json.loads(record.read_text())["identity"] != identity:
         raise InputError(
@@ -201,12 +211,12 @@ def _measured_plan(
     config: ModelConfig,
     steps: int | None,
     minutes: float | None,
-    stages: tuple[AutoencoderStage | DenoiserStage, ...],
+    stages: list[AutoencoderStage | DenoiserStage],
     functions: dict[str, Callable[..., Tensor]],
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     seconds = {stage.name: _measure(stage, functions[stage.name], dtype) for stage in stages}
-    shares = {"autoencoder": AUTOENCODER_SHARE, "denoiser": 1 - AUTOENCODER_SHARE}
+    shares = SHARES | {"denoiser": 1 - sum(SHARES[stage.name] for stage in stages[:-1])}
     totals = {}
     for stage in stages:
         settings: StageConfig = stage.settings

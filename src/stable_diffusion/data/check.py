@@ -1,0 +1,300 @@
+"""What training will see of a set of captioned images, found out before it begins: every picture is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from stable_diffusion import images
+from stable_diffusion.data.coco import CocoImageLoader, CocoReport
+from stable_diffusion.data.icon_packages import Progress
+from stable_diffusion.errors import InputError
+
+TRAINING = "train"
+"""What the name of a split to learn from begins with: train, train2017."""
+
+_PICTURES_TOGETHER = 256  # between two steps of progress
+_CAPTIONS_TOGETHER = 4096
+
+
+class Split(NamedTuple):
+    """A part of a set, and where it is."""
+
+    name: str
+    images: Path
+    captions: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitReport:
+    """What there is to a split; ``str`` gives lines to read. Sizes are of width and height, in pixels."""
+
+    name: str
+    found: CocoReport
+    """What can be used, and what is left out; unreadable here is also what breaks off after its header."""
+    distinct_captions: int
+    captions_per_picture: tuple[int, int]
+    """The fewest and the most."""
+    cut_captions: tuple[tuple[str, str], ...]
+    """Captions that are longer than the context, the one that loses most first, and what each of them loses."""
+    context_length: int
+    """Tokens that the text encoder reads, begin and end included."""
+    sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    """The smallest by area, the median and the largest."""
+    training_size: int
+    """Side of the square that training makes of each picture."""
+    enlarged: tuple[str, ...]
+    """Names of the pictures that have a side below that."""
+    cropped: int
+    """Pictures that are no squares: training takes the square in their middle."""
+    cropped_area: float
+    """The part of their area that these lose, on average."""
+    greyscale: int
+    transparent: int
+    several_frames: int
+    equal: tuple[tuple[str, str], ...]
+    """Names of pictures that have the pixels of an earlier one, and that one's name."""
+    in_training: tuple[tuple[str, str], ...]
+    """Names of pictures that training has too, pixel by pixel, and theirs there; empty for what training reads."""
+    styles: dict[str, int]
+    """Pictures of each style, where the captions file names styles, as that of the set of icons does."""
+    objects: int
+    """Distinct objects, likewise; 0 where it names none."""
+
+    def __str__(self) -> str:
+        return "\n  ".join([f"{self.name}: {self.found}".replace("\n  ", "\n    "), *self._lines()])
+
+    def _lines(self) -> list[str]:
+        fewest, most = self.captions_per_picture
+        each = str(most) if fewest == most else f"{fewest} to {most}"
+        tokens = f"the {self.context_length} tokens that the text encoder reads"
+        fit = "" if self.cut_captions else f", all within {tokens}"
+        lines = [f"captions: {self.distinct_captions} distinct, {each} for each picture{fit}"]
+        if self.cut_captions:
+            text, lost = self.cut_captions[0]
+            lines.append(
+                f"captions longer than {tokens}: {len(self.cut_captions)};"
+                f" the longest, {_shortened(text)!r}, loses {_shortened(lost)!r}"
+            )
+        named = [f"{width}x{height}" for width, height in self.sizes]
+        smallest, median, largest = named
+        lines.append(
+            f"sizes: all {smallest}"
+            if len(set(named)) == 1
+            else f"sizes: smallest {smallest}, median {median}, largest {largest}"
+        )
+        if self.enlarged:
+            lines.append(
+                f"enlarged to {self.training_size} pixels: {len(self.enlarged)} ({_first(self.enlarged)})"
+            )
+        if self.cropped:
+            lines.append(
+                f"cropped to a square: {self.cropped}, which lose {self.cropped_area:.0%} of their area on average"
+            )
+        for what, count in (
+            ("greyscale", self.greyscale),
+            ("transparent, laid on white", self.transparent),
+            ("of several frames, of which the first counts", self.several_frames),
+        ):
+            if count:
+                lines.append(f"{what}: {count}")
+        for what, pairs in (("equal to another picture", self.equal), ("also in training", self.in_training)):
+            if pairs:
+                lines.append(f"{what}: {len(pairs)} ({_first([' = '.join(pair) for pair in pairs])})")
+        if self.styles:
+            lines.append("styles: " + ", ".join(f"{style} {count}" for style, count in self.styles.items()))
+        if self.objects:
+            lines.append(f"objects: {self.objects}")
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetReport:
+    """What there is to a set; ``str`` gives lines to read."""
+
+    splits: tuple[SplitReport, ...]
+    """Those that training reads first."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.splits))
+
+
+def find_splits(folder: str | Path) -> list[Split]:
+    """The splits of a set: ``annotations/captions_NAME.json`` with the pictures in ``NAME/``, as COCO has them.
+
+    Those that training reads come first. Captions whose pictures are not there are passed over: COCO's come
+    for all splits in one archive, the pictures in one for each. Raises InputError where there is no split.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)!r}: check the path")
+    files = {path.stem.removeprefix("captions_"): path for path in folder.glob("annotations/captions_*.json")}
+    found = [Split(name, folder / name, path) for name, path in files.items() if (folder / name).is_dir()]
+    if not found:
+        raise InputError(
+            f"there is nothing to check in {str(folder)!r}: a set has annotations/captions_NAME.json and its"
+            " pictures in NAME; for others give --images and --captions"
+        )
+    return sorted(found, key=lambda split: (not split.name.startswith(TRAINING), split.name))
+
+
+def check_set(
+    splits: Sequence[Split],
+    *,
+    size: int,
+    cut: Callable[[list[str]], list[str]],
+    context_length: int,
+) -> Generator[Progress, None, SetReport]:
+    """Reads every caption and decodes every picture; the report is what the generator returns.
+
+    Args:
+        splits: where they are; those that training reads come first.
+        size: side of the squares that training will make of the pictures, in pixels.
+        cut: gives the end of each text that the text encoder does not read, empty where it reads all.
+        context_length: tokens that it reads, begin and end included.
+
+    Raises:
+        InputError: a split has no picture that can be used, or damaged captions, or the size is below 1.
+    """
+    if size < 1:
+        raise InputError(f"the size in training must be at least 1 pixel, got {size}")
+    trained: dict[bytes, str] = {}
+    reports = []
+    for split in splits:
+        report, digests = yield from _check(split, size, cut, context_length, trained)
+        reports.append(report)
+        if split.name.startswith(TRAINING):
+            trained |= digests
+    return SetReport(splits=tuple(reports))
+
+
+def _check(
+    split: Split,
+    size: int,
+    cut: Callable[[list[str]], list[str]],
+    context_length: int,
+    trained: dict[bytes, str],
+) -> Generator[Progress, None, tuple[SplitReport, dict[bytes, str]]]:
+    """A split's report, and by the digest of their pixels its pictures' names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what it leaves out, which the report says
+        loader = CocoImageLoader(split.images, split.captions)
+    looks = yield from _decode(split, loader)
+    captions = [loader.captions(i) for i in range(len(loader)) if loader.name(i) in looks]
+    counts = [len(texts) for texts in captions]
+    distinct = sorted({text for texts in captions for text in texts})
+    lost = yield from _lost(split, distinct, cut)
+    damaged = {loader.name(i) for i in range(len(loader))} - looks.keys()
+    digests: dict[bytes, str] = {}
+    equal, in_training = [], []
+    for name, look in looks.items():
+        first = digests.setdefault(look.digest, name)
+        if first != name:
+            equal.append((name, first))
+        if look.digest in trained and not split.name.startswith(TRAINING):
+            in_training.append((name, trained[look.digest]))
+    sizes = sorted((look.size for look in looks.values()), key=lambda side: (side[0] * side[1], side))
+    kept = [min(side) / max(side) for side in sizes if side[0] != side[1]]
+    styles, objects = _labels(split.captions, looks)
+    report = SplitReport(
+        name=split.name,
+        found=replace(
+            loader.report,
+            pictures=len(looks),
+            captions=sum(counts),
+            unreadable=tuple(sorted({*loader.report.unreadable, *damaged})),
+        ),
+        distinct_captions=len(distinct),
+        captions_per_picture=(min(counts), max(counts)),
+        cut_captions=tuple(sorted(lost.items(), key=lambda pair: (-len(pair[1]), pair[0]))),
+        context_length=context_length,
+        sizes=(sizes[0], sizes[len(sizes) // 2], sizes[-1]),
+        training_size=size,
+        enlarged=tuple(name for name, look in looks.items() if min(look.size) < size),
+        cropped=len(kept),
+        cropped_area=1 - sum(kept) / len(kept) if kept else 0.0,
+        greyscale=sum(look.greyscale for look in looks.values()),
+        transparent=sum(look.transparent for look in looks.values()),
+        several_frames=sum(look.several_frames for look in looks.values()),
+        equal=tuple(equal),
+        in_training=tuple(in_training),
+        styles=styles,
+        objects=objects,
+    )
+    return report, digests
+
+
+def _decode(split: Split, loader: CocoImageLoader) -> Generator[Progress, None, dict[str, _Look]]:
+    """What each picture is, by name; without those that cannot be decoded."""
+    looks: dict[str, _Look] = {}
+    with ThreadPoolExecutor() as pool:  # decoders and hashes run beside each other, outside Python's lock
+        for start in range(0, len(loader), _PICTURES_TOGETHER):
+            yield Progress(split.name, start, len(loader))
+            some = range(start, min(start + _PICTURES_TOGETHER, len(loader)))
+            found = zip(map(loader.name, some), pool.map(_look, map(loader.path, some)), strict=True)
+            looks |= {name: look for name, look in found if look is not None}
+    yield Progress(split.name, len(loader), len(loader))
+    if not looks:
+        raise InputError(f"none of the pictures in {str(split.images)!r} can be decoded: fetch them again")
+    return looks
+
+
+def _lost(
+    split: Split, texts: Sequence[str], cut: Callable[[list[str]], list[str]]
+) -> Generator[Progress, None, dict[str, str]]:
+    """The texts that are cut, and what each of them loses."""
+    lost: dict[str, str] = {}
+    for start in range(0, len(texts), _CAPTIONS_TOGETHER):
+        some = list(texts[start : start + _CAPTIONS_TOGETHER])
+        lost |= {text: end for text, end in zip(some, cut(some), strict=True) if end}
+        yield Progress(f"{split.name}, captions", start + len(some), len(texts))
+    return lost
+
+
+class _Look(NamedTuple):
+    """What one picture is."""
+
+    size: tuple[int, int]
+    greyscale: bool
+    transparent: bool
+    several_frames: bool
+    digest: bytes
+    """Of its size and of its pixels as training sees them."""
+
+
+def _look(path: Path) -> _Look | None:
+    """None for what is no picture, or a broken one."""
+    try:
+        with images.opened(path) as image:
+            greyscale = image.mode in ("1", "L", "LA", "I", "I;16")
+            transparent = image.has_transparency_data
+            several_frames = bool(getattr(image, "is_animated", False))
+            picture = images.decoded(image)
+    except InputError:
+        return None
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+    return _Look(picture.size, greyscale, transparent, several_frames, digest)
+
+
+def _labels(captions: Path, names: Container[str]) -> tuple[dict[str, int], int]:
+    """Pictures of each style, and the number of objects, as far as the captions file names them."""
+    entries = json.loads(captions.read_text(encoding="utf-8-sig"))["images"]
+    used = [entry for entry in entries if str(PurePosixPath(entry["file_name"])) in names]
+    styles = Counter(entry["style"] for entry in used if isinstance(entry.get("style"), str))
+    objects = {entry["object"] for entry in used if isinstance(entry.get("object"), str)}
+    return dict(styles), len(objects)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:120]} …"
