@@ -35,6 +35,7 @@ from stable_diffusion.data.icon_captions import (
 from stable_diffusion.data.icon_packages import NAMES, PACKAGES, find_code
 from stable_diffusion.data.icon_splits import HASH_RULE, SPLITS, sisters, split_pictures
 from stable_diffusion.data.icons import merged, write_icons
+from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
 
 GROUPS = {
@@ -138,12 +139,12 @@ def test_things_know_their_tone_gender_and_role(things: dict[str, Thing]) -> Non
 
 def test_captions(things: dict[str, Thing]) -> None:
     fox = captions(named(things, "fox"), "twemoji")
-    assert fox[:3] == ["a fox, twemoji style", "a simple flat cartoon of a fox", "fox"]
+    assert fox[:3] == ["a fox, twemoji style", "a simple flat cartoon of a fox", "fox in twemoji style"]
     assert fox[3] in ("fox, animal, face, twemoji style", "fox, face, animal, twemoji style")
     assert captions(named(things, "man with red hair", "dark"), "mono") == [
         "a man with red hair and dark skin, line icon style",
         "a black line drawing of a man with red hair and dark skin",
-        "man with red hair and dark skin",
+        "man with red hair and dark skin in line icon style",
     ]
     assert captions(named(things, "people holding hands", "light"), "blob")[0] == (
         "people holding hands with light skin, blob style"
@@ -345,7 +346,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(out: Path, packages: Path, size: int = 32) -> list[icon_packages.Progress]:
+def make(out: Path, packages: Path, size: int = 32) -> list[Progress]:
     pytest.importorskip("resvg_py")
     return list(write_icons(out, size, packages=packages))
 

@@ -279,8 +279,8 @@ def test_captions_stay_with_their_pictures(
     stages = []
 
     class Spy(module.DenoiserStage):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
             stages.append(self)
 
     monkeypatch.setattr(module, "DenoiserStage", Spy)

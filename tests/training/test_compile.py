@@ -121,9 +121,9 @@ def test_every_step_runs_compiled(
     for stage in (run.AutoencoderStage, run.DenoiserStage):
         forward = stage.forward
 
-        def counted(self: Any, *batch: Any, forward: Any = forward, name: str = stage.name) -> Any:
+        def counted(self: Any, *batch: Any, forward: Any = forward) -> Any:
             if not torch.compiler.is_compiling():
-                eager[name] += 1
+                eager[self.name] += 1
             return forward(self, *batch)
 
         monkeypatch.setattr(stage, "forward", counted)

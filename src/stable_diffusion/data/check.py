@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from stable_diffusion import images
 from stable_diffusion.data.coco import CocoImageLoader, CocoReport
-from stable_diffusion.data.icon_packages import Progress
+from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
 
 TRAINING = "train"

@@ -136,10 +136,10 @@ def slugs(data: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def captions(thing: Thing, style: str) -> list[str]:
-    """Three or four different captions of one drawing.
+    """Three or four different captions of one drawing. All of them say the style: without it, half is left to guess.
 
     >>> captions(fox, "noto")
-    ['a fox, noto style', 'a smooth shaded cartoon of a fox', 'fox', 'fox, animal, face, noto style']
+    ['a fox, noto style', 'a smooth shaded cartoon of a fox', 'fox in noto style', 'fox, animal, face, noto style']
     """
     noun = thing.object
     if thing.tone is not None:
@@ -147,9 +147,10 @@ def captions(thing: Thing, style: str) -> list[str]:
         noun = f"{noun} {joint} {thing.tone} skin"
     phrase = f"{thing.article} {noun}".lstrip()
     words = sorted(thing.keywords, key=lambda word: chance("keyword", style, thing.code, word))[:3]
-    made = [f"{phrase}, {STYLES[style].name} style", f"{STYLES[style].look} of {phrase}", noun]
+    name = f"{STYLES[style].name} style"
+    made = [f"{phrase}, {name}", f"{STYLES[style].look} of {phrase}", f"{noun} in {name}"]
     if words:
-        made.append(f"{noun}, {', '.join(words)}, {STYLES[style].name} style")
+        made.append(f"{noun}, {', '.join(words)}, {name}")
     return made
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from stable_diffusion.data.icon_captions import TONES, Thing, plain_code
+from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
 from stable_diffusion.images import to_rgb
 
@@ -77,15 +78,6 @@ NAMES = Package(
         "names and keywords: Emojibase, by Miles Johnson",
     ),
 )
-
-
-class Progress(NamedTuple):
-    """How far the making of a set has come."""
-
-    what: str
-    """"fetching", "drawing" or "writing"."""
-    done: int
-    total: int
 
 
 class Drawing(NamedTuple):

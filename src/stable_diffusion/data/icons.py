@@ -22,13 +22,13 @@ from stable_diffusion.data.icon_packages import (
     NAMES,
     PACKAGES,
     Drawing,
-    Progress,
     draw,
     drawings,
     fetch,
     read,
 )
 from stable_diffusion.data.icon_splits import HASH_RULE, SPLITS, sisters, split_pictures
+from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
 
 SIGN_WEIGHT = 0.3  # of flags, letters and numbers, which are a quarter of the things and no use in pictures
@@ -216,7 +216,9 @@ def _write_split(
 
 def _weight(thing: Thing, drawings: int) -> float:
     """How often training draws one of the `drawings` of a role: people have a hundred, most things have eight."""
-    sign = not thing.nameable and thing.group != "people-body"  # flags, letters, numbers: many, and each alone
+    sign = (
+        not thing.nameable and thing.group != "people-body"
+    )  # flags, letters, numbers: many, and each alone
     return (SIGN_WEIGHT if sign else 1.0) / math.sqrt(drawings)
 
 

@@ -17,6 +17,15 @@ class Item(NamedTuple):
     """At least one; each without surrounding space, none empty."""
 
 
+class Progress(NamedTuple):
+    """How far work on a set has come."""
+
+    what: str
+    """What is being done, such as "drawing"."""
+    done: int
+    total: int
+
+
 class CaptionedImages(Protocol):
     """A set of captioned images in a fixed order. Members can be pickled, for spawned workers."""
 

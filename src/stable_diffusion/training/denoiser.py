@@ -17,6 +17,7 @@ from stable_diffusion.diffusion.schedule import Schedule
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.training.loop import Draw
+from stable_diffusion.training.whitening import TextAffine, whitening
 
 
 class TextCache:
@@ -26,10 +27,21 @@ class TextCache:
         rows: all of them, one caption after the other, in float16.
         starts: first row of each caption, and the number of rows at the end.
         context_length: tokens that a caption is padded to.
+
+    Attributes:
+        change: what they are changed by as they are read; None for as they are.
     """
 
     def __init__(self, rows: Array, starts: Array, context_length: int) -> None:
         self.rows, self.starts, self.context_length = rows, starts, context_length
+        self.change: TextAffine | None = None
+
+    def whitening(self, most: int = 8192) -> TextAffine:
+        """What whitens the embeddings, measured on up to `most` captions."""
+        captions = range(0, len(self.starts) - 1, 1 + len(self.starts) // most)
+        rows = [self.rows[self.starts[i] : self.starts[i + 1]].astype(np.float32) for i in captions]
+        tokens = torch.from_numpy(np.concatenate([row[:-1] for row in rows]))
+        return TextAffine(whitening(tokens), whitening(torch.from_numpy(np.stack([row[-1] for row in rows]))))
 
     def read(self, captions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Padded tokens, their mask, and the pooled vectors of the captions of these numbers."""
@@ -41,7 +53,12 @@ class TextCache:
             rows = self.rows[self.starts[caption] : self.starts[caption + 1]]
             tokens[place, : len(rows) - 1], pooled[place] = rows[:-1], rows[-1]
             mask[place, : len(rows) - 1] = True
-        return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(pooled)
+        read = torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(pooled)
+        return (
+            read
+            if self.change is None
+            else (self.change.tokens(read[0]), read[1], self.change.pooled(read[2]))
+        )
 
 
 class DenoiserStage(nn.Module):

@@ -27,6 +27,7 @@ from stable_diffusion.runtime import has_native_bf16
 from stable_diffusion.training.autoencoder import AutoencoderStage, normalise, read_pixels
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache
 from stable_diffusion.training.loop import CompiledOrEager, Compiler, TrainStep, train_stage
+from stable_diffusion.training.whitening import whitened
 
 SHARES = {"autoencoder": 0.15, "coarse": 0.25, "denoiser": 0.6}  # of a budget in minutes, where there are all
 ENCODED_TOGETHER = 32  # pictures, or captions
@@ -150,12 +151,18 @@ def train_model(
         latents = yield from _encode_pictures(parts, pictures, pictures_key, output_dir / "cache")
         text_caches = yield from _encode_captions(parts, ["", *captions], output_dir / "cache")
     numbers = {caption: number for number, caption in enumerate(captions, start=1)}
-    for denoiser in denoisers:
-        denoiser.latents, denoiser.text_caches = latents, text_caches
-        denoiser.captions = ["", *captions]
-        denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
-        denoiser.weights = tuple(data.weight(i) for i in kept)
-        yield from trained(denoiser)
+    # Eigenvectors may differ from one machine to another: the first process's count.
+    changes = broadcast_object_list([[cache and cache.whitening() for cache in text_caches]])[0]
+    for cache, change in zip(text_caches, changes, strict=True):
+        if cache is not None:
+            cache.change = change
+    with whitened(parts.unet, parts.text_encoder, changes):
+        for denoiser in denoisers:
+            denoiser.latents, denoiser.text_caches = latents, text_caches
+            denoiser.captions = ["", *captions]
+            denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
+            denoiser.weights = tuple(data.weight(i) for i in kept)
+            yield from trained(denoiser)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
