@@ -284,6 +284,7 @@ TEXT_ENCODERS = {
     "clip-h": CLIP_H,
     "clip-mini": CLIP_MINI,
 }
+"""By the names that recipes may call them."""
 
 TAESD = AutoencoderTinyConfig()
 """The tiny autoencoder for Stable Diffusion's latents."""
@@ -386,6 +387,10 @@ def _typed(hint: Any, value: Any, key: str, base: Any) -> Any:
             options = [kinds[kind]]
             base = base if isinstance(base, options[0]) else None
         return _typed(options[0], value, key, base)
+    if hint is TextEncoderConfig and isinstance(value, str):
+        if value not in TEXT_ENCODERS:
+            raise unknown_name("text encoder", value, TEXT_ENCODERS)
+        return TEXT_ENCODERS[value]
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value, base=base)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):

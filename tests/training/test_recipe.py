@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion import CocoImageLoader, InputError
-from stable_diffusion.config import MINI, from_dict, to_dict
+from stable_diffusion.config import CLIP_MINI, MINI, MINILM, from_dict, to_dict
 from stable_diffusion.data.icon_captions import DEFAULT_STYLE, STYLES, Thing, captions
 from stable_diffusion.pipeline import with_style
 from stable_diffusion.training.recipe import DataConfig, Recipe, read_recipe
@@ -115,3 +115,19 @@ def test_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"images": "elsewhere/val", "captions": "elsewhere/annotations/captions_val.json"}
     coco = Recipe("mine", DataConfig(kind="coco", **files), TINY).open_data()  # type: ignore[arg-type]
     assert isinstance(coco, CocoImageLoader) and len(coco) == 1
+
+
+def test_text_encoders_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "two.toml"
+    path.write_text('[model]\ntext_encoders = ["minilm", "clip-mini"]\n')
+    assert read_recipe(path).config.text_encoders == (MINILM, CLIP_MINI)
+    path.write_text('[model]\ntext_encoders = ["minilmm"]\n')
+    with pytest.raises(InputError, match=r"'minilmm'.*minilm"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_parts_fit_together(path: Path) -> None:
+    config = read_recipe(path).config
+    assert config.unet.in_channels == config.unet.out_channels == config.vae.latent_channels
+    assert config.unet.pooled_projection_dim == sum(text.hidden_size for text in config.text_encoders)
