@@ -28,6 +28,7 @@ FORBIDDEN = {
     "pipeline": ["training", "model", "cli"],
     "checkpoints": ["pipeline", "training", "model", "cli"],
     "training": ["model", "progress", "cli"],
+    "evaluation": ["training", "model", "progress", "cli"],
     "progress": ["nn", "diffusion", "data", "checkpoints", "pipeline", "model", "cli"],
     "model": ["cli"],
     "utils": ["nn", "diffusion", "data", "checkpoints", "pipeline", "training", "model", "cli"],
