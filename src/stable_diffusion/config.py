@@ -181,12 +181,14 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The recipe of a preset: the autoencoder's stage, then the denoiser's one or two."""
+    """The recipe of a preset: the stages of a training, in their order."""
 
     autoencoder: StageConfig = StageConfig()
     coarse: StageConfig | None = None
     """A first phase of the denoiser on latents of half the resolution, a quarter of the work; None for none."""
     denoiser: StageConfig = StageConfig()
+    decoder: StageConfig | None = None
+    """A last phase of the decoder alone, against a discriminator, that makes pictures sharp; None for none."""
     loss_weight: Literal["simple", "min_snr", "bound"] = "simple"
     """Weight of each noise level in the denoiser's loss (`diffusion.objective`)."""
     caption_dropout: float = 0.1

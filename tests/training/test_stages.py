@@ -20,7 +20,7 @@ from stable_diffusion.config import (
     StageConfig,
 )
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.training.autoencoder import AutoencoderStage, normalise, read_pixels
+from stable_diffusion.training.autoencoder import AutoencoderStage, DecoderStage, normalise, read_pixels
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache
 from stable_diffusion.training.loop import Draw
 from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
@@ -329,6 +329,51 @@ def test_the_loss_is_of_pixels_edges_and_the_pooled_picture() -> None:
         0.1 + (pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2))
     )  # type: ignore[method-assign]
     assert stage(pixels, noise).item() == pytest.approx(0.1 + 0.25 * 0.1, rel=1e-4), "a constant has no edges"
+
+
+def decoder_stage(config: ModelConfig = TINY) -> DecoderStage:
+    """On four random pictures and their latents."""
+    model = tiny_model(config)
+    stage = DecoderStage(model.vae, replace(config.training.autoencoder, batch_size=4), config.sample_size)
+    stage.pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        latents = model.vae.encode(read_pixels(stage.pictures, list(range(4))))
+    stage.latents = latents.half().numpy()
+    return stage
+
+
+def test_the_decoder_bears_noise_of_any_deviation_up_to_the_encoders() -> None:
+    stage = decoder_stage()
+    deviations = []
+    for step in range(50):
+        _, noisy = stage.batch(draw(step, 4))
+        assert stage.latents is not None
+        clean = torch.from_numpy(stage.latents[draw(step, 4).indices(4)].astype(np.float32))
+        deviations += (noisy - clean).flatten(1).std(dim=1).tolist()
+    assert 0 <= min(deviations) < 0.02 and 0.22 < max(deviations) < 0.28
+
+
+def test_two_players_in_one_backward_pass() -> None:
+    """Each player's gradient is that of its own loss, the other taken as it is."""
+    stage = decoder_stage()
+    pixels, latents = stage.batch(draw(0, 4))
+    stage(pixels, latents).backward()
+    found = {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
+    assert not any(name.startswith("vae") for name in found)
+    stage.zero_grad()
+
+    decoded = stage.vae[0].decode(latents)
+    error = decoded - pixels
+    edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
+    (error.abs().mean() + 0.5 * edges - 0.15 * stage.discriminator(decoded).mean()).backward()
+    for name, parameter in stage.decoder.named_parameters():
+        torch.testing.assert_close(found[f"decoder.{name}"], parameter.grad)
+    stage.zero_grad()
+
+    real, fake = stage.discriminator(pixels), stage.discriminator(decoded.detach())
+    (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()).backward()
+    for name, parameter in stage.discriminator.named_parameters():
+        torch.testing.assert_close(found[f"discriminator.{name}"], parameter.grad)
 
 
 def test_the_kl_draws_from_its_posterior() -> None:

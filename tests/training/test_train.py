@@ -66,24 +66,44 @@ def test_20_steps_are_10_and_10(
     assert [step.index for step in second.stage(stage)] == list(range(10, 20))
 
 
-def test_a_coarse_phase_comes_between_and_resumes(tmp_path: Path, data: CocoImageLoader) -> None:
-    config = replace(TINY, training=replace(TINY.training, coarse=StageConfig(batch_size=4)))
-    whole, first, second = Record(), Record("coarse", 9), Record()
-    state = trained(tmp_path / "whole", data, whole, config, steps=20)
-    trained(tmp_path / "parts", data, first, config, steps=20)
-    assert differing(trained(tmp_path / "parts", data, second, config, steps=20), state) == []
-    assert first.curve("coarse") + second.curve("coarse") == whole.curve("coarse")
+ALL_STAGES = replace(
+    TINY,
+    training=replace(TINY.training, coarse=StageConfig(batch_size=4), decoder=StageConfig(batch_size=4)),
+)
+
+
+@pytest.mark.parametrize("stage", ["coarse", "decoder"])
+def test_phases_that_a_recipe_adds_come_in_order_and_resume(
+    tmp_path: Path, data: CocoImageLoader, stage: str
+) -> None:
+    whole, first, second = Record(), Record(stage, 9), Record()
+    state = trained(tmp_path / "whole", data, whole, ALL_STAGES, steps=20)
+    trained(tmp_path / "parts", data, first, ALL_STAGES, steps=20)
+    assert differing(trained(tmp_path / "parts", data, second, ALL_STAGES, steps=20), state) == []
+    assert first.curve(stage) + second.curve(stage) == whole.curve(stage)
     order = [event.stage for event in whole.events if isinstance(event, TrainStep) and event.loss is not None]
-    assert list(dict.fromkeys(order)) == ["autoencoder", "coarse", "denoiser"]
-    left = load_file(tmp_path / "whole" / "coarse.safetensors")
-    begun = tmp_path / "begun"
-    trained(begun, data, Record("denoiser", 0), config, steps=20)
-    for name, value in load_file(begun / "denoiser.safetensors").items():
+    assert list(dict.fromkeys(order)) == ["autoencoder", "coarse", "denoiser", "decoder"]
+
+
+def test_the_denoiser_begins_where_the_coarse_phase_ended(tmp_path: Path, data: CocoImageLoader) -> None:
+    trained(tmp_path, data, Record("denoiser", 0), ALL_STAGES, steps=20)
+    left = load_file(tmp_path / "coarse.safetensors")
+    for name, value in load_file(tmp_path / "denoiser.safetensors").items():
         if name.startswith("weights.unet.down_blocks") and name.endswith("weight"):
             moved = (value - left[name.replace("weights", "average", 1)]).abs().max()
-            assert moved < 2 * config.training.denoiser.learning_rate, (
+            assert moved < 2 * TINY.training.denoiser.learning_rate, (
                 "one step from the coarse phase's average"
             )
+
+
+@pytest.mark.parametrize("vae", [TINY.vae, KL, VQ], ids=["tiny", "kl", "vq"])
+def test_the_last_phase_trains_the_decoder_alone(tmp_path: Path, data: CocoImageLoader, vae: Any) -> None:
+    config = replace(ALL_STAGES, vae=vae)
+    trained(tmp_path, data, Record("decoder", 0), config, steps=3)
+    before = trained(tmp_path / "none", data, config=replace(config, training=TINY.training), steps=3)
+    after = trained(tmp_path / "with", data, config=config, steps=3)
+    changed = {name for name in differing(before, after) if name.startswith("vae.")}
+    assert changed and all(name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in changed)
 
 
 def test_rates_are_the_planned_ones(straight: tuple[Path, Record, Any]) -> None:

@@ -1,7 +1,10 @@
-"""The autoencoder's stage: pictures through the latents and back."""
+"""The autoencoder's stages: pictures through the latents and back; then the decoder alone, made sharp."""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -15,6 +18,7 @@ from stable_diffusion.training.loop import Draw
 GRADIENT_WEIGHT = 0.5  # edges: without it thin lines soften
 POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
 KL_WEIGHT = 1e-6  # Rombach et al. 2022, section 3.1: just enough to keep latents together
+ADVERSARIAL_WEIGHT = 0.15  # of fooling the discriminator, beside the absolute error
 LATENT_NOISE = 0.25  # what the light autoencoder's decoder must bear, in the latents' deviations
 
 
@@ -53,10 +57,7 @@ class AutoencoderStage(nn.Module):
         latents, penalty = self._latents(pixels, noise)
         error = self.vae.decode(latents) - pixels
         pooled = self.vae.decode(F.avg_pool2d(latents, 2)) - F.avg_pool2d(pixels, 2)
-        loss = error.abs().mean() + POOLED_WEIGHT * pooled.abs().mean() + penalty
-        for axis in (2, 3):
-            loss = loss + GRADIENT_WEIGHT * error.diff(dim=axis).abs().mean()
-        return loss
+        return _distance(error) + POOLED_WEIGHT * pooled.abs().mean() + penalty
 
     def _latents(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | float]:
         """Latents as the decoder will meet them, and what the regulariser asks for them."""
@@ -71,6 +72,87 @@ class AutoencoderStage(nn.Module):
             _, _, loss = self.vae.quantize(posterior.mean)
             return posterior.mean * scale, loss
         return posterior.sample(noise) * scale, KL_WEIGHT * posterior.kl().mean()
+
+
+class Discriminator(nn.Module):
+    """Says of overlapping patches whether they look real (Isola et al. 2017, section 3.2.2), above 0 for yes."""
+
+    def __init__(self, in_channels: int = 3, width: int = 32) -> None:
+        super().__init__()
+        widths = [in_channels, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for c_in, c_out in itertools.pairwise(widths):
+            layers += [
+                nn.Conv2d(c_in, c_out, 4, stride=2, padding=1),
+                nn.GroupNorm(8, c_out),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b 1 y x"]:
+        return self.layers(images)
+
+
+class DecoderStage(nn.Module):
+    """The decoder alone against a discriminator, on latents that stay as they are (Esser et al. 2021, section 3.1).
+
+    Absolute error leaves soft what the latents leave open; what decides between styles is sharp.
+    """
+
+    name = "decoder"
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, settings: StageConfig, image_size: int) -> None:
+        super().__init__()
+        self.vae = (vae,)  # in a tuple, since only what decodes is trained
+        self.decoder = vae.decoder
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
+        with torch.random.fork_rng(devices=[]):  # the same start, whatever was drawn before
+            torch.manual_seed(0)
+            discriminator = Discriminator(vae.config.in_channels)
+        self.discriminator = discriminator.to(next(vae.parameters()).device)
+        self.settings = settings
+        self.image_size = image_size
+        self.pictures: Array | None = None  # b h w 3, uint8
+        self.latents: Array | None = None  # b c h w, float16
+
+    def batch(self, draw: Draw) -> tuple[Tensor, ...]:
+        """Pictures in [-1, 1], and their latents with noise of any deviation up to `LATENT_NOISE`."""
+        assert self.pictures is not None and self.latents is not None, "set `pictures` and `latents` first"
+        indices = draw.indices(len(self.pictures))
+        latents = torch.from_numpy(self.latents[indices].astype(np.float32))
+        noise = [
+            LATENT_NOISE * torch.rand((), generator=g) * torch.randn(latents.shape[1:], generator=g)
+            for g in draw.generators()
+        ]
+        return self._place(read_pixels(self.pictures, indices)), self._place(latents + torch.stack(noise))
+
+    def example(self) -> tuple[Tensor, ...]:
+        vae, size, count = self.vae[0].config, self.image_size, self.settings.batch_size
+        side = size // vae.factor
+        return (
+            self._place(torch.rand(count, vae.in_channels, size, size)),
+            self._place(torch.randn(count, vae.latent_channels, side, side)),
+        )
+
+    def _place(self, x: Tensor) -> Tensor:
+        return x.to(next(self.parameters()).device, memory_format=torch.channels_last)
+
+    def forward(
+        self, pixels: Float[Tensor, "b 3 h w"], latents: Float[Tensor, "b c y x"]
+    ) -> Float[Tensor, ""]:
+        decoded = self.vae[0].decode(latents)
+        # Two players, one backward pass: each sees the other as it is.
+        frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        fooled = -torch.func.functional_call(self.discriminator, frozen, (decoded,)).mean()
+        real, fake = self.discriminator(torch.cat([pixels, decoded.detach()])).chunk(2)
+        hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        return _distance(decoded - pixels) + ADVERSARIAL_WEIGHT * fooled + hinge
+
+
+def _distance(error: Tensor) -> Tensor:
+    """Absolute error of pixels and of their differences along both sides."""
+    edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
+    return error.abs().mean() + GRADIENT_WEIGHT * edges
 
 
 @torch.no_grad()

@@ -24,14 +24,21 @@ from stable_diffusion.data.item import CaptionedImages
 from stable_diffusion.errors import InputError
 from stable_diffusion.pipeline import Parts
 from stable_diffusion.runtime import has_native_bf16
-from stable_diffusion.training.autoencoder import AutoencoderStage, normalise, read_pixels
+from stable_diffusion.training.autoencoder import AutoencoderStage, DecoderStage, normalise, read_pixels
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache
 from stable_diffusion.training.loop import CompiledOrEager, Compiler, TrainStep, train_stage
 from stable_diffusion.training.whitening import whitened
 
-SHARES = {"autoencoder": 0.15, "coarse": 0.25, "denoiser": 0.6}  # of a budget in minutes, where there are all
+SHARES = {
+    "autoencoder": 0.15,
+    "coarse": 0.25,
+    "decoder": 0.1,
+}  # of a budget in minutes; the denoiser has the rest
 ENCODED_TOGETHER = 32  # pictures, or captions
 OVERHEAD = 1.1  # reading batches, the optimizer's step, saving: beside what is measured
+
+
+AnyStage = AutoencoderStage | DenoiserStage | DecoderStage
 
 
 class TrainableParts(Parts, Protocol):
@@ -97,7 +104,9 @@ def train_model(
         DenoiserStage(parts.unet, parts.text_encoder, parts.scheduler, config, coarse=coarse)
         for coarse in ([False] if config.training.coarse is None else [True, False])
     ]
-    stages: list[AutoencoderStage | DenoiserStage] = [autoencoder, *denoisers]
+    sharpening = config.training.decoder
+    decoders = [] if sharpening is None else [DecoderStage(parts.vae, sharpening, config.sample_size)]
+    stages: list[AnyStage] = [autoencoder, *denoisers, *decoders]
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
     compiling = None if compiler is None else CompiledOrEager(compiler)
@@ -127,7 +136,7 @@ def train_model(
         number_format=str(dtype or torch.float32).removeprefix("torch."),
     )
 
-    def trained(stage: AutoencoderStage | DenoiserStage) -> Iterator[TrainStep]:
+    def trained(stage: AnyStage) -> Iterator[TrainStep]:
         return train_stage(
             stage,
             total=stored["steps"][stage.name],
@@ -163,6 +172,9 @@ def train_model(
             denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
             denoiser.weights = tuple(data.weight(i) for i in kept)
             yield from trained(denoiser)
+    for decoder in decoders:
+        decoder.pictures, decoder.latents = pictures, latents
+        yield from trained(decoder)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -189,7 +201,7 @@ def _open_folder(folder: Path, identity: str, resume: bool) -> None:
     """Makes the run's folder. Raises InputError where another run is in it."""
     record = folder / "run.json"
     if not resume:
-        for name in ("run.json", *(f"{stage}.safetensors" for stage in SHARES)):
+        for name in ("run.json", *(f"{stage}.safetensors" for stage in (*SHARES, "denoiser"))):
             (folder / name).unlink(missing_ok=True)
     elif record.is_file() and json.loads(record.read_text())["identity"] != identity:
         raise InputError(
@@ -218,12 +230,12 @@ def _measured_plan(
     config: ModelConfig,
     steps: int | None,
     minutes: float | None,
-    stages: list[AutoencoderStage | DenoiserStage],
+    stages: list[AnyStage],
     functions: dict[str, Callable[..., Tensor]],
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     seconds = {stage.name: _measure(stage, functions[stage.name], dtype) for stage in stages}
-    shares = SHARES | {"denoiser": 1 - sum(SHARES[stage.name] for stage in stages[:-1])}
+    shares = SHARES | {"denoiser": 1 - sum(SHARES.get(stage.name, 0.0) for stage in stages)}
     totals = {}
     for stage in stages:
         settings: StageConfig = stage.settings
@@ -236,9 +248,7 @@ def _measured_plan(
     return {"steps": totals, "seconds": seconds, "minutes": minutes}
 
 
-def _measure(
-    stage: AutoencoderStage | DenoiserStage, step: Callable[..., Tensor], dtype: torch.dtype | None
-) -> float:
+def _measure(stage: AnyStage, step: Callable[..., Tensor], dtype: torch.dtype | None) -> float:
     """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
     batch = stage.example()
     device = batch[0].device
