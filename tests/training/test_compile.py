@@ -17,10 +17,11 @@ import jaxtyping
 import pytest
 import torch
 
-from stable_diffusion import DiffusionModel, config
+from stable_diffusion import DiffusionModel, cli, config
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.training import run
 from stable_diffusion.training.loop import TrainStep
+from tests.test_cli import RECIPE
 from tests.tiny import TINY, coco_test2017, tiny_model
 from tests.training.record import differing
 
@@ -103,6 +104,16 @@ def test_the_sample_verbatim(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check_sample(names)
     # Of each stage 3 measured steps and 3 real ones; each runs all graphs of its stage.
     assert backend.graphs >= 2 and backend.calls >= 12
+
+
+def test_the_command_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler sees both stages of ``minisd train --compile``."""
+    backend, compile_ = Backend(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+    monkeypatch.chdir(tmp_path)
+    Path("smallest.toml").write_text(RECIPE, encoding="utf-8")
+    cli.main(["train", "smallest.toml", "--steps", "1", "--no-autocast", "--device", "cpu", "--compile"])
+    assert backend.graphs >= 2 and backend.calls >= 8  # three measured steps and a real one of each stage
 
 
 def test_the_issue_and_main_say_the_same() -> None:

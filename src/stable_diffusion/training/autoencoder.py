@@ -19,7 +19,7 @@ GRADIENT_WEIGHT = 0.5  # edges: without it thin lines soften
 POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
 KL_WEIGHT = 1e-6  # Rombach et al. 2022, section 3.1: just enough to keep latents together
 ADVERSARIAL_WEIGHT = 0.15  # of fooling the discriminator, beside the absolute error
-LATENT_NOISE = 0.25  # what the light autoencoder's decoder must bear, in the latents' deviations
+LATENT_NOISE = 0.25  # most that the light autoencoder's decoder must bear, in the latents' deviations
 
 
 class AutoencoderStage(nn.Module):
@@ -40,8 +40,8 @@ class AutoencoderStage(nn.Module):
         pixels = read_pixels(self.pictures, draw.indices(len(self.pictures)))
         side = self.image_size // self.vae.config.factor
         shape = (self.vae.config.latent_channels, side, side)
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in draw.generators()])
-        return self._place(pixels), self._place(noise)
+        most = LATENT_NOISE if isinstance(self.vae, AutoencoderTiny) else None
+        return self._place(pixels), self._place(_noise(draw, shape, most))
 
     def example(self) -> tuple[Tensor, ...]:
         size, side = self.image_size, self.image_size // self.vae.config.factor
@@ -65,7 +65,7 @@ class AutoencoderStage(nn.Module):
             raw = self.vae.encode(pixels).float()
             # Unit deviation from the first step on, as `normalise` will make it for good.
             std, mean = torch.std_mean(raw, dim=(0, 2, 3), keepdim=True)
-            return (raw - mean) / (std + 1e-5) + LATENT_NOISE * noise, 0.0
+            return (raw - mean) / (std + 1e-5) + noise, 0.0
         scale = self.vae.config.scaling_factor
         posterior = self.vae.posterior(pixels)
         if self.vae.quantize is not None:
@@ -120,11 +120,8 @@ class DecoderStage(nn.Module):
         assert self.pictures is not None and self.latents is not None, "set `pictures` and `latents` first"
         indices = draw.indices(len(self.pictures))
         latents = torch.from_numpy(self.latents[indices].astype(np.float32))
-        noise = [
-            LATENT_NOISE * torch.rand((), generator=g) * torch.randn(latents.shape[1:], generator=g)
-            for g in draw.generators()
-        ]
-        return self._place(read_pixels(self.pictures, indices)), self._place(latents + torch.stack(noise))
+        noise = _noise(draw, latents.shape[1:], LATENT_NOISE)
+        return self._place(read_pixels(self.pictures, indices)), self._place(latents + noise)
 
     def example(self) -> tuple[Tensor, ...]:
         vae, size, count = self.vae[0].config, self.image_size, self.settings.batch_size
@@ -147,6 +144,17 @@ class DecoderStage(nn.Module):
         real, fake = self.discriminator(torch.cat([pixels, decoded.detach()])).chunk(2)
         hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         return _distance(decoded - pixels) + ADVERSARIAL_WEIGHT * fooled + hinge
+
+
+def _noise(draw: Draw, shape: tuple[int, ...], most: float | None) -> Tensor:
+    """Normal noise for each picture: of unit deviation, or of one between 0 and `most`, anew for each."""
+    return torch.stack(
+        [
+            (1.0 if most is None else most * torch.rand((), generator=generator))
+            * torch.randn(shape, generator=generator)
+            for generator in draw.generators()
+        ]
+    )
 
 
 def _distance(error: Tensor) -> Tensor:
