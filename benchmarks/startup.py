@@ -20,7 +20,7 @@ ROWS = {
     "import stable_diffusion": [sys.executable, "-c", "import stable_diffusion"],
     "minisd --help": [sys.executable, "-m", "stable_diffusion", "--help"],
     "import torch": [sys.executable, "-c", "import torch"],
-    "minisd generate": [sys.executable, "-m", "stable_diffusion", "generate", "a red circle", "--seed", "1"],
+    "minisd generate": [sys.executable, "-m", "stable_diffusion", "generate", "a fox", "--seed", "1"],
 }
 LIMITS = (
     ("import stable_diffusion", "python", 0.2),

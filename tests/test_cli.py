@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file
 
 from stable_diffusion import DiffusionModel, cli
 from stable_diffusion.checkpoints.checkpoint import packaged
@@ -322,6 +323,7 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         (("train", "given.png"), "given.png"),
         (("train", "--images", "folder"), "both --images and --captions"),
         (("train", "x.toml", "--images", "folder"), "not both"),
+        (("train", "x.toml", "--check", "--start", "folder"), "not both"),
         (("train", "--images", "folder", "--captions", "nowhere.json"), "nowhere.json"),
         (("train", "--images", "folder", "--captions", "text.png"), "text.png"),
         (
@@ -515,6 +517,21 @@ def test_train_a_recipe_then_draw_with_its_model(minisd: Any) -> None:
     drawn = minisd("generate", "a red circle", "--model", "runs/smallest/model", "--seed", 1)
     assert drawn.paths == [Path("pictures/a-red-circle-1.png")]
     assert minisd("train", "smallest.toml", "--steps", 2, "--no-autocast").code == 0
+    going_on = ("train", "smallest.toml", "--steps", 1, "--no-autocast", "--start", "runs/smallest/model")
+    assert minisd(*going_on, "--output", "further").code == 0
+    for part, kept in (("vae", True), ("unet", False)):
+        file = f"model/{part}/diffusion_pytorch_model.safetensors"
+        before, after = load_file(f"runs/smallest/{file}"), load_file(f"further/{file}")
+        assert all(torch.equal(value, after[name]) for name, value in before.items()) is kept
+    Path("other.toml").write_text(
+        RECIPE.replace("norm_num_groups = 8", "norm_num_groups = 4"), encoding="utf-8"
+    )
+    result = minisd("train", "other.toml", "--start", "runs/smallest/model", "--output", "other")
+    assert (
+        result.code == 2
+        and "'smallest' has another unet than the recipe" in result.err
+        and not Path("other").exists()
+    )
     unknown = RECIPE.replace("norm_num_groups", "norm_groups")
     Path("smallest.toml").write_text(unknown, encoding="utf-8")
     result = minisd("train", "smallest.toml")

@@ -1,7 +1,7 @@
 """Mini Stable Diffusion: a compact latent-diffusion system.
 
     from stable_diffusion import DiffusionModel
-    DiffusionModel.from_pretrained().generate("a red circle")[0].save("circle.png")
+    DiffusionModel.from_pretrained().generate("a fox, noto style")[0].save("fox.png")
 
 Names are imported when they are first used, so that ``import stable_diffusion`` costs no time.
 """

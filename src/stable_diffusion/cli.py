@@ -10,6 +10,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -241,6 +242,7 @@ def train(
     images: Path | None = None,
     captions: Path | None = None,
     config: str = "mini",
+    start: Path | None = None,
     output: Path | None = None,
     steps: int | None = None,
     minutes: float | None = None,
@@ -253,10 +255,11 @@ def train(
     """Train a model from a recipe, or from a folder of images with COCO captions. The same command goes on.
 
     Args:
-        recipe: A recipe file, such as recipes/shapes-128.toml.
+        recipe: A recipe file, such as recipes/icons-128.toml.
         images: The image folder, instead of a recipe.
         captions: The captions file in COCO format.
         config: The preset to train from images: mini.
+        start: A model to go on from, instead of random weights. Its autoencoder's latents stay as they are.
         output: Folder of checkpoints and of the finished model; by default runs/ and the model's name.
         steps: Steps of each stage, instead of the recipe's number of passes.
         minutes: Time for the whole training, instead of steps.
@@ -272,6 +275,9 @@ def train(
     from stable_diffusion.config import preset
     from stable_diffusion.training.recipe import read_recipe
 
+    if check and start is not None:
+        raise InputError("give --check or --start, not both: the check begins with random weights")
+    loaded = None if start is None else DiffusionModel.from_pretrained(start)
     if recipe is not None:
         if images is not None or captions is not None:
             raise InputError("give a recipe, or --images and --captions, not both")
@@ -280,7 +286,8 @@ def train(
     else:
         if images is None or captions is None:
             raise InputError("give a recipe file, or both --images and --captions")
-        settings, data = preset(config), CocoImageLoader(images, captions)
+        settings = preset(config) if loaded is None else loaded.config
+        data = CocoImageLoader(images, captions)
     folder = Path("runs") / settings.name if output is None else output
     where = Config(device).DEVICE
     if check:
@@ -290,11 +297,24 @@ def train(
         if not model.check(data, output_dir=folder.with_name(f"{folder.name}-check"), autocast=autocast):
             raise SystemExit(1)
         return
-    model = DiffusionModel(settings).to(where)
+    model = (DiffusionModel(settings) if loaded is None else _going_on(loaded, settings)).to(where)
     if compile:
         model = torch.compile(model)  # type: ignore[assignment] # it serves as the model (model.py)
     model.train(data, steps=steps, minutes=minutes, output_dir=folder, resume=not fresh, autocast=autocast)
     print(folder / "model")
+
+
+def _going_on(model: DiffusionModel, settings: ModelConfig) -> DiffusionModel:
+    """The model, with its denoiser to be trained further as `settings` say."""
+    for part in ("sample_size", "vae", "unet", "text_encoders", "schedule"):
+        if getattr(settings, part) != getattr(model.config, part):
+            raise InputError(
+                f"the model {model.config.name!r} has another {part} than the recipe: --start needs the same one"
+            )
+    training = settings.training
+    autoencoder = replace(training.autoencoder, passes=0)
+    model.config = replace(settings, training=replace(training, autoencoder=autoencoder, coarse=None))
+    return model
 
 
 def data_shapes(*, out: Path, size: int = 128, count: int = 5000, seed: int = 0) -> None:

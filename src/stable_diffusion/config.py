@@ -169,7 +169,7 @@ class StageConfig:
     batch_size: int = 64
     learning_rate: float = 1e-3
     passes: float = 10.0
-    """Passes over the pictures, unless steps or minutes are given."""
+    """Passes over the pictures, unless steps or minutes are given. 0 leaves the stage out."""
     min_steps: int = 1000
     """Optimizer steps that even the smallest set gets."""
     warmup_steps: int = 100

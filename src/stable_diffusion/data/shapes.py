@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from stable_diffusion.errors import InputError
@@ -174,20 +173,6 @@ def write_shapes(out: str | Path, count: int = 5000, size: int = 128, seed: int 
             f"cannot write {str(out)!r}: {error.strerror or error}; choose another place"
         ) from error
     return out
-
-
-def dominant_colour(image: Image.Image) -> str | None:
-    """The name of the colour that most of the picture's shapes have; None if all of it is background."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32).reshape(-1, 3)
-    depth = 255 - pixels.min(axis=1)
-    pixels, depth = pixels[depth > 50], depth[depth > 50]
-    # Fewer than 1 in 1,000 are specks.
-    if len(pixels) * 1000 < image.width * image.height or not len(pixels):
-        return None
-    # A soft edge of red is pink, so only the pixels about as deep as the inside vote.
-    inside = pixels[depth >= 0.75 * np.percentile(depth, 75)]
-    distances = np.linalg.norm(inside[:, None] - np.array(list(COLOURS.values()), dtype=np.float32), axis=2)
-    return list(COLOURS)[int(np.bincount(distances.argmin(axis=1)).argmax())]
 
 
 def _info(out: Path) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def train_model(
     ]
     sharpening = config.training.decoder
     decoders = [] if sharpening is None else [DecoderStage(parts.vae, sharpening, config.sample_size)]
-    stages: list[AnyStage] = [autoencoder, *denoisers, *decoders]
+    all_stages: list[AnyStage] = [autoencoder, *denoisers, *decoders]
+    stages = [stage for stage in all_stages if stage.settings.passes > 0]
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
     compiling = None if compiler is None else CompiledOrEager(compiler)
@@ -152,9 +153,10 @@ def train_model(
         pictures_key, pictures, kept = yield from _decode_pictures(
             data, config.sample_size, output_dir / "cache"
         )
-    autoencoder.pictures = pictures
-    yield from trained(autoencoder)
-    normalise(parts.vae, pictures)
+    if autoencoder in stages:
+        autoencoder.pictures = pictures
+        yield from trained(autoencoder)
+        normalise(parts.vae, pictures)
 
     with state.main_process_first():
         latents = yield from _encode_pictures(parts, pictures, pictures_key, output_dir / "cache")
@@ -166,13 +168,13 @@ def train_model(
         if cache is not None:
             cache.change = change
     with whitened(parts.unet, parts.text_encoder, changes):
-        for denoiser in denoisers:
+        for denoiser in (stage for stage in denoisers if stage in stages):
             denoiser.latents, denoiser.text_caches = latents, text_caches
             denoiser.captions = ["", *captions]
             denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
             denoiser.weights = tuple(data.weight(i) for i in kept)
             yield from trained(denoiser)
-    for decoder in decoders:
+    for decoder in (stage for stage in decoders if stage in stages):
         decoder.pictures, decoder.latents = pictures, latents
         yield from trained(decoder)
 
