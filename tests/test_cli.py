@@ -337,7 +337,7 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         (("data", "check", "--images", "folder"), "or both --images and --captions"),
         (("data", "check", "folder", "--captions", "x.json"), "not both"),
         (("data", "check", "nowhere"), "there is no folder 'nowhere'"),
-        (("data", "check", "folder"), "there is nothing to check in 'folder'"),
+        (("data", "check", "folder"), "'folder' holds no set, which is annotations/captions_NAME.json"),
         (("data", "check", "--images", "folder", "--captions", "text.png"), "text.png"),
     ]:
         try:
@@ -554,3 +554,15 @@ def test_as_a_process(model: str) -> None:
     failed = run("generate", "a", "--model", "nowhere")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "minisd: nowhere does not exist: give a model folder\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+def test_a_reader_that_leaves_early() -> None:
+    """No traceback where output goes to a pipe that is closed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        command = [sys.executable, "-m", "stable_diffusion", "info"]
+        done = subprocess.run(command, env=environment, stdout=pipe, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

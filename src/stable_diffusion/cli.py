@@ -571,6 +571,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description="Pictures from words, on a machine of your own.",
             args=arguments,
         )
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read this, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except InputError as error:
         print(f"minisd: {error}", file=sys.stderr)
         raise SystemExit(2) from None

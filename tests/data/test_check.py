@@ -70,7 +70,7 @@ def test_a_folder_with_nothing_to_check(made: list[str], tmp_path: Path) -> None
     for name in made:
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises(
-        InputError, match=r"there is nothing to check in '.*': a set has annotations/captions_NAME"
+        InputError, match=r"'.*' holds no set, which is annotations/captions_NAME"
     ):
         find_splits(tmp_path)
     with pytest.raises(InputError, match="there is no folder"):

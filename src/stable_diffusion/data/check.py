@@ -139,8 +139,8 @@ def find_splits(folder: str | Path) -> list[Split]:
     found = [Split(name, folder / name, path) for name, path in files.items() if (folder / name).is_dir()]
     if not found:
         raise InputError(
-            f"there is nothing to check in {str(folder)!r}: a set has annotations/captions_NAME.json and its"
-            " pictures in NAME; for others give --images and --captions"
+            f"{str(folder)!r} holds no set, which is annotations/captions_NAME.json and its pictures in NAME;"
+            " minisd data check takes others with --images and --captions"
         )
     return sorted(found, key=lambda split: (not split.name.startswith(TRAINING), split.name))
 
