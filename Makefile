@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORC
 
 # Given as `make image PROMPT="…"`. It reaches the command through the environment, and exactly as it was
 # typed: quotes and dollar signs in it mean nothing to make or to the shell.
-PROMPT = a red circle
+PROMPT = a fox, noto style
 override PROMPT := $(value PROMPT)
 export PROMPT
 

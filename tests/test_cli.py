@@ -455,7 +455,12 @@ def test_help_of_generate_shows_what_the_packaged_model_draws(
     assert result.code == 0
     lines = [f'  minisd generate "{prompt}"' for prompt in PACKAGED["prompts"]]
     told = f"What the packaged model, {PACKAGED['name']}, draws:"
-    assert result.out.splitlines()[-len(lines) - 1 :] == [told, *lines]
+    below = result.out.splitlines()[result.out.splitlines().index(told) + 1 :]
+    assert below[: len(lines)] == lines
+    assert " ".join(line.strip() for line in below[len(lines) :]) == (
+        f"Its styles: {', '.join(PACKAGED['styles']['words'])};"
+        f" a prompt that names none is drawn in {PACKAGED['styles']['default']}."
+    )
     assert "draws:" not in minisd("info", "--help").out
     styled = cli._shown(model)
     monkeypatch.setattr(cli, "_shown", lambda model: styled)

@@ -15,10 +15,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_drawing_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python under "Drawing" gives the two pictures that it names."""
-    (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "heart.png" in code)
+    (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "fox.png" in code)
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
-    assert {path.name for path in tmp_path.iterdir()} == {"circle.png", "heart.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"fox.png", "wolf.png"}
 
 
 def test_blocks_can_be_called() -> None:
@@ -26,7 +26,7 @@ def test_blocks_can_be_called() -> None:
     from stable_diffusion import DiffusionModel
 
     model = DiffusionModel.from_pretrained()
-    picture = model.generate("a red circle", num_inference_steps=1, seed=0)[0]
+    picture = model.generate("a fox", num_inference_steps=1, seed=0)[0]
     names = {"model": model, "picture": picture, "t": 500}
     import torch
 

@@ -69,9 +69,7 @@ def test_the_layout_of_coco_and_of_the_sets_made_here(tmp_path: Path) -> None:
 def test_a_folder_with_nothing_to_check(made: list[str], tmp_path: Path) -> None:
     for name in made:
         (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(
-        InputError, match=r"'.*' holds no set, which is annotations/captions_NAME"
-    ):
+    with pytest.raises(InputError, match=r"'.*' holds no set, which is annotations/captions_NAME"):
         find_splits(tmp_path)
     with pytest.raises(InputError, match="there is no folder"):
         find_splits(tmp_path / "nowhere")

@@ -450,7 +450,7 @@ def test_offline(tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.Monk
 
 
 def test_stages_have_settings_of_their_own(tmp_path: Path, data: CocoImageLoader) -> None:
-    stage = StageConfig(batch_size=2, learning_rate=0.5, warmup_steps=0, min_steps=2, passes=0)
+    stage = StageConfig(batch_size=2, learning_rate=0.5, warmup_steps=0, min_steps=2, passes=0.01)
     config = replace(TINY, training=replace(TINY.training, denoiser=stage))
     record = Record()
     trained(tmp_path, data, record, config)
