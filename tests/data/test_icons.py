@@ -546,8 +546,9 @@ def test_npm_fetches_what_is_not_there(
     npm.write_text(f'#!/bin/sh\necho "$2" >> "{tmp_path}/asked"\ncp "{packages}"/*.tgz "$4"\n')
     npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    kept = tmp_path / "kept"
-    steps = make(tmp_path / "set", kept)
+    monkeypatch.chdir(tmp_path)
+    kept = Path("kept")
+    steps = make(Path("set"), kept)
     assert [(step.done, step.total) for step in steps if step.what == "fetching"] == [
         (n, 9) for n in range(10)
     ]
@@ -556,18 +557,17 @@ def test_npm_fetches_what_is_not_there(
     assert sorted(path.name for path in kept.iterdir()) == sorted(
         package.file for package in (*PACKAGES.values(), NAMES)
     )
-    assert content(tmp_path / "set") == content(made)
+    assert content(Path("set")) == content(made)
     (kept / NAMES.file).unlink()
-    make(tmp_path / "again", kept)
+    make(Path("again"), kept)
     assert (tmp_path / "asked").read_text().split()[9:] == [f"{NAMES.name}@{NAMES.version}"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the fake npm is a shell script")
 def test_a_package_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npm = tmp_path / "npm"
-    npm.write_text(
-        '#!/bin/sh\necho "npm error code E404" >&2\necho "npm error 404 No match found" >&2\nexit 1\n'
-    )
+    lines = ("code E404", "syscall open", "404 No match found")
+    npm.write_text("#!/bin/sh\n" + "".join(f'echo "npm error {line}" >&2\n' for line in lines) + "exit 1\n")
     npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(

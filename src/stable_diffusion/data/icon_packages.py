@@ -79,6 +79,9 @@ NAMES = Package(
     ),
 )
 
+NPM_DETAILS = ("code", "syscall", "path", "errno")
+"""Fields that npm writes before the sentence that says what is wrong."""
+
 
 class Drawing(NamedTuple):
     """One drawing of a package, not drawn yet."""
@@ -105,17 +108,16 @@ def fetch(folder: Path) -> Iterator[Progress]:
     for done, package in enumerate(missing):
         yield Progress("fetching", done, len(missing))
         with tempfile.TemporaryDirectory(prefix=".npm-", dir=folder) as arriving:
-            command = [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", arriving]
+            command = [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", "."]
             command += ["--ignore-scripts", "--loglevel=error"]
             run = subprocess.run(
                 command, cwd=arriving, capture_output=True, encoding="utf-8", errors="replace", check=False
             )
             file = Path(arriving, package.file)
             if run.returncode or not file.is_file():
-                reasons = [line for line in run.stderr.splitlines() if " code " not in line and line.strip()]
-                why = (
-                    reasons[0].removeprefix("npm error").strip() if reasons else f"exit code {run.returncode}"
-                )
+                lines = [line.removeprefix("npm error").strip() for line in run.stderr.splitlines()]
+                reasons = [line for line in lines if line and line.split()[0] not in NPM_DETAILS]
+                why = reasons[0] if reasons else f"exit code {run.returncode}"
                 raise InputError(
                     f"npm cannot fetch {package.name}@{package.version} ({why}): check the connection, and "
                     "`npm config get registry`"
