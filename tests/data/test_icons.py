@@ -564,10 +564,11 @@ def test_npm_fetches_what_is_not_there(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the fake npm is a shell script")
-def test_a_package_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefix", ["npm error", "npm ERR!"])
+def test_a_package_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     npm = tmp_path / "npm"
     lines = ("code E404", "syscall open", "404 No match found")
-    npm.write_text("#!/bin/sh\n" + "".join(f'echo "npm error {line}" >&2\n' for line in lines) + "exit 1\n")
+    npm.write_text("#!/bin/sh\n" + "".join(f'echo "{prefix} {line}" >&2\n' for line in lines) + "exit 1\n")
     npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(

