@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from stable_diffusion.config import StageConfig
 from stable_diffusion.errors import InputError
 from stable_diffusion.training import loop
-from stable_diffusion.training.loop import MOST_SKIPPED, Draw, TrainStep, learning_rate, train_stage
+from stable_diffusion.training.loop import (
+    MOST_SKIPPED,
+    Draw,
+    TrainStep,
+    draw_batches,
+    learning_rate,
+    train_stage,
+)
 from tests.training.record import copied, differing
 
 SETTINGS = StageConfig(batch_size=6, learning_rate=0.1, warmup_steps=2, ema_decay=0.5)
@@ -29,8 +36,11 @@ class Toy(nn.Module):
 
     name = "toy"
 
-    def __init__(self, settings: StageConfig = SETTINGS, poisoned: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, settings: StageConfig = SETTINGS, poisoned: frozenset[int] = frozenset(), count: int = COUNT
+    ) -> None:
         super().__init__()
+        self.count = count
         self.layer = nn.Linear(3, 2)
         with torch.no_grad():
             self.layer.weight.copy_(torch.arange(6.0).view(2, 3) / 6)
@@ -43,9 +53,9 @@ class Toy(nn.Module):
 
     def batch(self, draw: Draw) -> tuple[Tensor, ...]:
         self.history.append(copied(self.state_dict()))
-        indices = draw.indices(COUNT)
+        indices = draw.indices(self.count)
         self.seen += indices
-        noise = torch.stack([torch.randn(3, generator=generator) for generator in draw.generators()])
+        noise = draw.share(torch.randn(draw.batch_size, 3, generator=draw.generator()))
         x = torch.tensor(indices).float()[:, None] / COUNT + noise
         return (x * math.nan if draw.step in self.poisoned else x,)
 
@@ -92,7 +102,7 @@ def test_weights_are_shares_of_every_pass() -> None:
 
 
 def noise(given: Draw) -> list[float]:
-    return [torch.rand(1, generator=generator).item() for generator in given.generators()]
+    return given.share(torch.rand(given.batch_size, generator=given.generator())).tolist()
 
 
 def test_a_draw_is_a_function_of_seed_stage_and_step() -> None:
@@ -120,6 +130,26 @@ def test_the_global_generators_say_nothing(tmp_path: Path) -> None:
     assert results[0][0] == results[1][0] and not differing(results[0][1], results[1][1])
     other = Toy()
     assert [step.loss for step in train(other, tmp_path / "other", seed=1)] != results[0][0]
+
+
+def test_batches_made_ahead_are_those_made_in_turn() -> None:
+    draws = [draw(step) for step in range(9)]
+    in_turn = list(draw_batches(Toy(), draws, ahead=0))
+    ahead = list(draw_batches(Toy(), draws, ahead=4))
+    assert len(ahead) == 9 and all(
+        torch.equal(*pair) for a, b in zip(in_turn, ahead, strict=True) for pair in zip(a, b, strict=True)
+    )
+
+
+def test_making_ahead_ends_with_training_and_tells_its_error() -> None:
+    stage = Toy()
+    batches = draw_batches(stage, (draw(step) for step in range(1000)), ahead=2)
+    next(batches)
+    batches.close()
+    assert len(stage.seen) < 6 * 10
+    for ahead in (0, 2):
+        with pytest.raises(ZeroDivisionError):  # of no samples none can be drawn
+            list(draw_batches(Toy(count=0), [draw(0)], ahead))
 
 
 # How it steps.

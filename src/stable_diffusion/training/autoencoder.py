@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -37,7 +36,8 @@ class AutoencoderStage(nn.Module):
     def batch(self, draw: Draw) -> tuple[Tensor, ...]:
         """Pictures in [-1, 1], and the noise of their latents."""
         assert self.pictures is not None, "set `pictures` first"
-        pixels = read_pixels(self.pictures, draw.indices(len(self.pictures)))
+        indices = draw.indices(len(self.pictures))
+        pixels = read_pixels(self.pictures, indices, next(self.parameters()).device)
         side = self.image_size // self.vae.config.factor
         shape = (self.vae.config.latent_channels, side, side)
         most = LATENT_NOISE if isinstance(self.vae, AutoencoderTiny) else None
@@ -119,9 +119,11 @@ class DecoderStage(nn.Module):
         """Pictures in [-1, 1], and their latents with noise of any deviation up to `LATENT_NOISE`."""
         assert self.pictures is not None and self.latents is not None, "set `pictures` and `latents` first"
         indices = draw.indices(len(self.pictures))
-        latents = torch.from_numpy(self.latents[indices].astype(np.float32))
+        device = next(self.parameters()).device
+        latents = torch.from_numpy(self.latents[indices]).to(device).float()
         noise = _noise(draw, latents.shape[1:], LATENT_NOISE)
-        return self._place(read_pixels(self.pictures, indices)), self._place(latents + noise)
+        pixels = read_pixels(self.pictures, indices, device)
+        return self._place(pixels), self._place(latents + noise.to(device))
 
     def example(self) -> tuple[Tensor, ...]:
         vae, size, count = self.vae[0].config, self.image_size, self.settings.batch_size
@@ -148,13 +150,11 @@ class DecoderStage(nn.Module):
 
 def _noise(draw: Draw, shape: tuple[int, ...], most: float | None) -> Tensor:
     """Normal noise for each picture: of unit deviation, or of one between 0 and `most`, anew for each."""
-    return torch.stack(
-        [
-            (1.0 if most is None else most * torch.rand((), generator=generator))
-            * torch.randn(shape, generator=generator)
-            for generator in draw.generators()
-        ]
-    )
+    generator = draw.generator()
+    noise = torch.randn(draw.batch_size, *shape, generator=generator)
+    if most is not None:
+        noise *= most * torch.rand(draw.batch_size, 1, 1, 1, generator=generator)
+    return draw.share(noise)
 
 
 def _distance(error: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def normalise(
     sums = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
     values = 0
     for i in range(0, len(indices), chunk):
-        latents = vae.encode(read_pixels(pictures, indices[i : i + chunk]).to(device)).cpu().double()
+        latents = vae.encode(read_pixels(pictures, indices[i : i + chunk], device)).cpu().double()
         sums += torch.stack([latents.sum(dim=(0, 2, 3)), (latents**2).sum(dim=(0, 2, 3))])
         values += latents[:, 0].numel()
     mean = sums[0] / values
@@ -182,6 +182,8 @@ def normalise(
     vae.normalise(mean.float().to(device), std.float().to(device))
 
 
-def read_pixels(pictures: Array, indices: list[int]) -> Float[Tensor, "b 3 h w"]:
+def read_pixels(
+    pictures: Array, indices: list[int], device: torch.device | str = "cpu"
+) -> Float[Tensor, "b 3 h w"]:
     """Rows of the picture cache as floats in [-1, 1]."""
-    return torch.from_numpy(pictures[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(pictures[indices]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -43,22 +43,16 @@ class TextCache:
         tokens = torch.from_numpy(np.concatenate([row[:-1] for row in rows]))
         return TextAffine(whitening(tokens), whitening(torch.from_numpy(np.stack([row[-1] for row in rows]))))
 
-    def read(self, captions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, captions: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Padded tokens, their mask, and the pooled vectors of the captions of these numbers."""
-        width = self.rows.shape[1]
-        tokens = np.zeros((len(captions), self.context_length, width), dtype=np.float32)
-        mask = np.zeros((len(captions), self.context_length), dtype=bool)
-        pooled = np.zeros((len(captions), width), dtype=np.float32)
-        for place, caption in enumerate(captions):
-            rows = self.rows[self.starts[caption] : self.starts[caption + 1]]
-            tokens[place, : len(rows) - 1], pooled[place] = rows[:-1], rows[-1]
-            mask[place, : len(rows) - 1] = True
-        read = torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(pooled)
-        return (
-            read
-            if self.change is None
-            else (self.change.tokens(read[0]), read[1], self.change.pooled(read[2]))
-        )
+        first, last = self.starts[captions], self.starts[np.asarray(captions) + 1] - 1
+        places = first[:, None] + np.arange(self.context_length)
+        mask = places < last[:, None]
+        tokens = torch.from_numpy(self.rows[np.where(mask, places, last[:, None])]).to(device).float()
+        pooled = torch.from_numpy(self.rows[last]).to(device).float()
+        if self.change is not None:
+            tokens, pooled = self.change.tokens(tokens), self.change.pooled(pooled)
+        return tokens, torch.from_numpy(mask).to(device), pooled
 
 
 class DenoiserStage(nn.Module):
@@ -96,16 +90,18 @@ class DenoiserStage(nn.Module):
         indices = draw.indices(len(self.latents), self.weights)
         c, h, w = self.latents.shape[1:]
         shape = (c, h // self.pooling, w // self.pooling)
-        noise, uniform, captions = [], [], []
-        for index, generator in zip(indices, draw.generators(), strict=True):
-            noise.append(torch.randn(shape, generator=generator))
-            u, dropped, chosen = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-            uniform.append(u)
-            choices = self.captions_of[index]
-            keep = dropped >= self.config.training.caption_dropout
-            captions.append(choices[int(chosen * len(choices))] if keep else 0)
-        latents = F.avg_pool2d(torch.from_numpy(self.latents[indices].astype(np.float32)), self.pooling)
-        return self._tensors(latents, torch.stack(noise), torch.tensor(uniform), captions)
+        generator = draw.generator()
+        noise = draw.share(torch.randn(draw.batch_size, *shape, generator=generator))
+        lots = draw.share(torch.rand(draw.batch_size, 3, generator=generator, dtype=torch.float64))
+        uniform, dropped, chosen = lots.unbind(dim=1)
+        captions = [
+            self.captions_of[index][int(lot * len(self.captions_of[index]))] if keep else 0
+            for index, lot, keep in zip(
+                indices, chosen.tolist(), dropped >= self.config.training.caption_dropout, strict=True
+            )
+        ]
+        latents = torch.from_numpy(self.latents[indices]).to(self.unet.conv_out.weight.device).float()
+        return self._tensors(F.avg_pool2d(latents, self.pooling), noise, uniform, captions)
 
     def example(self) -> tuple[Tensor, ...]:
         vae = self.config.vae
@@ -127,7 +123,7 @@ class DenoiserStage(nn.Module):
         text: list[Tensor] = []
         for i, cache in enumerate(self.text_caches):
             if cache is not None:
-                text += cache.read(captions)
+                text += cache.read(captions, device)
             else:
                 tokens = self.text_encoder.tokenizers[i]([self.captions[c] for c in captions])
                 text += [tokens.input_ids, tokens.attention_mask]

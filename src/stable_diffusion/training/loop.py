@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from stable_diffusion.errors import InputError
 
 SAVE_SECONDS = 120.0
 MOST_SKIPPED = 20  # steps in a row that are not finite before training gives up
+AHEAD = 6  # batches that wait for a GPU
 COOLDOWN = 0.4  # last part of the steps, over which the learning rate falls to 0
 
 Compiler = Callable[[nn.Module], nn.Module]
@@ -71,10 +74,13 @@ class Draw:
         orders = {turn: _order(self.seed, self.stage, turn, weights) for turn in {turn for turn, _ in turns}}
         return [orders[turn][i] for turn, i in turns]
 
-    def generators(self) -> Iterator[torch.Generator]:
-        """A generator for each place."""
-        for place in self.places:
-            yield torch.Generator().manual_seed(_seed(self.seed, self.stage, self.step, place))
+    def generator(self) -> torch.Generator:
+        """Of the whole batch's randomness; every process draws all of it and keeps its ``share``."""
+        return torch.Generator().manual_seed(_seed(self.seed, self.stage, self.step))
+
+    def share(self, drawn: Tensor) -> Tensor:
+        """The rows of this process's places, of one row for each sample of the whole batch."""
+        return drawn[self.places.start : self.places.stop : self.places.step]
 
 
 @lru_cache(maxsize=4)
@@ -215,13 +221,13 @@ def train_stage(
         state.load(path)
     first, in_a_row = state.step, 0
     began = saved_at = time.monotonic()
+    places = range(process, settings.batch_size, processes)
+    draws = (Draw(seed, stage.name, step, places, settings.batch_size) for step in range(first, total))
+    batches = draw_batches(stage, draws, AHEAD if state.device.type == "cuda" else 0)
 
     stage.train()
     try:
-        while state.step < total:
-            step = state.step
-            places = range(process, settings.batch_size, processes)
-            batch = stage.batch(Draw(seed, stage.name, step, places, settings.batch_size))
+        for step, batch in enumerate(batches, start=first):
             with torch.autocast(state.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
                 loss = step_function(*batch)
             state.scaler.scale(loss).backward()
@@ -256,10 +262,34 @@ def train_stage(
             state.save(path)
         raise
     finally:
+        batches.close()
         stage.eval()
     with torch.no_grad():
         for parameter, mean in zip(state.parameters, state.average, strict=True):
             parameter.copy_(mean)
+
+
+def draw_batches(
+    stage: Stage, draws: Iterable[Draw], ahead: int
+) -> Generator[tuple[Tensor, ...], None, None]:
+    """The batch of each draw, in their order; `ahead` of them are made on other threads beforehand.
+
+    A GPU would wait for them. On a CPU, where they take cores from training, `ahead` is 0.
+    """
+    if ahead == 0:
+        yield from map(stage.batch, draws)
+        return
+    with ThreadPoolExecutor(ahead) as threads:
+        waiting: deque[Future[tuple[Tensor, ...]]] = deque()
+        try:
+            for draw in draws:
+                waiting.append(threads.submit(stage.batch, draw))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 class CompiledOrEager:

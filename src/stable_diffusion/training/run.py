@@ -315,8 +315,8 @@ def _encode_pictures(
     def blocks() -> Iterator[Array]:
         for start in range(0, len(pictures), ENCODED_TOGETHER):
             indices = list(range(start, min(start + ENCODED_TOGETHER, len(pictures))))
-            pixels = read_pixels(pictures, indices).to(device, memory_format=torch.channels_last)
-            yield parts.vae.encode(pixels).cpu().numpy()
+            pixels = read_pixels(pictures, indices, device)
+            yield parts.vae.encode(pixels.contiguous(memory_format=torch.channels_last)).cpu().numpy()
 
     for done in cache.fill(blocks()):
         yield TrainStep("encoding pictures", done - 1, len(pictures))
@@ -345,13 +345,12 @@ def _encode_captions(
         def blocks(i: int = i) -> Iterator[Array]:
             for chunk in chunks:
                 embeds = parts.text_encoder.encode(i, chunk)
-                mask = (
-                    torch.ones(embeds.tokens.shape[:2], dtype=torch.bool)
-                    if embeds.mask is None
-                    else embeds.mask
-                )
-                for tokens, real, pooled in zip(embeds.tokens, mask, embeds.pooled, strict=True):
-                    yield torch.cat([tokens[real], pooled[None]]).cpu().numpy()
+                tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
+                mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+                if embeds.mask is not None:
+                    mask = embeds.mask.cpu()
+                for said, real, whole in zip(tokens, mask, pooled, strict=True):
+                    yield torch.cat([said[real], whole[None]]).numpy()
 
         for done in cache.fill(blocks()):
             number = int(np.searchsorted(starts, done)) - 1
