@@ -313,7 +313,7 @@ def _going_on(model: DiffusionModel, settings: ModelConfig) -> DiffusionModel:
             )
     training = settings.training
     autoencoder = replace(training.autoencoder, passes=0)
-    model.config = replace(settings, training=replace(training, autoencoder=autoencoder, coarse=None))
+    model.config = replace(settings, training=replace(training, autoencoder=autoencoder))
     return model
 
 

@@ -184,8 +184,6 @@ class TrainingConfig:
     """The recipe of a preset: the stages of a training, in their order."""
 
     autoencoder: StageConfig = StageConfig()
-    coarse: StageConfig | None = None
-    """A first phase of the denoiser on latents of half the resolution, a quarter of the work; None for none."""
     denoiser: StageConfig = StageConfig()
     decoder: StageConfig | None = None
     """A last phase of the decoder alone, against a discriminator, that makes pictures sharp; None for none."""

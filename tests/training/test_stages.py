@@ -17,10 +17,15 @@ from stable_diffusion.config import (
     Guidance,
     ModelConfig,
     SamplerConfig,
-    StageConfig,
 )
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.training.autoencoder import AutoencoderStage, DecoderStage, normalise, read_pixels
+from stable_diffusion.training.autoencoder import (
+    AutoencoderStage,
+    DecoderStage,
+    Discriminator,
+    normalise,
+    read_pixels,
+)
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache
 from stable_diffusion.training.loop import Draw
 from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
@@ -29,12 +34,12 @@ CAPTIONS = ["", "a red circle", "a blue square", "a green heart", "a yellow star
 BATCH = 8
 
 
-def stage_of(config: ModelConfig = TINY, pictures: int = 4, *, coarse: bool = False) -> DenoiserStage:
+def stage_of(config: ModelConfig = TINY, pictures: int = 4) -> DenoiserStage:
     """A denoiser's stage on random latents; picture i has the captions i + 1 and, but the last, i + 2."""
     model = tiny_model(config)
     settings = replace(config.training.denoiser, batch_size=BATCH)
     config = replace(config, training=replace(config.training, denoiser=settings))
-    stage = DenoiserStage(model.unet, model.text_encoder, model.scheduler, config, coarse=coarse)
+    stage = DenoiserStage(model.unet, model.text_encoder, model.scheduler, config)
     side = config.sample_size // config.vae.factor
     latents = torch.randn(
         pictures, config.vae.latent_channels, side, side, generator=torch.Generator().manual_seed(0)
@@ -70,19 +75,6 @@ def drawn_captions(stage: DenoiserStage, steps: int) -> list[tuple[int, str]]:
         assert stage.latents is not None
         pairs += zip(draw(step).indices(len(stage.latents)), words(stage, ids), strict=True)
     return pairs
-
-
-def test_the_coarse_phase_sees_means_of_four_latents() -> None:
-    config = replace(TINY, training=replace(TINY.training, coarse=StageConfig(batch_size=BATCH)))
-    coarse = stage_of(config, coarse=True)
-    assert coarse.name == "coarse" and coarse.settings == config.training.coarse
-    x0, noise, *_ = coarse.batch(draw(2))
-    assert coarse.latents is not None
-    full = torch.from_numpy(coarse.latents[draw(2).indices(4)].astype(np.float32))
-    b, c, h, w = full.shape
-    torch.testing.assert_close(x0, full.view(b, c, h // 2, 2, w // 2, 2).mean(dim=(3, 5)))
-    assert noise.shape == x0.shape and abs(noise.std() - 1) < 0.1, "noise of unit deviation, not pooled"
-    assert coarse.example()[0].shape[1:] == x0.shape[1:]
 
 
 def test_weights_say_how_often_a_picture_is_drawn() -> None:
@@ -376,6 +368,22 @@ def test_two_players_in_one_backward_pass() -> None:
     (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()).backward()
     for name, parameter in stage.discriminator.named_parameters():
         torch.testing.assert_close(found[f"discriminator.{name}"], parameter.grad)
+
+
+def test_the_discriminator_learns_to_tell_soft_from_sharp() -> None:
+    torch.manual_seed(0)
+    discriminator = Discriminator()
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-3)
+    for step in range(61):
+        sharp = (torch.rand(8, 3, 8, 8) * 2 - 1).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+        soft = torch.nn.functional.avg_pool2d(sharp, 3, stride=1, padding=1, count_include_pad=False)
+        real, fake = discriminator(torch.cat([sharp, soft])).chunk(2)
+        if step == 60:
+            break
+        (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (real > 0).float().mean() > 0.9 and (fake < 0).float().mean() > 0.9
 
 
 def test_the_kl_draws_from_its_posterior() -> None:

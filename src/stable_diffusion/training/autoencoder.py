@@ -18,6 +18,7 @@ GRADIENT_WEIGHT = 0.5  # edges: without it thin lines soften
 POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
 KL_WEIGHT = 1e-6  # Rombach et al. 2022, section 3.1: just enough to keep latents together
 ADVERSARIAL_WEIGHT = 0.15  # of fooling the discriminator, beside the absolute error
+DETAIL_GAIN = 4.0  # of fine detail before the discriminator, beside pixels in [-1, 1]
 LATENT_NOISE = 0.25  # most that the light autoencoder's decoder must bear, in the latents' deviations
 
 
@@ -75,22 +76,26 @@ class AutoencoderStage(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says of overlapping patches whether they look real (Isola et al. 2017, section 3.2.2), above 0 for yes."""
+    """Says of overlapping patches whether they look real (Isola et al. 2017, section 3.2.2), above 0 for yes.
+
+    Beside the pixels it sees how they differ from their neighbourhood's mean, where decoded pictures give themselves
+    away: their contents are the real ones already.
+    """
 
     def __init__(self, in_channels: int = 3, width: int = 32) -> None:
         super().__init__()
-        widths = [in_channels, width, 2 * width, 4 * width]
+        widths = [2 * in_channels, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
         for c_in, c_out in itertools.pairwise(widths):
-            layers += [
-                nn.Conv2d(c_in, c_out, 4, stride=2, padding=1),
-                nn.GroupNorm(8, c_out),
-                nn.LeakyReLU(0.2),
-            ]
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1))
+            if c_out > width:  # the first layer's contrasts are what tells
+                layers.append(nn.GroupNorm(8, c_out))
+            layers.append(nn.LeakyReLU(0.2))
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
     def forward(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b 1 y x"]:
-        return self.layers(images)
+        details = images - F.avg_pool2d(images, 3, stride=1, padding=1)
+        return self.layers(torch.cat([images, DETAIL_GAIN * details], dim=1))
 
 
 class DecoderStage(nn.Module):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -58,26 +57,17 @@ class TextCache:
 class DenoiserStage(nn.Module):
     """Weighted squared error of the prediction at random noise levels (Ho et al. 2020, algorithm 1)."""
 
+    name = "denoiser"
+
     def __init__(
-        self,
-        unet: UNet,
-        text_encoder: PromptEncoder,
-        scheduler: Schedule,
-        config: ModelConfig,
-        *,
-        coarse: bool = False,
+        self, unet: UNet, text_encoder: PromptEncoder, scheduler: Schedule, config: ModelConfig
     ) -> None:
-        """`coarse` is the first phase, on means of 2x2 latents: what a thing looks like is learnt there sooner."""
         super().__init__()
-        self.name = "coarse" if coarse else "denoiser"
-        self.pooling = 2 if coarse else 1
         self.unet = unet
         self.text_encoder = text_encoder
         self.scheduler = scheduler
         self.config = config
-        settings = config.training.coarse if coarse else config.training.denoiser
-        assert settings is not None, "a coarse phase has settings"
-        self.settings = settings
+        self.settings = config.training.denoiser
         self.latents: Array | None = None  # b c h w, float16
         self.weights: tuple[float, ...] | None = None  # how often each picture is drawn
         self.captions: list[str] = [""]  # every distinct caption; the empty one first
@@ -88,10 +78,8 @@ class DenoiserStage(nn.Module):
         """Latents, noise, times, alpha, sigma and loss weight; then for each encoder what it says or has to read."""
         assert self.latents is not None, "set `latents` and the captions first"
         indices = draw.indices(len(self.latents), self.weights)
-        c, h, w = self.latents.shape[1:]
-        shape = (c, h // self.pooling, w // self.pooling)
         generator = draw.generator()
-        noise = draw.share(torch.randn(draw.batch_size, *shape, generator=generator))
+        noise = draw.share(torch.randn(draw.batch_size, *self.latents.shape[1:], generator=generator))
         lots = draw.share(torch.rand(draw.batch_size, 3, generator=generator, dtype=torch.float64))
         uniform, dropped, chosen = lots.unbind(dim=1)
         captions = [
@@ -101,11 +89,11 @@ class DenoiserStage(nn.Module):
             )
         ]
         latents = torch.from_numpy(self.latents[indices]).to(self.unet.conv_out.weight.device).float()
-        return self._tensors(F.avg_pool2d(latents, self.pooling), noise, uniform, captions)
+        return self._tensors(latents, noise, uniform, captions)
 
     def example(self) -> tuple[Tensor, ...]:
         vae = self.config.vae
-        size = self.config.sample_size // vae.factor // self.pooling
+        size = self.config.sample_size // vae.factor
         count = self.settings.batch_size
         latents = torch.randn(count, vae.latent_channels, size, size)
         caches, self.text_caches = self.text_caches, [_blank(c) for c in self.text_encoder.configs]

@@ -29,11 +29,7 @@ from stable_diffusion.training.denoiser import DenoiserStage, TextCache
 from stable_diffusion.training.loop import CompiledOrEager, Compiler, TrainStep, train_stage
 from stable_diffusion.training.whitening import whitened
 
-SHARES = {
-    "autoencoder": 0.15,
-    "coarse": 0.25,
-    "decoder": 0.1,
-}  # of a budget in minutes; the denoiser has the rest
+SHARES = {"autoencoder": 0.15, "decoder": 0.1}  # of a budget in minutes; the denoiser has the rest
 ENCODED_TOGETHER = 32  # pictures, or captions
 OVERHEAD = 1.1  # reading batches, the optimizer's step, saving: beside what is measured
 
@@ -100,13 +96,10 @@ def train_model(
         raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
 
     autoencoder = AutoencoderStage(parts.vae, config.training.autoencoder, config.sample_size)
-    denoisers = [
-        DenoiserStage(parts.unet, parts.text_encoder, parts.scheduler, config, coarse=coarse)
-        for coarse in ([False] if config.training.coarse is None else [True, False])
-    ]
+    denoiser = DenoiserStage(parts.unet, parts.text_encoder, parts.scheduler, config)
     sharpening = config.training.decoder
     decoders = [] if sharpening is None else [DecoderStage(parts.vae, sharpening, config.sample_size)]
-    all_stages: list[AnyStage] = [autoencoder, *denoisers, *decoders]
+    all_stages: list[AnyStage] = [autoencoder, denoiser, *decoders]
     stages = [stage for stage in all_stages if stage.settings.passes > 0]
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
@@ -167,8 +160,8 @@ def train_model(
     for cache, change in zip(text_caches, changes, strict=True):
         if cache is not None:
             cache.change = change
-    with whitened(parts.unet, parts.text_encoder, changes):
-        for denoiser in (stage for stage in denoisers if stage in stages):
+    if denoiser in stages:
+        with whitened(parts.unet, parts.text_encoder, changes):
             denoiser.latents, denoiser.text_caches = latents, text_caches
             denoiser.captions = ["", *captions]
             denoiser.captions_of = [[numbers[caption] for caption in data.captions(i)] for i in kept]
