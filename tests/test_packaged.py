@@ -50,9 +50,9 @@ def styles_of(pictures: list[Image.Image]) -> list[str]:
 
 
 def test_the_asked_style(pictures: list[Image.Image]) -> None:
-    """Four of ten pictures at least, at fixed seeds, are in the asked style; by chance it is one."""
+    """Six of ten pictures at least, at fixed seeds, are in the asked style; by chance it is one."""
     found = styles_of(pictures)
-    assert sum(a == b for a, b in zip(found, PROMPTS.values(), strict=True)) >= 4, found
+    assert sum(a == b for a, b in zip(found, PROMPTS.values(), strict=True)) >= 6, found
 
 
 def test_drawings_on_white(pictures: list[Image.Image]) -> None:
@@ -64,18 +64,19 @@ def test_drawings_on_white(pictures: list[Image.Image]) -> None:
 
 
 def test_a_prompt_without_a_style_gets_the_default(model: DiffusionModel) -> None:
-    plain, named = (model.generate(prompt, seed=4)[0] for prompt in ("a fox", "a fox, noto style"))
-    assert plain.tobytes() != model.generate("a fox, line icon style", seed=4)[0].tobytes()
-    assert styles_of([plain, named]) == ["noto", "noto"]
+    prompts = "a fox", "a fox, noto style", "a fox, line icon style"
+    plain, default, other = (model.generate(prompt, seed=4)[0].tobytes() for prompt in prompts)
+    assert plain == default != other
 
 
 def test_image_to_image_changes_what_is_asked(model: DiffusionModel) -> None:
-    """Another style at high strength; nearly the same picture at a low one."""
+    """Another style when it is asked for; nearly the same picture when it is not."""
     (apple,) = model.generate("a red apple, noto style", seed=1)
     prompt = "a black and white pictogram of an apple"
     (changed,) = model.generate(prompt, image=apple, strength=0.95, seed=1)
-    (kept,) = model.generate(prompt, image=apple, strength=0.1, seed=1)
-    assert styles_of([changed]) == ["contrast"]
+    (kept,) = model.generate("a red apple, noto style", image=apple, strength=0.1, seed=1)
+    colour = [np.ptp(np.asarray(x, float), axis=-1).mean() for x in (apple, changed)]
+    assert colour[0] > 50 and colour[1] < 5, "from red to black and white"
     assert np.abs(np.asarray(kept, float) - np.asarray(apple, float)).mean() < 12
 
 

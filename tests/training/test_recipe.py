@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion import CocoImageLoader, InputError
+from stable_diffusion.checkpoints import native
+from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import CLIP_MINI, MINI, MINILM, from_dict, to_dict
 from stable_diffusion.data.icon_captions import DEFAULT_STYLE, STYLES, Thing, captions
 from stable_diffusion.pipeline import with_style
@@ -23,10 +25,15 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_packaged_models_recipe() -> None:
+def test_the_shapes_recipe() -> None:
     recipe = read_recipe(next(path for path in RECIPES if path.stem == "shapes-128"))
     assert recipe.name == recipe.config.name == "shapes-128" and recipe.data.kind == "shapes"
     assert recipe.data.size == recipe.config.sample_size == 128
+
+
+def test_the_packaged_model_is_what_its_recipe_says() -> None:
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "icons-128"))
+    assert native.read(packaged("model")).config == recipe.config
 
 
 def test_the_icons_recipe_names_the_styles_of_their_captions() -> None:
