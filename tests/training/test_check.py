@@ -12,6 +12,7 @@ from stable_diffusion.config import ModelConfig
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.training import check
 from stable_diffusion.training.check import Verdict, _Few, check_config, overfit
+from stable_diffusion.training.loop import TrainStep
 from tests.tiny import TEXT, TINY, tiny_model
 
 LEARNS = (
@@ -52,15 +53,18 @@ def test_a_set_up_that_does_not(
 ) -> None:
     monkeypatch.setattr(check, "AUTOENCODER_STEPS", 3)
     monkeypatch.setattr(check, "DENOISER_STEPS", 3)
-    bad = verdict(with_rate(TINY, 0.0), data, tmp_path)
-    assert not bad.learns and bad.right < 4
+    config = check_config(with_rate(TINY, 0.0))
+    *events, bad = overfit(tiny_model(config), data, tmp_path, autocast=False)
+    trained = [step.stage for step in events if isinstance(step, TrainStep) and step.loss is not None]
+    assert trained == ["autoencoder"] * 3 + ["denoiser"] * 3
+    assert isinstance(bad, Verdict) and not bad.learns and bad.right < 4
     assert "does NOT learn" in str(bad)
 
 
 def test_it_is_long_enough_whatever_the_recipe(data: CocoImageLoader) -> None:
     training = check_config(TINY).training
     assert (training.autoencoder.min_steps, training.denoiser.min_steps) == (400, 800)
-    assert training.denoiser.passes == 0 and training.denoiser.batch_size == 16
+    assert training.decoder is None and training.denoiser.batch_size == 16
     assert training.denoiser.learning_rate == TINY.training.denoiser.learning_rate
 
 
