@@ -47,7 +47,9 @@ class TextCache:
         first, last = self.starts[captions], self.starts[np.asarray(captions) + 1] - 1
         places = first[:, None] + np.arange(self.context_length)
         mask = places < last[:, None]
-        tokens = torch.from_numpy(self.rows[np.where(mask, places, last[:, None])]).to(device).float()
+        padded = self.rows[np.where(mask, places, last[:, None])]
+        padded[~mask] = 0
+        tokens = torch.from_numpy(padded).to(device).float()
         pooled = torch.from_numpy(self.rows[last]).to(device).float()
         if self.change is not None:
             tokens, pooled = self.change.tokens(tokens), self.change.pooled(pooled)
