@@ -462,8 +462,8 @@ def test_help_of_generate_shows_what_the_packaged_model_draws(
         f" a prompt that names none is drawn in {PACKAGED['styles']['default']}."
     )
     assert "draws:" not in minisd("info", "--help").out
-    styled = cli._shown(model)
-    monkeypatch.setattr(cli, "_shown", lambda model: styled)
+    styled = cli.generate._shown(model)
+    monkeypatch.setattr(cli.generate, "_shown", lambda model: styled)
     assert minisd("generate", "-h").out.splitlines()[-4:] == [
         "What the packaged model, tiny, draws:",
         '  minisd generate "a fox"',

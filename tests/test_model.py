@@ -16,7 +16,7 @@ from PIL import Image
 
 from stable_diffusion import DiffusionModel, Guidance, InputError, SamplerConfig
 from stable_diffusion.config import MINILM
-from stable_diffusion.diffusion.samplers import SAMPLERS
+from stable_diffusion.diffusion.names import SAMPLERS
 from tests.lively import lively
 from tests.tiny import KL, TEXT, TINY, tiny_model
 
@@ -172,7 +172,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sampler": "nonsense"}, "choose one of " + ", ".join(sorted(SAMPLERS))),
     ({"sampler": SamplerConfig(name="eulerr")}, "did you mean 'euler'"),
     ({"sampler": 3}, "sampler must be a name or a SamplerConfig, got 3"),
-    ({"sampler": SamplerConfig(name="ddim", eta=1.5)}, "eta must be from 0 to 1, got 1.5"),
     ({"sampler": SamplerConfig(name="euler", spacing="karras")}, "spacing 'karras'"),
     ({"sampler": SamplerConfig(name="euler", spacing="even")}, "unknown spacing 'even'"),  # type: ignore[arg-type]
     ({"num_inference_steps": 0}, "num_inference_steps must be a whole number, at least 1, got 0"),
@@ -230,10 +229,7 @@ def test_unknown_presets_and_presets_without_vocabulary_are_refused() -> None:
         DiffusionModel("sd15")
 
 
-@pytest.mark.parametrize(
-    "guidance",
-    [Guidance(interval=(0.8, 0.2)), Guidance(interval=(-0.1, 1.0)), Guidance(rescale=1.5)],
-)
-def test_guidance_out_of_range(guidance: Guidance) -> None:
+@pytest.mark.parametrize("guidance", [{"interval": (0.8, 0.2)}, {"interval": (-0.1, 1.0)}, {"rescale": 1.5}])
+def test_guidance_out_of_range(guidance: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"the guidance (interval|rescale) must be"):
-        DiffusionModel.from_pretrained().generate("a cat", guidance_scale=guidance, num_inference_steps=1)
+        Guidance(**guidance)

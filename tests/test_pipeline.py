@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stable_diffusion import DiffusionModel, Guidance, InputError, SamplerConfig, pipeline
+from stable_diffusion import DiffusionModel, Guidance, InputError, SamplerConfig
 from stable_diffusion.config import ModelConfig, ScheduleConfig, Styles
-from stable_diffusion.diffusion.samplers import SAMPLERS, Step
+from stable_diffusion.diffusion.names import SAMPLERS
+from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.errors import InputError as SameError
+from stable_diffusion.generation import pipeline
 from tests.lively import lively
 from tests.tiny import KL, TINY, UNCONDITIONAL, tiny_model
 

@@ -141,13 +141,17 @@ class SamplerConfig:
     """How sampling walks from noise to latents (`diffusion.samplers`)."""
 
     name: str = "ddim"
-    """One of ``ddpm ddim pndm euler euler_a heun dpmpp_2m dpmpp_2m_sde unipc lcm``, or another program's name."""
-    spacing: Literal["leading", "linspace", "trailing", "karras", "lcm"] | None = None
-    """How the levels are spread; None for the sampler's own."""
+    """A row of `diffusion.names`, by our name or another program's."""
+    spacing: str | None = None
+    """How the levels are spread, likewise; None for the sampler's own."""
     eta: float = 0.0
     """DDIM only: 0 is deterministic, 1 draws as much noise as DDPM does."""
     variance: Literal["small", "large"] = "small"
     """DDPM only: the posterior's variance given clean latents, or beta (Ho et al. 2020, section 3.2)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"eta must be from 0 to 1, got {self.eta}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,17 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on (Kynkäänniemi et al. 2024)."""
     rescale: float = 0.0
-    """How far the prediction's deviation is pulled back to the unguided one's, 0 to 1 (Lin et al. 2023, eq. 15)."""
+    """How far the prediction's standard deviation is pulled back to the unguided one's, 0 to 1 (Lin et al. 2023,
+    equation 15)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise InputError(
+                f"the guidance interval must be two numbers from 0 to 1, in order, got {low} and {high}"
+            )
+        if not 0 <= self.rescale <= 1:
+            raise InputError(f"the guidance rescale must be from 0 to 1, got {self.rescale}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from stable_diffusion import checkpoints, images, pipeline
+from stable_diffusion import checkpoints, images
 from stable_diffusion.checkpoints import (
     Checkpoint,
     compvis,
@@ -28,9 +28,11 @@ from stable_diffusion.checkpoints import (
 )
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, preset
-from stable_diffusion.diffusion.samplers import Step, sampler_named
+from stable_diffusion.diffusion.names import sampler_name
+from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.diffusion.schedule import Schedule
 from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.generation import pipeline
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
@@ -437,7 +439,7 @@ class DiffusionModel(nn.Module):
             sampler = config.sampler if sampler is None else SamplerConfig(name=sampler)
         if not isinstance(sampler, SamplerConfig):
             raise InputError(f"sampler must be a name or a SamplerConfig, got {sampler!r}")
-        sampler_named(sampler.name)
+        sampler_name(sampler.name)
         if guidance_scale is None:
             guidance = config.guidance
         elif isinstance(guidance_scale, Guidance):

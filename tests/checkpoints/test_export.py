@@ -18,10 +18,10 @@ from torch import Tensor
 from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints import native
 from stable_diffusion.checkpoints.diffusers import sampler_config, schedule_config
-from stable_diffusion.checkpoints.diffusers_export import SCHEDULERS, misfit, scheduler_settings
+from stable_diffusion.checkpoints.diffusers_export import misfit, scheduler_settings
 from stable_diffusion.cli import main
 from stable_diffusion.config import MINILM, SD15, SD21, ModelConfig, SamplerConfig, ScheduleConfig
-from stable_diffusion.diffusion.samplers import SAMPLERS
+from stable_diffusion.diffusion.names import SAMPLERS
 from tests.checkpoints import sd
 from tests.checkpoints.test_diffusers import TOLERANCE, error, ours, reference, theirs
 from tests.lively import lively
@@ -209,7 +209,6 @@ def test_the_reasons() -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("spacing", [None, "trailing", "karras"])
 def test_every_scheduler_comes_back(name: str, spacing: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert SCHEDULERS.keys() == SAMPLERS.keys()
     schedule = ScheduleConfig(prediction_type="v_prediction", kind="linear", set_alpha_to_one=True)
     config = replace(CLIP, schedule=schedule, sampler=SamplerConfig(name=name, spacing=spacing))
     settings = json.loads(json.dumps(scheduler_settings(config)))

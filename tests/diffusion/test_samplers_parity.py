@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stable_diffusion.config import SamplerConfig, ScheduleConfig
-from stable_diffusion.diffusion.samplers import SAMPLERS, initial_scale, sampling_levels
+from stable_diffusion.diffusion.names import SAMPLERS
+from stable_diffusion.diffusion.samplers import initial_scale, sampling_levels
 from stable_diffusion.diffusion.schedule import Schedule
 
 from .reference import (

@@ -11,10 +11,10 @@ import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from stable_diffusion.config import ScheduleConfig
+from stable_diffusion.diffusion.names import SPACINGS
 from stable_diffusion.diffusion.schedule import (
     BETAS,
     CLEAN,
-    SPACINGS,
     Level,
     Schedule,
     cosine_betas,

@@ -12,7 +12,7 @@ from stable_diffusion.checkpoints import native
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import CLIP_MINI, MINI, MINILM, from_dict, to_dict
 from stable_diffusion.data.icon_captions import DEFAULT_STYLE, STYLES, Thing, captions
-from stable_diffusion.pipeline import with_style
+from stable_diffusion.generation.pipeline import with_style
 from stable_diffusion.training.recipe import DataConfig, Recipe, read_recipe
 from tests.tiny import TINY, shapes
 

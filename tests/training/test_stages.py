@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from stable_diffusion import pipeline
 from stable_diffusion.config import (
     MINILM,
     AutoencoderKLConfig,
@@ -19,6 +18,7 @@ from stable_diffusion.config import (
     SamplerConfig,
 )
 from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.generation import pipeline
 from stable_diffusion.training.autoencoder import (
     AutoencoderStage,
     DecoderStage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from stable_diffusion.config import (
     from_dict,
     to_dict,
 )
-from stable_diffusion.diffusion.samplers import ALIASES
+from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.errors import InputError, unknown_name
 
 # The autoencoder's attention in files of before 2023, and today's names.
@@ -253,17 +253,21 @@ def schedule_config(settings: dict[str, Any]) -> ScheduleConfig:
 def sampler_config(settings: dict[str, Any]) -> SamplerConfig:
     """The sampler that a ``scheduler_config.json`` names, with its spacing."""
     name = str(settings["_class_name"])
-    if name.lower() not in ALIASES:
-        raise unknown_name(
-            "scheduler class", name, [alias for alias in ALIASES if alias.endswith("scheduler")]
-        )
-    spacing = "karras" if settings.get("use_karras_sigmas") else settings.get("timestep_spacing")
-    sampler = ALIASES[name.lower()]
+    rows = {ours: row for ours, row in SAMPLERS.items() if row.diffusers == name}
+    if not rows:
+        raise unknown_name("scheduler class", name, [row.diffusers for row in SAMPLERS.values()])
     if settings.get("use_flow_sigmas"):
-        return SamplerConfig(name="euler" if settings.get("solver_order") == 1 else sampler)
-    if sampler == "dpmpp_2m" and settings.get("algorithm_type") == "sde-dpmsolver++":
-        sampler = "dpmpp_2m_sde"
-    return from_dict(SamplerConfig, {"name": sampler, "spacing": spacing})
+        return SamplerConfig(name="euler" if settings.get("solver_order") == 1 else next(iter(rows)))
+    sampler = max(rows, key=lambda ours: _says(settings, rows[ours].diffusers_settings))
+    said = [ours for ours, row in SPACINGS.items() if row.diffusers and _says(settings, row.diffusers)]
+    if not said and settings.get("timestep_spacing") is not None:
+        raise unknown_name("timestep_spacing", settings["timestep_spacing"], SPACINGS)
+    return SamplerConfig(name=sampler, spacing=said[-1] if said else None)  # Karras' levels before timesteps
+
+
+def _says(settings: dict[str, Any], wanted: Mapping[str, Any]) -> int:
+    """How many settings are as wanted; 0 unless all are."""
+    return len(wanted) if all(settings.get(key) == value for key, value in wanted.items()) else 0
 
 
 def vae_state(published: State) -> State:

@@ -21,21 +21,9 @@ from stable_diffusion.config import (
     ModelConfig,
     TextEncoderConfig,
 )
-from stable_diffusion.diffusion.samplers import ALIASES
+from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS, sampler_name
 from stable_diffusion.errors import InputError
 
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
 DIFFUSERS_VERSION = "0.42.1"  # whose form the folders that we write have
 
 
@@ -205,7 +193,7 @@ def text_settings(config: TextEncoderConfig) -> dict[str, Any]:
 def scheduler_settings(config: ModelConfig) -> dict[str, Any]:
     """The ``scheduler_config.json``: the inverse of ``schedule_config`` and ``sampler_config``."""
     schedule, sampler = config.schedule, config.sampler
-    name = ALIASES.get(sampler.name.lower(), sampler.name.lower())
+    name = sampler_name(sampler.name)
     common: dict[str, Any] = {
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": schedule.num_train_timesteps,
@@ -221,7 +209,8 @@ def scheduler_settings(config: ModelConfig) -> dict[str, Any]:
             "use_flow_sigmas": True,
         }
     settings: dict[str, Any] = {
-        "_class_name": SCHEDULERS[name],
+        "_class_name": SAMPLERS[name].diffusers,
+        **SAMPLERS[name].diffusers_settings,
         **common,
         "beta_end": schedule.beta_end,
         "beta_schedule": {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[schedule.kind],
@@ -234,12 +223,8 @@ def scheduler_settings(config: ModelConfig) -> dict[str, Any]:
     }
     if schedule.rescale_betas_zero_snr:
         settings["rescale_betas_zero_snr"] = True
-    if sampler.spacing == "karras":
-        settings["use_karras_sigmas"] = True
-    elif sampler.spacing in ("leading", "linspace", "trailing"):
-        settings["timestep_spacing"] = sampler.spacing
-    if name == "dpmpp_2m_sde":
-        settings["algorithm_type"] = "sde-dpmsolver++"
+    if sampler.spacing is not None:
+        settings |= SPACINGS[sampler.spacing].diffusers
     if name == "ddpm" and sampler.variance == "large":
         settings["variance_type"] = "fixed_large"
     return settings

@@ -3,7 +3,7 @@
 A sampler is a function ``f(denoise, x, levels, *, noise)`` that yields a Step for every level but the last. It
 knows nothing of networks: ``denoise(x, level)`` gives clean latents. All of them start from alpha = 0, the first
 level of a rectified flow and of a zero-terminal-SNR schedule, and so divide by no alpha that can be 0. A new
-sampler is one function here and one line in the table at the foot.
+sampler is one function here and one row in `names`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stable_diffusion.config import SamplerConfig
+from stable_diffusion.diffusion.names import SAMPLERS, sampler_name
 from stable_diffusion.diffusion.objective import Denoiser, posterior_deviation, to_eps
-from stable_diffusion.diffusion.schedule import Grid, Level, Schedule, Spacing
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.diffusion.schedule import Level, Schedule
 
 Latents = Float[Tensor, "b c h w"]
 Noise = Callable[[], Latents]
@@ -88,8 +88,9 @@ def ddpm(
         posterior = posterior_deviation(level, to)
         x = to.alpha * x0 + math.sqrt(to.sigma**2 - posterior**2) * eps
         if to.sigma > 0:
-            beta = 1 - (level.alpha / to.alpha) ** 2
-            x = x + (posterior if variance == "small" else math.sqrt(beta)) * noise()
+            # What q(x_t | x_s) adds: beta where alpha² + sigma² = 1, and its like on a rectified flow.
+            added = level.sigma**2 - (level.alpha / to.alpha * to.sigma) ** 2
+            x = x + (posterior if variance == "small" else math.sqrt(added)) * noise()
         yield Step(i, len(levels) - 1, level, x, x0)
 
 
@@ -224,75 +225,32 @@ def lcm(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> 
         yield Step(i, len(levels) - 1, level, x, x0)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """An entry of the table: the function, and how its authors place levels and begin."""
-
-    run: Callable[..., Iterator[Step]]
-    spacing: Spacing = "leading"
-    grid: Grid = "rounded"
-    ends_on_first_timestep: bool = False
-    """Whether the walk ends where the schedule's ``final`` says, not on clean latents."""
-    begins_with_sigma: bool = False
-    """Whether the starting noise is multiplied with sigma instead of 1, under the spacings that reach pure noise."""
-
-
-SAMPLERS = {
-    "ddpm": Sampler(ddpm),
-    "ddim": Sampler(ddim, ends_on_first_timestep=True),
-    "pndm": Sampler(pndm, ends_on_first_timestep=True),
-    "euler": Sampler(ddim, "linspace", "fractional", begins_with_sigma=True),
-    "euler_a": Sampler(functools.partial(ddim, eta=1.0), "linspace", "fractional", begins_with_sigma=True),
-    "heun": Sampler(heun, "linspace", "fractional", begins_with_sigma=True),
-    "dpmpp_2m": Sampler(dpmpp_2m, "linspace", "intervals"),
-    "dpmpp_2m_sde": Sampler(functools.partial(dpmpp_2m, sde=True), "linspace", "intervals"),
-    "unipc": Sampler(unipc, "linspace", "intervals"),
-    "lcm": Sampler(lcm, "lcm"),
-}
-
-# Names of other programs: AUTOMATIC1111's, ComfyUI's and diffusers', in lower case.
-ALIASES = {
-    "euler a": "euler_a",
-    "euler_ancestral": "euler_a",
-    "dpm++ 2m": "dpmpp_2m",
-    "dpm++ 2m sde": "dpmpp_2m_sde",
-    "plms": "pndm",
-    "uni_pc": "unipc",
-    "ddpmscheduler": "ddpm",
-    "ddimscheduler": "ddim",
-    "pndmscheduler": "pndm",
-    "eulerdiscretescheduler": "euler",
-    "eulerancestraldiscretescheduler": "euler_a",
-    "heundiscretescheduler": "heun",
-    "dpmsolvermultistepscheduler": "dpmpp_2m",
-    "unipcmultistepscheduler": "unipc",
-    "lcmscheduler": "lcm",
-}
-
-
-def sampler_named(name: str) -> Sampler:
-    """The sampler of that name, ours or another program's. Raises InputError with the list for an unknown one."""
-    name = ALIASES.get(name.lower(), name.lower())
-    if name not in SAMPLERS:
-        raise unknown_name("sampler", name, SAMPLERS)
-    return SAMPLERS[name]
+def sampler_named(name: str) -> Callable[..., Iterator[Step]]:
+    """The function of a sampler, by our name or another program's. Raises InputError for an unknown one."""
+    row = SAMPLERS[sampler_name(name)]
+    return functools.partial(globals()[row.function], **row.arguments)
 
 
 def sampling_levels(config: SamplerConfig, schedule: Schedule, num_inference_steps: int) -> list[Level]:
-    """The levels that a sampler walks, first to last."""
-    sampler = sampler_named(config.name)
-    levels = schedule.levels(num_inference_steps, _spacing(config, schedule), sampler.grid)
-    return [*levels[:-1], schedule.final()] if sampler.ends_on_first_timestep else levels
+    """The levels from noise to clean latents, first to last.
+
+    Raises:
+        InputError: an unknown sampler or spacing, or steps that the schedule cannot have.
+    """
+    row = SAMPLERS[sampler_name(config.name)]
+    levels = schedule.levels(num_inference_steps, _spacing(config, schedule), row.grid)
+    return [*levels[:-1], schedule.final()] if row.ends_on_first_timestep else levels
 
 
 def initial_scale(config: SamplerConfig, schedule: Schedule, level: Level) -> float:
-    """What standard normal noise is multiplied with to begin text-to-image at the first level."""
-    from_sigma = sampler_named(config.name).begins_with_sigma and _spacing(config, schedule) != "leading"
+    """What standard normal noise is multiplied by to begin text-to-image at the first level."""
+    row = SAMPLERS[sampler_name(config.name)]
+    from_sigma = row.begins_with_sigma and _spacing(config, schedule) != "leading"
     return level.sigma if from_sigma or schedule.is_flow else 1.0
 
 
 def _spacing(config: SamplerConfig, schedule: Schedule) -> str:
-    own = "trailing" if schedule.is_flow else sampler_named(config.name).spacing
+    own = "trailing" if schedule.is_flow else SAMPLERS[sampler_name(config.name)].spacing
     return own if config.spacing is None else config.spacing
 
 
@@ -302,13 +260,8 @@ def sample(
     """Runs the configured sampler.
 
     Raises:
-        InputError: a setting that the sampler does not have, or is out of range.
+        InputError: an unknown sampler.
     """
-    run = sampler_named(config.name).run
-    if run is ddim and ALIASES.get(config.name.lower(), config.name.lower()) == "ddim":
-        if not 0 <= config.eta <= 1:
-            raise InputError(f"eta must be from 0 to 1, got {config.eta}")
-        return run(denoise, x, levels, noise=noise, eta=config.eta)
-    if run is ddpm:
-        return run(denoise, x, levels, noise=noise, variance=config.variance)
-    return run(denoise, x, levels, noise=noise)
+    row = SAMPLERS[sampler_name(config.name)]
+    settings = {name: getattr(config, name) for name in row.settings}
+    return sampler_named(config.name)(denoise, x, levels, noise=noise, **settings)

@@ -9,14 +9,14 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
 from stable_diffusion.config import ScheduleConfig
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.diffusion.names import Grid, spacing_named
+from stable_diffusion.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,6 @@ class Level:
 
 
 CLEAN = Level(-1.0, 1.0, 0.0)
-
-Spacing = Literal["leading", "linspace", "trailing", "karras", "lcm"]
-
-Grid = Literal["rounded", "fractional", "intervals"]
-"""Whole timesteps; fractional ones (k-diffusion's samplers); or whole ones that part the range into `n` intervals,
-one point more than levels (the multistep solvers)."""
 
 LCM_STEPS = 50  # the grid that latent consistency models are distilled on (Luo et al. 2023)
 
@@ -106,20 +100,18 @@ class Schedule:
 
         Args:
             num_inference_steps: at least 1; at most the training timesteps of a discrete schedule.
-            spacing: table 2 of Lin et al. 2023; equation 5 of Karras et al. 2022 with rho = 7; or the skipping
-                of Luo et al. 2023 (LCM) over a 50-step trailing grid. A rectified flow has no timesteps to hit:
-                each of the first three gives equal steps from pure noise.
-            grid: how a sampler's authors round (see `Grid`).
+            spacing: a row of `names.SPACINGS`, whose functions stand below. A rectified flow has no timesteps to hit:
+                each spacing that it can have gives equal steps from pure noise.
+            grid: how a sampler's authors round (see `names.Grid`).
 
         Raises:
             InputError: a number of steps outside the range, or a spacing that the schedule cannot have.
         """
         if num_inference_steps < 1:
             raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        if spacing not in SPACINGS:
-            raise unknown_name("spacing", spacing, SPACINGS)
+        row = spacing_named(spacing)
         if self.is_flow:
-            if spacing in ("karras", "lcm"):
+            if not row.flow:
                 raise InputError(
                     f"spacing {spacing!r} is for the DDPM family; use 'trailing' for a rectified flow"
                 )
@@ -128,7 +120,8 @@ class Schedule:
         most = LCM_STEPS if spacing == "lcm" else self.num_train_timesteps - (grid == "intervals")
         if num_inference_steps > most:
             raise InputError(f"num_inference_steps must be at most {most} here, got {num_inference_steps}")
-        return [*SPACINGS[spacing](self, num_inference_steps, grid), CLEAN]
+        place: Callable[[Schedule, int, Grid], list[Level]] = globals()[row.function]
+        return [*place(self, num_inference_steps, grid), CLEAN]
 
     def final(self) -> Level:
         """Where the DDIM family ends: clean latents, or the first timestep's level as Stable Diffusion does."""
@@ -206,7 +199,8 @@ def _zero_terminal_snr(alphas_cumprod: Float[Tensor, " t"]) -> Float[Tensor, " t
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
 
 
-def _leading(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+def leading(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """Multiples of a stride from `steps_offset` up (Lin et al. 2023, table 2)."""
     first = 1 if grid == "intervals" else 0
     stride = schedule.num_train_timesteps // (steps + first)
     # The offset shrinks where it would push the first timestep past the last one.
@@ -215,23 +209,27 @@ def _leading(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     return [schedule.level((i + first) * stride + offset) for i in reversed(range(steps))]
 
 
-def _linspace(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+def linspace(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """From the last timestep to the first, both included (Lin et al. 2023, table 2)."""
     points = steps + 1 if grid == "intervals" else steps
     times = torch.linspace(schedule.num_train_timesteps - 1, 0, points, dtype=torch.float64)[:steps]
     return [schedule.level(t) for t in (times if grid == "fractional" else times.round()).tolist()]
 
 
-def _trailing(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+def trailing(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """From the last timestep down, the first left out (Lin et al. 2023, table 2)."""
     stride = schedule.num_train_timesteps / steps
     return [schedule.level(round(schedule.num_train_timesteps - i * stride) - 1) for i in range(steps)]
 
 
-def _lcm(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+def lcm(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """The trailing grid of `LCM_STEPS` that latent consistency models are distilled on, skipping (Luo et al. 2023)."""
     stride = schedule.num_train_timesteps // LCM_STEPS
     return [schedule.level((LCM_STEPS - LCM_STEPS * i // steps) * stride - 1) for i in range(steps)]
 
 
-def _karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+def karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """Karras et al. 2022, equation 5, with rho = 7."""
     low, high = schedule.ratio_range()
     if math.isinf(high):
         raise InputError(
@@ -243,12 +241,3 @@ def _karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     if grid == "intervals":
         times = [float(round(t)) for t in times]
     return [_preserving(t, ratio) for t, ratio in zip(times, ratios, strict=True)]
-
-
-SPACINGS: dict[str, Callable[[Schedule, int, Grid], list[Level]]] = {
-    "leading": _leading,
-    "linspace": _linspace,
-    "trailing": _trailing,
-    "karras": _karras,
-    "lcm": _lcm,
-}

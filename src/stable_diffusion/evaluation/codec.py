@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stable_diffusion import images
 from stable_diffusion.data.cache import Array
-from stable_diffusion.pipeline import Parts
+from stable_diffusion.generation.pipeline import Parts
 
 TOGETHER = 4
 

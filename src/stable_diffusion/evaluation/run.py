@@ -22,7 +22,7 @@ from stable_diffusion.evaluation.features import MobileNetV2, feature_blocks, lo
 from stable_diffusion.evaluation.pictures import Split, groups, open_splits
 from stable_diffusion.evaluation.report import Codec, Example, GroupScores, Neighbour, Report, Shown
 from stable_diffusion.evaluation.scores import judge, learn
-from stable_diffusion.pipeline import Parts
+from stable_diffusion.generation.pipeline import Parts
 
 DRAWN_TOGETHER = 4
 BLUR = 1 / 32

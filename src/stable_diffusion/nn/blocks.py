@@ -23,6 +23,20 @@ def zero(module: M) -> M:
     return module
 
 
+class Placed(nn.Module):
+    """A network that says where it is and in which number format."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of its first parameter, as `to` moves them together."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Likewise."""
+        return next(self.parameters()).dtype
+
+
 def embedding(count: int, width: int) -> nn.Embedding:
     """A table of vectors with deviation 0.02 (Radford et al. 2019).
 

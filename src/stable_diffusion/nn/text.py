@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from stable_diffusion.config import TextEncoderConfig
-from stable_diffusion.nn.blocks import attend, embedding
+from stable_diffusion.nn.blocks import Placed, attend, embedding
 from stable_diffusion.nn.tokenizer import Tokenizer
 
 BERT_NAMES = (
@@ -102,7 +102,7 @@ class _Layers(nn.Module):
         self.layers = nn.ModuleList([_Layer(config) for _ in range(config.num_hidden_layers)])
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Placed):
     """CLIP's text transformer (Radford et al. 2021) or BERT (Devlin et al. 2018), under CLIP's names."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -180,8 +180,9 @@ class PromptEncoder(nn.Module):
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """What one encoder makes of the texts, before the projection: what training caches of a frozen one."""
         batch = self.tokenizers[index](texts)
-        device = next(self.encoders[index].parameters()).device
-        return self.read(index, batch.input_ids.to(device), batch.attention_mask.to(device))
+        encoder = self.encoders[index]
+        assert isinstance(encoder, TextEncoder)
+        return self.read(index, batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device))
 
     def read(
         self, index: int, input_ids: Int[Tensor, "b n"], attention_mask: Bool[Tensor, "b n"]

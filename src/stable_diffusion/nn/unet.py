@@ -14,6 +14,7 @@ from stable_diffusion.config import UNetConfig
 from stable_diffusion.nn.blocks import (
     UNET_NORM_EPS,
     Downsample,
+    Placed,
     ResnetBlock,
     SpatialTransformer,
     TimestepEmbedding,
@@ -64,7 +65,7 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(width)] if up else [])
 
 
-class UNet(nn.Module):
+class UNet(Placed):
     """The noise predictor (Ronneberger et al. 2015; Rombach et al. 2022, section 3.3).
 
     A way down through the levels, a middle, and a way up that reads what each step of the way down left.

@@ -14,7 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stable_diffusion.config import AutoencoderKLConfig, AutoencoderTinyConfig
-from stable_diffusion.nn.blocks import VAE_NORM_EPS, Attention, Downsample, ResnetBlock, Upsample, embedding
+from stable_diffusion.nn.blocks import (
+    VAE_NORM_EPS,
+    Attention,
+    Downsample,
+    Placed,
+    ResnetBlock,
+    Upsample,
+    embedding,
+)
 
 
 class Posterior(NamedTuple):
@@ -146,7 +154,7 @@ class _Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Placed):
     """Stable Diffusion's autoencoder, with the KL or the VQ regulariser (Rombach et al. 2022, section 3.1)."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
@@ -233,7 +241,7 @@ class _Layers(nn.Module):
         return self.layers(x)
 
 
-class AutoencoderTiny(nn.Module):
+class AutoencoderTiny(Placed):
     """A light autoencoder of plain ReLU blocks; with the default configuration, TAESD (madebyollin/taesd).
 
     The decoder first squashes latents to (-3, 3), so that an outlier cannot spoil a picture.

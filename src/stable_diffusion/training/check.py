@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from stable_diffusion import images, pipeline
+from stable_diffusion import images
 from stable_diffusion.config import Guidance, ModelConfig, StageConfig
 from stable_diffusion.data.item import CaptionedImages, Item
 from stable_diffusion.errors import InputError
+from stable_diffusion.generation import pipeline
 from stable_diffusion.training.loop import TrainStep
 from stable_diffusion.training.run import Plan, TrainableParts, train_model
 

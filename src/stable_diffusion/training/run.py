@@ -22,7 +22,7 @@ from stable_diffusion.config import ModelConfig, StageConfig, to_dict
 from stable_diffusion.data.cache import Array, ArrayCache, digest
 from stable_diffusion.data.item import CaptionedImages
 from stable_diffusion.errors import InputError
-from stable_diffusion.pipeline import Parts
+from stable_diffusion.generation.pipeline import Parts
 from stable_diffusion.runtime import has_native_bf16
 from stable_diffusion.training.autoencoder import AutoencoderStage, DecoderStage, normalise, read_pixels
 from stable_diffusion.training.denoiser import DenoiserStage, TextCache

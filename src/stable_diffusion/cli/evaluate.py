@@ -1,0 +1,56 @@
+"""``minisd evaluate``: scores of a model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import tyro
+
+from stable_diffusion.cli.show import finished
+
+
+def evaluate(
+    model: tyro.conf.Positional[Path | None] = None,
+    *,
+    data: Path,
+    out: Path | None = None,
+    count: int = 500,
+    splits: tuple[str, ...] = (),
+    seed: int = 0,
+    cache: Path = Path("runs/features"),
+    device: str | None = None,
+) -> None:
+    """Score a model on a captioned set: a JSON file of scores and a page with pictures. The same command goes on.
+
+    Args:
+        model: A model folder, a single file or a hub name (owner/name). By default the model that the package carries.
+        data: The set: annotations/captions_NAME.json, and the pictures in NAME. What it says of objects and styles,
+            as the icons do, is scored too.
+        out: Folder for scores.json and index.html; by default runs/evaluation/ and the model's name.
+        count: Pictures to draw of each part of the set.
+        splits: Parts of the set, such as val test_style; by default all.
+        seed: Decides on pictures, captions and noise: the same for every model.
+        cache: Folder where features of the real pictures are kept for the next model.
+        device: cuda, mps or cpu. By default the first of these that is there.
+    """
+    from stable_diffusion import Config, DiffusionModel
+    from stable_diffusion.evaluation.report import write_report
+    from stable_diffusion.evaluation.run import evaluate as evaluation
+
+    loaded = DiffusionModel.from_pretrained(model).to(Config(device).DEVICE)
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=1)
+    folder = Path("runs/evaluation") / loaded.config.name if out is None else out
+    steps = evaluation(
+        loaded,
+        lambda captions, first: loaded.generate(captions, seed=first),
+        data,
+        out=folder,
+        cache=cache,
+        count=count,
+        splits=splits,
+        seed=seed,
+    )
+    for path in write_report(*finished(steps), folder):
+        print(path)

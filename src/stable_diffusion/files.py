@@ -1,0 +1,74 @@
+"""Files that are whole or not there: written beside their name, then put in place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion.errors import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written, which takes its place unless an error is raised. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        building.touch()
+        mode = building.stat().st_mode  # what the umask says; safetensors would leave others nothing
+        yield building
+        building.chmod(mode)
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to be filled, which takes its place unless an error is raised.
+
+    The one that is there comes back where putting the new one in place fails.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
+        building, aside = Path(workshop, "new"), Path(workshop, "old")
+        building.mkdir()
+        yield building
+        if not folder.exists():
+            building.replace(folder)
+            return
+        folder.replace(aside)
+        try:
+            building.replace(folder)
+        except BaseException:
+            aside.replace(folder)
+            raise
+        shutil.rmtree(aside)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError where there is none, or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise InputError(f"cannot open {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file, and the folder that it is in."""
+    with replacing(path) as building:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        building.write_text(text + "\n", encoding="utf-8", newline="\n")
