@@ -13,7 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from stable_diffusion.data.item import Item
+from PIL import Image
+
+from stable_diffusion.data.item import Entry, Item
 from stable_diffusion.errors import InputError
 from stable_diffusion.images import check_header, open_image
 
@@ -134,9 +136,26 @@ class CocoImageLoader:
     def __len__(self) -> int:
         return len(self._names)
 
+    def entries(self) -> list[Entry]:
+        """Every picture that can be used, in the order of names; its header was read, it is not decoded."""
+        return [self._entry(index) for index in range(len(self))]
+
+    def image(self, key: str) -> Image.Image:
+        """The picture of that name. Raises InputError if it cannot be decoded."""
+        return open_image(self.path(self._names.index(key)))
+
+    def _entry(self, index: int) -> Entry:
+        stat = self.path(index).stat()
+        return Entry(
+            key=self._names[index],
+            captions=self._captions[index],
+            weight=self._weights[index],
+            version=f"{stat.st_size} {stat.st_mtime_ns}",
+        )
+
     def __getitem__(self, index: int) -> Item:
         """Raises InputError if the picture cannot be decoded."""
-        return Item(open_image(self.path(index)), self._captions[index])
+        return Item(**vars(self._entry(index)), image=open_image(self.path(index)))
 
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from stable_diffusion import images
 from stable_diffusion.config import Guidance, ModelConfig, StageConfig
-from stable_diffusion.data.item import CaptionedImages, Item
+from stable_diffusion.data.item import CaptionedImages, Entry, Item
 from stable_diffusion.errors import InputError
 from stable_diffusion.generation import pipeline
 from stable_diffusion.training.loop import TrainStep
@@ -61,7 +62,15 @@ class _Few:
         return len(self.order)
 
     def __getitem__(self, index: int) -> Item:
-        return Item(self.data[self.order[index]].image, self.captions(index))
+        entry = self.data.entries()[self.order[index]]
+        image = self.data.image(entry.key)
+        return Item(key=entry.key, captions=self.captions(index), version=entry.version, image=image)
+
+    def entries(self) -> list[Entry]:
+        return [replace(self.data.entries()[i], captions=(self.chosen[i],), weight=1.0) for i in self.order]
+
+    def image(self, key: str) -> Image.Image:
+        return self.data.image(key)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return (self.chosen[self.order[index]],)
