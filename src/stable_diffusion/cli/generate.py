@@ -47,7 +47,7 @@ MORE = {
     "strength": " By default 0.8.",
     "sampler": f" {', '.join(SAMPLERS)}.",
     "spacing": f" {', '.join(SPACINGS)}.",
-    "lora": " Each a file with :WEIGHT after it or without; the option can be given several times.",
+    "lora": " Here each is FILE or FILE:WEIGHT; the option can be given several times.",
     "embedding": " The option can be given several times.",
 }
 """What the help adds to a field's sentence."""
@@ -67,7 +67,7 @@ def _options() -> type:
         elif HINTS[name] is bool:
             options.append((name, Annotated[bool, argument], False))
         else:
-            kind = Path if name in PICTURES else HINTS[name]
+            kind = {"negative_prompt": str, **dict.fromkeys(PICTURES, Path)}.get(name, HINTS[name])
             options.append((name, Annotated[kind | None, argument], None))
     return dataclasses.make_dataclass("Options", options, frozen=True)
 

@@ -74,7 +74,7 @@ class Request:
     vae: str | None = None
     """Another autoencoder: a folder or file of Stable Diffusion's, or TAESD's."""
     lora: Mapping[str, float] = field(default_factory=dict)
-    """Weights of LoRAs by name; a name that is not given has the weight 0."""
+    """LoRAs by name, and the weight of each; those not named do not act."""
     embedding: tuple[str, ...] = ()
     """Textual inversions, each a file with :TOKEN after it or without."""
     latents: Any = field(default=None, compare=False)
