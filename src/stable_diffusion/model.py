@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.generation import pipeline
 from stable_diffusion.generation.denoise import Network, UNetNetwork
 from stable_diffusion.generation.request import Request, check_size
+from stable_diffusion.nn.adapters import Adapters
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
@@ -79,6 +80,7 @@ class DiffusionModel(nn.Module):
         config = self.config
         self.vae = autoencoder(config.vae)
         self.unet = UNet(config.unet)
+        self.adapters = Adapters()
         tokenizers = [
             Tokenizer(folder, text.architecture, text.context_length)
             for folder, text in zip(tokenizer_folders, config.text_encoders, strict=True)
@@ -147,6 +149,8 @@ class DiffusionModel(nn.Module):
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes a model folder (see `checkpoints.native`), replacing one that is there.
 
+        LoRAs are written only where they are fused into the weights; a warning says which it is.
+
         Args:
             path: the folder.
             dtype: number format of the files, such as ``torch.float16``; None keeps the weights'.
@@ -166,7 +170,8 @@ class DiffusionModel(nn.Module):
         """Writes the model for other programs.
 
         ``StableDiffusionPipeline`` and single files hold models of CLIP and a KL autoencoder. Of others the
-        diffusers form has the parts that fit, with a warning that says why.
+        diffusers form has the parts that fit, with a warning that says why. LoRAs are written only where they are
+        fused into the weights; a warning says which it is.
 
         Args:
             path: a name that nothing has.
@@ -189,22 +194,37 @@ class DiffusionModel(nn.Module):
         else:
             compvis.write(Path(path), checkpoint, dtype)
 
-    def load_lora(self, path: str | Path, weight: float = 1.0) -> str:
-        """Merges a LoRA file of kohya's scripts or of diffusers/PEFT into the U-Net and the CLIP text encoder.
+    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+        """Lets a LoRA file of kohya's scripts or of diffusers/PEFT act on the U-Net and the CLIP text encoder.
 
-        Several add up. Warns where only some of the file's modules are in this model.
+        The model's own weights stay as they are (see `nn.adapters`). Several add up. Warns where only some of the
+        file's modules are in this model.
 
         Args:
             path: a ``.safetensors``, ``.pt`` or ``.bin`` file.
-            weight: how strongly it acts; 0 not at all, negative numbers turn it round.
+            weight: how strongly it acts where a call says nothing; 0 not at all, negative numbers turn it round.
+            name: what to call it; None takes the file's name without its ending.
 
         Returns:
             How many of the file's modules were applied, as a sentence.
 
         Raises:
-            InputError: a damaged file, no LoRA, or one for another model; the weights are as before then.
+            InputError: a damaged file, no LoRA, one for another model, or a name that is taken.
         """
-        return lora.merge(self.unet, self.text_encoder, self.config, Path(path), weight)
+        parts = (self.adapters, self.unet, self.text_encoder, self.config)
+        return lora.load(*parts, Path(path), weight, name)
+
+    def unload_lora(self, name: str) -> None:
+        """Forgets a LoRA. Raises InputError for one that is fused, or not there."""
+        self.adapters.remove(name)
+
+    def fuse_lora(self, weights: Mapping[str, float] | None = None, *, keep: bool = True) -> None:
+        """Puts LoRAs into the weights, for speed and for saving (see `nn.adapters.Adapters.fuse`)."""
+        self.adapters.fuse(weights, keep=keep)
+
+    def unfuse_lora(self) -> None:
+        """Gives the model the very weights back that it had before ``fuse_lora``."""
+        self.adapters.unfuse()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
         """Teaches prompts the words of a textual inversion, and returns them. They are not saved with the model.
@@ -248,7 +268,9 @@ class DiffusionModel(nn.Module):
         self.config = dataclasses.replace(self.config, vae=config, sample_size=size)
 
     def _to_checkpoint(self) -> tuple[Checkpoint, list[list[Path]]]:
-        """The model as it is written, and the files of its tokenizers."""
+        """The model as it is written, and the files of its tokenizers. Warns where there are LoRAs."""
+        if note := self.adapters.note():
+            warnings.warn(note, stacklevel=3)
         checkpoint = Checkpoint(
             config=self.config,
             vae=self.vae.state_dict(),
@@ -313,8 +335,7 @@ class DiffusionModel(nn.Module):
         """
         notes: list[str] = []
         texts = [texts] if isinstance(texts, str) else list(texts)
-        with self.adapted(self.lora_weights):
-            embeds = pipeline.encode_texts(self.text_encoder, texts, notes)
+        embeds = pipeline.encode_texts(self.text_encoder, texts, notes)
         for note in notes:
             warnings.warn(note, stacklevel=3)  # of no_grad's wrapper the caller
         return embeds
@@ -328,7 +349,7 @@ class DiffusionModel(nn.Module):
             InputError: an unknown field, or a value that the field or the model cannot have.
         """
         if fields.get("lora") is None:
-            fields["lora"] = self.lora_weights
+            fields["lora"] = self.adapters.weights | self.adapters.fused
         return Request.of(self.config, prompt=prompt, **fields)
 
     def stream(self, request: Request) -> pipeline.Steps:
@@ -375,11 +396,9 @@ class DiffusionModel(nn.Module):
             warnings.warn(note, stacklevel=2)
         return result.pictures
 
-    lora_weights: Mapping[str, float] = {}
-
-    def adapted(self, weights: Mapping[str, float]) -> AbstractContextManager[object]:
-        """Within it, the networks compute with the LoRAs of these names, in this thread alone."""
-        return nullcontext()
+    def adapted(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
+        """Within it, the networks compute with the LoRAs of these names, each at its weight, in this thread alone."""
+        return self.adapters.active(weights)
 
     @property
     def network(self) -> Network:

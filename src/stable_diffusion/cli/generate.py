@@ -165,7 +165,9 @@ def _add(
     if vae is not None:
         model.load_vae(vae)
     for file, weight in lora.items():
-        print(model.load_lora(file, weight), file=sys.stderr)
+        print(model.load_lora(file, weight, name=file), file=sys.stderr)
+    if lora:
+        model.fuse_lora(keep=False)  # one weight for all pictures
     for text in embedding:
         words = model.load_textual_inversion(*split_file(text))
         print(f"prompts can have {', '.join(words)}", file=sys.stderr)
