@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stable_diffusion import DiffusionModel, InputError, cli, images
+from stable_diffusion import DiffusionModel, InputError, cli
 from stable_diffusion.checkpoints import lora
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import SD15, SD21, TAESD, ModelConfig
+from stable_diffusion.generation.metadata import read_settings
 from stable_diffusion.nn import tokenizer
 from stable_diffusion.nn.text import TextEncoder
 from stable_diffusion.nn.unet import UNet
@@ -154,11 +155,16 @@ def theirs(pipe: Any, **arguments: Any) -> Tensor:
     return pipe(prompt="a red fox", negative_prompt="", **settings, **arguments).images
 
 
-def ours(model: DiffusionModel, prompt: str = "a red fox") -> Tensor:
+def ours(model: DiffusionModel, prompt: str = "a red fox", lora: dict[str, float] | None = None) -> Tensor:
     noise, last = normal(1, 4, 8, 8, dtype=torch.float32), []
-    model.generate(
-        prompt, sampler="ddim", num_inference_steps=4, guidance_scale=3.0, latents=noise, callback=last.append
-    )
+    fields = {
+        "sampler": "ddim",
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "latents": noise,
+        "lora": lora,
+    }
+    model.generate(prompt, **fields, callback=last.append)
     return last[-1].x
 
 
@@ -198,8 +204,7 @@ def test_several_with_weights_give_the_latents_of_diffusers(
         model.load_lora(path, weight)
     assert error(ours(model), theirs(pipe)) < 1e-4
     pipe.set_adapters(["a", "b"], [1.5, 0.25])
-    with model.adapters.active({"b": 0.25, "a": 1.5}):
-        assert error(ours(model), theirs(pipe)) < 1e-4
+    assert error(ours(model, lora={"b": 0.25, "a": 1.5}), theirs(pipe)) < 1e-4
     model.fuse_lora({"a": 1.5, "b": 0.25})
     assert error(ours(model), theirs(pipe)) < 1e-4
 
@@ -618,8 +623,7 @@ def test_one_model_gives_several_weights_their_pictures(model: DiffusionModel, t
     requests = [{"a": 0.3 * i} if i % 2 else {"a": 0.1 * i, "b": -0.2 * i} for i in range(8)]
 
     def run(request: dict[str, float]) -> Tensor:
-        with model.adapters.active(request):
-            return ours(model)
+        return ours(model, lora=request)
 
     serial = [run(request) for request in requests]
     with ThreadPoolExecutor(8) as pool:
@@ -627,8 +631,7 @@ def test_one_model_gives_several_weights_their_pictures(model: DiffusionModel, t
     assert all(torch.equal(one, other) for one, other in zip(serial, parallel, strict=True))
     assert all(error(one, other) > 1e-3 for one, other in itertools.pairwise(serial))
     assert torch.equal(serial[0], plain)  # weight 0 changes no bit
-    with model.adapters.active({}):
-        assert torch.equal(ours(model), plain)
+    assert torch.equal(ours(model, lora={}), plain)
     for name in "ab":
         model.unload_lora(name)
     assert torch.equal(ours(model), plain)
@@ -671,7 +674,7 @@ def test_a_picture_with_additions_is_made_again(
         "vae": ("--vae", "taesd_decoder.safetensors"),
     }
     wanted = {
-        "lora": ["0.safetensors", "1.safetensors:-0.5"],
+        "lora": {"0.safetensors": 1.0, "1.safetensors": -0.5},
         "embedding": ["fox.safetensors"],
         "vae": "taesd_decoder.safetensors",
     }
@@ -679,7 +682,7 @@ def test_a_picture_with_additions_is_made_again(
     pictures = {plain}
     for names in (["lora"], ["embedding"], ["vae"], list(additions)):
         first, told = minisd(*base, *(word for name in names for word in additions[name]))
-        stored = images.read_settings(first)
+        stored = read_settings(first)
         assert {key: stored.get(key) for key in additions} == dict.fromkeys(additions) | {
             name: wanted[name] for name in names
         }
@@ -690,7 +693,7 @@ def test_a_picture_with_additions_is_made_again(
     assert again != first
     assert Path(again).read_bytes() == Path(first).read_bytes()
     other, _ = minisd("generate", "--from", first, "--lora", "1.safetensors:1.5")
-    assert images.read_settings(other) == images.read_settings(first) | {"lora": ["1.safetensors:1.5"]}
+    assert read_settings(other) == read_settings(first) | {"lora": {"1.safetensors": 1.5}}
 
 
 def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path) -> None:
@@ -699,7 +702,7 @@ def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path
     first, told = minisd(*base, "--embedding", "a:b.safetensors:my-fox")
     assert "prompts can have my-fox" in told
     assert "prompts can have <fox>" in minisd(*base, "--embedding", "a:b.safetensors")[1]
-    assert images.read_settings(first)["embedding"] == ["a:b.safetensors:my-fox"]
+    assert read_settings(first)["embedding"] == ["a:b.safetensors:my-fox"]
 
 
 @pytest.mark.parametrize(
