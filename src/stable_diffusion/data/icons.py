@@ -178,9 +178,8 @@ def _write_split(
 
 def _weight(thing: Thing, drawings: int) -> float:
     """How often training samples one of the `drawings` of a role: people have a hundred, most things have eight."""
-    sign = (
-        not thing.nameable and thing.group != "people-body"
-    )  # flags, letters, numbers: many, and each alone
+    # Flags, letters and numbers are many, and each is alone.
+    sign = not thing.nameable and thing.group != "people-body"
     return (SIGN_WEIGHT if sign else 1.0) / math.sqrt(drawings)
 
 
@@ -190,10 +189,7 @@ def _describe(
     """Writes dataset.json and README.md."""
     counts = Counter((split, style) for style, _, split, _ in rows)
     table = {split: {style: counts[split, style] for style in STYLES} for split in SPLITS}
-    sources = {
-        **{style: PACKAGES[style] for style in STYLES},
-        "names": NAMES,
-    }
+    sources = {**PACKAGES, "names": NAMES}
     data = {
         "info": info,
         "splits": {
@@ -231,12 +227,9 @@ def _describe(
     lines += ["", "## Splits", "", "| split | pictures | what it holds |", "|---|---|---|"]
     lines += [f"| {split} | {sum(table[split].values())} | {SPLITS[split]} |" for split in SPLITS]
     lines += ["", f"{HASH_RULE} A picture that several rules hold belongs to the last of them in the table."]
-    lines += ["", "Left out:", ""]
-    lines += [f"- {count} drawings: {reason}" for reason, count in sorted(left_out.items())]
+    lines += ["", "Left out:", "", *(f"- {count} drawings: {why}" for why, count in sorted(left_out.items()))]
+    lines += ["", "## Sources, licences and credits", ""]
     lines += [
-        "",
-        "## Sources, licences and credits",
-        "",
         "The pictures are changed from their sources: drawn as pixels, on white. Who passes them on must pass on "
         "these credits, too.",
         "",

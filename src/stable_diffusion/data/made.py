@@ -29,7 +29,10 @@ def make_set(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{str(folder)!r} is a file: give a folder")
     if folder.is_dir() and any(folder.iterdir()):
-        there = _info(folder / record)
+        try:
+            there = dict(read_json(folder / record)["info"])
+        except (InputError, KeyError, TypeError, ValueError):
+            there = {}
         if not str(there.get("description")).startswith(f"mini-stable-diffusion {kind}"):
             raise InputError(
                 f"{str(folder)!r} holds something else than a set of {kind}: give an empty or a new folder"
@@ -43,11 +46,3 @@ def make_set(
         raise InputError(
             f"cannot write {str(error.filename or folder)!r}: {error.strerror or error}; choose another place"
         ) from error
-
-
-def _info(record: Path) -> dict[str, Any]:
-    """What the set was made of; empty where there is no such set."""
-    try:
-        return dict(read_json(record)["info"])
-    except (InputError, KeyError, TypeError, ValueError):
-        return {}

@@ -107,17 +107,6 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 """A shape's centre (x, y) as parts of the picture's sides; two in a row do not touch, whatever their size."""
 
-EXAMPLE_PROMPTS = (
-    "a red circle",
-    "a large blue star in the centre",
-    "a small green triangle in the top left",
-    "a yellow heart on the right",
-    "purple diamond, large, bottom",
-    "a black ring at the top",
-    "a red circle on the left and a small blue square on the right",
-    "a pink cross above a brown square",
-)
-
 
 @dataclass(frozen=True)
 class _Figure:

@@ -131,7 +131,7 @@ def feature_blocks(network: MobileNetV2, pictures: Iterable[Array]) -> Iterator[
 
 
 def looks(features: Array) -> Array:
-    """What the probes read: of the maps of each of ``BLOCKS`` means and deviations, of ``CELLS`` the cells' means."""
+    """What the probes read: the maps' means and standard deviations in ``BLOCKS``, the cells' means in ``CELLS``."""
     return features[:, :-CHANNELS]
 
 
