@@ -164,7 +164,8 @@ class CocoImageLoader:
     def __getitem__(self, index: int) -> Item:
         """Raises InputError if the picture cannot be decoded."""
         key = self._names[index]
-        return Item(**vars(self._entry(key)), image=self.image(key))
+        image = self.image(key)
+        return Item(**vars(self._entry(key)), image=image)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))

@@ -36,9 +36,8 @@ class MadeConfig(ABC):
 
     def open(self, folder: Path) -> Source:
         """The training split of the set in the folder."""
-        return Coco(images=f"{folder}/train", captions=f"{folder}/annotations/captions_train.json").open(
-            folder
-        )
+        captions = folder / "annotations" / "captions_train.json"
+        return Coco(images=str(folder / "train"), captions=str(captions)).open(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
