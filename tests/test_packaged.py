@@ -11,9 +11,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from stable_diffusion import DiffusionModel
+from stable_diffusion.data.coco import coco_splits
 from stable_diffusion.data.icon_captions import STYLES
 from stable_diffusion.evaluation.features import features, load_network, looks
-from stable_diffusion.evaluation.pictures import open_splits
+from stable_diffusion.evaluation.pictures import in_order
+from stable_diffusion.evaluation.pictures import pictures as training_pictures
 from stable_diffusion.evaluation.probes import StyleProbe, fit_styles
 
 GOLDEN = Path(__file__).parent / "golden" / "packaged.png"
@@ -111,9 +113,10 @@ def sheet(model: DiffusionModel) -> Image.Image:
 
 def write_probe(folder: Path) -> None:
     """Fits the style probe on the training drawings of the icons in `folder`, at the model's size."""
-    training = open_splits(folder)[0]
-    assert training.styles is not None
-    probe = fit_styles(looks(features(load_network(), training.pictures(128))), training.styles)
+    training = in_order(coco_splits(folder))[0]
+    styles = training.field("style")
+    assert styles is not None
+    probe = fit_styles(looks(features(load_network(), training_pictures(training, 128))), styles)
     assert probe.styles == tuple(sorted(STYLES))
     save_file({"weights": probe.weights.contiguous(), "bias": probe.bias.contiguous()}, PROBE)
     print(PROBE)

@@ -25,7 +25,7 @@ from stable_diffusion.config import (
     UNetConfig,
 )
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.data.shapes import write_shapes
+from stable_diffusion.data.sources import Shapes
 from stable_diffusion.model import DiffusionModel
 
 TEXT = replace(
@@ -98,13 +98,13 @@ def tiny_model(config: ModelConfig = TINY, seed: int = 0) -> DiffusionModel:
 
 def shapes(folder: Path, count: int = 10, size: int = 32, split: str = "train") -> CocoImageLoader:
     """Nine tenths of `count` drawn pictures with captions, in COCO's format."""
-    write_shapes(folder, count=count, size=size)
+    list(Shapes(count=count, size=size).make(folder))
     return CocoImageLoader(folder / split, folder / "annotations" / f"captions_{split}.json")
 
 
 def coco_test2017(folder: Path, count: int = 10, size: int = 32) -> None:
     """Drawn pictures under the names that the sample in the issue reads: ``test2017`` and its captions file."""
-    write_shapes(folder / "shapes", count=count, size=size)
+    list(Shapes(count=count, size=size).make(folder / "shapes"))
     (folder / "shapes" / "train").rename(folder / "test2017")
     (folder / "annotations").mkdir()
     captions = json.loads((folder / "shapes/annotations/captions_train.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Draws a board: what models make of 32 prompts, one below the other, and last the real drawing of that name.
+"""Makes a board: what models make of 32 prompts, one below the other, and last the real drawing of that name.
 
     python tools/board.py docs/first-pictures.png datasets/icons-128
     python tools/board.py OUT.png DATA MODEL MODEL
@@ -18,7 +18,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from stable_diffusion import DiffusionModel, images
-from stable_diffusion.evaluation.pictures import groups, open_splits
+from stable_diffusion.data.coco import coco_splits
+from stable_diffusion.evaluation.pictures import groups, in_order
 
 EACH, COLUMNS, SIDE, TEXT, GAP = 16, 8, 128, 44, 8
 SEED = 0
@@ -26,7 +27,7 @@ SEED = 0
 
 def main(out: Path, data: Path, sources: Sequence[Path | None]) -> None:
     models = [DiffusionModel.from_pretrained(source) for source in sources]
-    found = {group.name: group for split in open_splits(data) for group in groups(split, SEED)}
+    found = {group.name: group for split in in_order(coco_splits(data)) for group in groups(split, SEED)}
     chosen = [found[name] for name in ("test_style, no sister", "train")]
     height, width = SIDE * (len(models) + 1) + TEXT + GAP, SIDE + GAP
     board = Image.new("RGB", (COLUMNS * width, 2 * EACH // COLUMNS * height), "white")
@@ -36,7 +37,7 @@ def main(out: Path, data: Path, sources: Sequence[Path | None]) -> None:
         captions = [group.caption(row, SEED) for row in rows]
         for place, (row, caption) in enumerate(zip(rows, captions, strict=True)):
             column = [model.generate(caption, seed=SEED + place)[0] for model in models]
-            column.append(group.split.data[group.split.numbers[row]].image)
+            column.append(group.split.source.image(group.split.entries[row].key))
             y, x = divmod(part * EACH + place, COLUMNS)
             left, top = x * width, y * height
             for i, picture in enumerate(column):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stable_diffusion.data.check import SetReport, Split, SplitReport, check_set, find_splits
+from stable_diffusion.data.check import SetReport, check_set
+from stable_diffusion.data.coco import coco_split, coco_splits
+from stable_diffusion.data.item import Entry, Split
 from stable_diffusion.errors import InputError
 
 WORDS = 4  # that the reader of captions takes here
@@ -59,10 +60,23 @@ def test_the_layout_of_coco_and_of_the_sets_made_here(tmp_path: Path) -> None:
         write_split(tmp_path, name, {"a.png": (plain("red"), ["red"])})
     (tmp_path / "annotations" / "captions_test2017.json").write_text("{}")  # whose pictures are not there
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
-    found = find_splits(str(tmp_path))
+    found = coco_splits(str(tmp_path))
     assert [split.name for split in found] == ["train2017", "val2017"]
-    assert found[1].images == tmp_path / "val2017"
-    assert found[1].captions == tmp_path / "annotations" / "captions_val2017.json"
+    assert [split.is_training for split in found] == [True, False]
+    for split in found:
+        assert [(entry.key, entry.fields) for entry in split.entries] == [("a.png", {"split": split.name})]
+    alone = coco_split(tmp_path / "val2017", tmp_path / "annotations" / "captions_val2017.json")
+    assert (alone.name, alone.entries) == (found[1].name, found[1].entries)
+
+
+def test_a_split_has_the_name_that_it_is_given(tmp_path: Path) -> None:
+    write_split(tmp_path, "elsewhere", {"a.png": (plain("red"), ["red"])})
+    (tmp_path / "annotations" / "captions_elsewhere.json").rename(
+        tmp_path / "annotations/captions_train.json"
+    )
+    (tmp_path / "train").symlink_to(tmp_path / "elsewhere")
+    (split,) = coco_splits(tmp_path)
+    assert (split.name, split.entries[0].fields["split"]) == ("train", "train")
 
 
 @pytest.mark.parametrize("made", [[], ["annotations"], ["train"], ["annotations/captions_train"]])
@@ -70,9 +84,9 @@ def test_a_folder_with_nothing_to_check(made: list[str], tmp_path: Path) -> None
     for name in made:
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises(InputError, match=r"'.*' holds no set, which is annotations/captions_NAME"):
-        find_splits(tmp_path)
+        coco_splits(tmp_path)
     with pytest.raises(InputError, match="there is no folder"):
-        find_splits(tmp_path / "nowhere")
+        coco_splits(tmp_path / "nowhere")
 
 
 def test_everything_is_counted(tmp_path: Path) -> None:
@@ -97,7 +111,9 @@ def test_everything_is_counted(tmp_path: Path) -> None:
             "white.png": (plain("white"), ["white"]),
         },
     )
-    (report,) = checked(find_splits(tmp_path)).splits
+    with pytest.warns(UserWarning, match=r"text\.png"):
+        splits = coco_splits(tmp_path)
+    (report,) = checked(splits).splits
     assert (report.found.pictures, report.found.captions) == (7, 11)
     assert report.found.unreadable == ("half.png", "text.png")
     assert (report.distinct_captions, report.captions_per_picture) == (9, (1, 3))
@@ -133,7 +149,7 @@ def test_held_out_pictures_that_training_has_are_named(tmp_path: Path) -> None:
     }
     write_split(tmp_path, "test", held)
     write_split(tmp_path, "val", {"f.png": (plain("white"), ["white"])})
-    train, test, val = checked(find_splits(tmp_path)).splits
+    train, test, val = checked(coco_splits(tmp_path)).splits
     assert test.in_training == (("c.png", "b.png"),)
     assert train.in_training == val.in_training == ()
     assert "  also in training: 1 (c.png = b.png)" in str(test).splitlines()
@@ -149,7 +165,9 @@ def test_styles_and_objects_of_the_set_of_icons(tmp_path: Path) -> None:
         style=["noto", "blob", "noto", "blob"],
         object=["fox", "fox", "cat", "dog"],
     )
-    report = checked(find_splits(tmp_path))
+    with pytest.warns(UserWarning, match=r"text\.png"):
+        splits = coco_splits(tmp_path)
+    report = checked(splits)
     assert (report.splits[0].styles, report.splits[0].objects) == ({"noto": 2, "blob": 1}, 2)
     assert str(report).splitlines()[-2:] == ["  styles: noto 2, blob 1", "  objects: 2"]
 
@@ -157,7 +175,7 @@ def test_styles_and_objects_of_the_set_of_icons(tmp_path: Path) -> None:
 def test_a_plain_set_takes_few_lines(tmp_path: Path) -> None:
     pictures = {f"{colour}.png": (plain(colour), [colour]) for colour in ("red", "green")}
     write_split(tmp_path, "any", pictures)  # type: ignore[arg-type] # dict is invariant
-    assert str(checked(find_splits(tmp_path))).splitlines() == [
+    assert str(checked(coco_splits(tmp_path))).splitlines() == [
         "any: 2 pictures with 2 captions",
         "  captions: 2 distinct, 1 for each picture, all within the 4 tokens that the text encoder reads",
         "  sizes: all 8x8",
@@ -168,20 +186,41 @@ def test_what_cannot_be_checked_is_one_sentence(tmp_path: Path) -> None:
     half = tmp_path / "half.png"
     Image.effect_noise((64, 64), 50).save(half)
     write_split(tmp_path, "train", {"half.png": (half.read_bytes()[:1500], ["noise"])})
-    splits = find_splits(tmp_path)
-    with pytest.raises(InputError, match=r"none of the pictures in '.*train' can be decoded"):
+    splits = coco_splits(tmp_path)
+    with pytest.raises(InputError, match="none of the pictures in 'train' can be decoded"):
         checked(splits)
     with pytest.raises(InputError, match="at least 1 pixel, got 0"):
         checked(splits, size=0)
-    splits[0].captions.write_text("{")
+    (tmp_path / "annotations" / "captions_train.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
-        checked(splits)
+        coco_splits(tmp_path)
 
 
-def test_the_loaders_warning_is_not_shown_twice(tmp_path: Path) -> None:
-    write_split(tmp_path, "train", {"a.png": (plain("red"), ["red"]), "b.png": (plain("red"), [])})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        (report,) = checked(find_splits(tmp_path)).splits
-    assert isinstance(report, SplitReport)
-    assert report.found.images_without_captions == ("b.png",)
+class Colours:
+    """A source without files, a length or a report."""
+
+    names = ("red", "green", "blue", "navy")
+
+    def entries(self) -> list[Entry]:
+        return [
+            Entry(key=name, captions=(name, "a colour"), fields={"object": name[0], "style": "plain"})
+            for name in self.names
+        ]
+
+    def image(self, key: str) -> Image.Image:
+        if key == "navy":
+            raise InputError("navy is damaged")
+        return plain(key, 16)
+
+
+def test_a_source_that_has_no_files(tmp_path: Path) -> None:
+    source = Colours()
+    write_split(tmp_path, "train", {"a.png": (plain("green", 16), ["green"])})
+    (train,) = coco_splits(tmp_path)
+    val = Split(name="val", source=source, entries=source.entries())
+    report = checked([train, val]).splits[1]
+    assert (report.found.pictures, report.found.captions) == (3, 6)
+    assert report.found.unreadable == ("navy",)
+    assert report.in_training == (("green", "a.png"),)
+    assert (report.styles, report.objects, report.sizes[0]) == ({"plain": 3}, 3, (16, 8))
+    assert (report.greyscale, report.transparent, report.several_frames) == (0, 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import unicodedata
 import warnings
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.data.item import CaptionedImages
+from stable_diffusion.data.item import Files, Item, Source
 from stable_diffusion.errors import InputError
 
 
@@ -64,17 +65,24 @@ def test_pictures_and_all_their_captions(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loader = CocoImageLoader(str(folder / "pictures"), str(file))
-    data: CaptionedImages = loader
-    assert len(data) == 2
-    assert [data.name(i) for i in range(2)] == ["a.png", "b.png"]
+    source: Source = loader
+    assert len(loader) == 2
+    entries = source.entries()
+    assert [(entry.key, entry.captions) for entry in entries] == [
+        *[("a.png", ("red",)), ("b.png", ("blue", "also blue"))]
+    ]
+    assert source.image("b.png").getpixel((0, 0)) == (0, 0, 255)
+    assert isinstance(source, Files)
+    with source.opened("b.png") as stored:
+        assert (stored.format, stored.size) == ("PNG", (12, 8))
     assert [item.captions for item in loader] == [("red",), ("blue", "also blue")]
-    assert data[0].image.getpixel((0, 0)) == (255, 0, 0)
-    assert data[-1].image.getpixel((0, 0)) == (0, 0, 255)
-    assert data.path(1) == folder / "pictures" / "b.png"
+    assert isinstance(loader[0], Item) and loader[0].key == "a.png"
+    assert loader[0].image.getpixel((0, 0)) == (255, 0, 0)
+    assert loader[-1].image.getpixel((0, 0)) == (0, 0, 255)
     assert (loader.report.pictures, loader.report.captions) == (2, 3)
     assert str(loader.report) == "2 pictures with 3 captions"
     with pytest.raises(IndexError):
-        data[2]
+        loader[2]
 
 
 def test_everything_left_out_is_counted_and_named(folder: Path) -> None:
@@ -107,7 +115,7 @@ def test_everything_left_out_is_counted_and_named(folder: Path) -> None:
     with pytest.warns(UserWarning) as caught:
         loader = CocoImageLoader(pictures, file)
     report = loader.report
-    assert [loader.name(i) for i in range(len(loader))] == ["good.png"]
+    assert [entry.key for entry in loader.entries()] == ["good.png"]
     assert (report.pictures, report.captions) == (1, 1)
     assert report.images_without_captions == (
         *("bare.png", "blank.png", "extra1.png", "extra2.JPG", "extra3.png", "extra4.png"),
@@ -222,7 +230,7 @@ def test_subfolders_and_two_entries_of_one_file(folder: Path) -> None:
     loader = CocoImageLoader(
         folder / "pictures", captions_file(folder, images, [note("x", "one"), note("y", "two")])
     )
-    assert loader.name(0) == "sub/a.png"
+    assert loader[0].key == "sub/a.png"
     assert loader[0].captions == ("one", "two")
     assert len(loader) == 1
 
@@ -234,7 +242,7 @@ def test_unicode_names_and_captions(folder: Path, on_disk: Any) -> None:
     loader = CocoImageLoader(
         folder / "pictures", captions_file(folder, [image(1, name)], [note(1, "eine Größe 🐈")])
     )
-    assert loader.name(0) == name
+    assert loader[0].key == name
     assert loader[0].captions == ("eine Größe 🐈",)
 
 
@@ -255,7 +263,7 @@ def test_the_order_does_not_depend_on_the_file(folder: Path) -> None:
     notes = [note(key, name) for key, name in enumerate(names)]
     for order in (1, -1):
         loader = CocoImageLoader(folder / "pictures", captions_file(folder, images[::order], notes[::order]))
-        assert [loader.name(i) for i in range(3)] == ["1.png", "2.png", "3.png"]
+        assert [entry.key for entry in loader.entries()] == ["1.png", "2.png", "3.png"]
         assert [item.captions[0] for item in loader] == ["1.png", "2.png", "3.png"]
 
 
@@ -266,7 +274,35 @@ def test_weights_of_pictures(folder: Path) -> None:
     loader = CocoImageLoader(
         folder / "pictures", captions_file(folder, images, [note(1, "one"), note(2, "two")])
     )
-    assert [loader.weight(i) for i in range(2)] == [0.25, 1.0]
+    assert [entry.weight for entry in loader.entries()] == [0.25, 1.0]
+
+
+def test_what_an_image_says_beyond_coco_s_own_are_fields(folder: Path) -> None:
+    own = {"width": 1, "height": 1, "license": 3, "coco_url": "u", "flickr_url": "u", "date_captured": "d"}
+    images = []
+    for number, name in enumerate(("a.png", "sub/b.png", "c.png")):
+        picture(folder / "pictures" / name)
+        images.append({"id": number, "file_name": f"./{name}", "weight": 2, **own})
+    images[0] |= {"object": "fox", "style_words": ["noto style"], "tone": None, "shows": [{"colour": "red"}]}
+    images[1] |= {"split": "said"}
+    notes = [note(number, "text") for number in range(3)]
+    entries = CocoImageLoader(folder / "pictures", captions_file(folder, images, notes)).entries()
+    found = {entry.key: entry.fields for entry in entries}
+    more = {"object": "fox", "style_words": ["noto style"], "tone": None, "shows": [{"colour": "red"}]}
+    assert found == {
+        "a.png": {"split": "pictures", **more},
+        "c.png": {"split": "pictures"},
+        "sub/b.png": {"split": "said"},
+    }
+
+
+def test_another_picture_is_another_version(folder: Path) -> None:
+    path = picture(folder / "pictures" / "a.png")
+    loader = CocoImageLoader(folder / "pictures", captions_file(folder, [image(1, "a.png")], [note(1, "x")]))
+    before = loader.entries()
+    assert loader.entries() == before
+    os.utime(path, ns=(1, 1))
+    assert loader.entries()[0].version != before[0].version
 
 
 @pytest.mark.parametrize("weight", [0, -1, "2", True, float("nan"), float("inf")])

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.data import icon_packages
-from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.data.coco import CocoImageLoader, coco_split
 from stable_diffusion.data.icon_captions import (
     DEFAULT_STYLE,
     STYLES,
@@ -34,9 +34,11 @@ from stable_diffusion.data.icon_captions import (
 )
 from stable_diffusion.data.icon_packages import NAMES, PACKAGES, find_code
 from stable_diffusion.data.icon_splits import HASH_RULE, SPLITS, sisters, split_pictures
-from stable_diffusion.data.icons import merged, write_icons
+from stable_diffusion.data.icons import merged
 from stable_diffusion.data.item import Progress
+from stable_diffusion.data.sources import Icons
 from stable_diffusion.errors import InputError
+from stable_diffusion.evaluation.pictures import groups
 
 GROUPS = {
     "groups": {
@@ -348,7 +350,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(out: Path, packages: Path, size: int = 32) -> list[Progress]:
     pytest.importorskip("resvg_py")
-    return list(write_icons(out, size, packages=packages))
+    return list(Icons(size=size, packages=str(packages)).make(out))
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +411,11 @@ def test_pictures_are_named_and_described(made: Path) -> None:
     }
     assert "a fox, noto style" in fox["captions"]
     assert isinstance(fox["sister"], bool)
+    assert fox["style_words"] == ["noto style", "a smooth shaded cartoon"]
+    for entry in found.values():
+        part = ("sister" if entry["sister"] else "no sister") if entry["split"] == "test_style" else None
+        assert entry.get("part") == part
+        assert all(any(word in text for word in entry["style_words"]) for text in entry["captions"])
     flags = [image["weight"] for image in found.values() if image["group"] == "flags"]
     roles = Counter(image["role"] for image in found.values() if image["split"] == fox["split"])
     assert fox["weight"] == pytest.approx(roles["fox"] ** -0.5, abs=1e-4), "the square root of its drawings"
@@ -418,6 +425,34 @@ def test_pictures_are_named_and_described(made: Path) -> None:
     assert "fluent3d-clock-at-four-oclock-1f553.png" in found
     assert all(name == name.lower() and len(name) < 120 for name in found)
     assert len({entry["id"] for entry in found.values()}) == len(found)
+
+
+def test_evaluation_scores_what_it_scored_when_it_knew_styles_and_sisters(made: Path) -> None:
+    """The rules of version 2, by which the evaluator knew the icons: the fields of the set say the same now."""
+    for name in ("train", "val", "test_style"):
+        split = coco_split(made / name, made / "annotations" / f"captions_{name}.json")
+        found = {entry["file_name"]: entry for entry in images(made).values() if entry["split"] == name}
+
+        def number(*parts: str) -> int:
+            return int.from_bytes(hashlib.sha256("\n".join(("5", *parts)).encode()).digest(), "big")
+
+        order = sorted(found, key=number)
+        parts = {name: order}
+        if name == "test_style":
+            parts = {
+                f"test_style, {words}": [file for file in order if found[file]["sister"] is sister]
+                for words, sister in (("no sister", False), ("sister", True))
+            }
+        got = groups(split, 5)
+        assert {group.name: [split.entries[row].key for row in group.rows] for group in got} == parts
+        assert [group.name for group in got] == list(parts)
+        for group in got:
+            for row in group.rows:
+                file = split.entries[row].key
+                style = STYLES[found[file]["style"]]
+                words = (f"{style.name} style", style.look)
+                named = [text for text in found[file]["captions"] if any(word in text for word in words)]
+                assert group.caption(row, 5) == named[number(file, "caption") % len(named)]
 
 
 def test_oddities_of_the_packages(made: Path) -> None:
@@ -508,7 +543,7 @@ def test_a_set_is_left_alone_or_replaced(packages: Path, tmp_path: Path) -> None
 
 def test_stopped_early_it_leaves_nothing(packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
-    steps = write_icons(tmp_path / "set", 32, packages=packages)
+    steps = Icons(size=32, packages=str(packages)).make(tmp_path / "set")
     next(steps)
     steps.close()
     assert not any(tmp_path.iterdir())
@@ -528,7 +563,7 @@ def test_other_folders_are_not_touched(packages: Path, tmp_path: Path) -> None:
 def test_without_resvg(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(InputError, match=r"pip install 'mini-stable-diffusion\[icons\]'"):
-        next(write_icons(tmp_path / "set", packages=packages))
+        next(Icons(packages=str(packages)).make(tmp_path / "set"))
 
 
 def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,7 +635,7 @@ def test_a_damaged_package(packages: Path, tmp_path: Path, damage: str) -> None:
 def test_the_real_packages(tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     out = tmp_path / "set"
-    assert {step.what for step in write_icons(out, 64)} == {"fetching", "drawing", "writing"}
+    assert {step.what for step in Icons(size=64).make(out)} == {"fetching", "drawing", "writing"}
     found = images(out)
     assert len(found) > 19_000
     assert {entry["style"] for entry in found.values()} == set(STYLES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from stable_diffusion.data.icon_captions import STYLES
+from stable_diffusion.data.icon_captions import style_words
 
 OBJECTS = ("red ball", "blue box", "green kite", "black bar")
 UNSEEN = "yellow moon"
@@ -35,10 +35,12 @@ def write_drawings(folder: Path, size: int = 32, copies: int = 2) -> Path:
         for number, (name, style, copy) in enumerate(drawings):
             file = f"{style}-{name.replace(' ', '-')}-{copy}.png"
             _draw(name, style, copy, size).save(folder / split / file)
-            fields = {"style": style, "object": name, "sister": style == "mono"}
+            words = style_words(style)
+            fields = {"style": style, "object": name, "style_words": words}
+            if split == "test_style":
+                fields["part"] = "sister" if style == "mono" else "no sister"
             images.append({"id": number, "file_name": file, **fields})
-            words = STYLES[style]
-            for caption in (name, f"a {name}, {words.name} style", f"{words.look} of a {name}"):
+            for caption in (name, f"a {name}, {words[0]}", f"{words[1]} of a {name}"):
                 annotations.append({"id": len(annotations), "image_id": number, "caption": caption})
         (folder / "annotations").mkdir(exist_ok=True)
         captions = json.dumps({"images": images, "annotations": annotations})

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
 from stable_diffusion.cli.show import finished
 from stable_diffusion.config import MINI
+from stable_diffusion.data.sources import SOURCES, MadeConfig
 from stable_diffusion.errors import InputError
 
 
-def data_shapes(*, out: Path, size: int = 128, count: int = 5000, seed: int = 0) -> None:
-    """Draw coloured shapes.
-
-    Args:
-        out: The folder to make.
-        size: Side of the pictures in pixels.
-        count: Number of pictures; every tenth is held out.
-        seed: Of the drawing; the same seed gives the same files.
-    """
-    from stable_diffusion.data.shapes import write_shapes
-
-    write_shapes(out, count=count, size=size, seed=seed)
-    print(out)
+def _with_folder(settings: type[Any]) -> type[Any]:
+    """A source's settings as options, and the folder to make."""
+    out = ("out", Annotated[Path, tyro.conf.arg(help="The folder to make.")])
+    own = {"__doc__": settings.__doc__}
+    return make_dataclass(
+        settings.__name__, [out], bases=(settings,), namespace=own, frozen=True, kw_only=True
+    )
 
 
-def data_icons(*, out: Path, size: int = 128, packages: Path | None = None) -> None:
-    """Make 20,000 named drawings in eight styles, from npm packages.
-
-    Args:
-        out: The folder to make.
-        size: Side of the pictures in pixels.
-        packages: A folder to keep the npm packages in; by default they are not kept.
-    """
-    from stable_diffusion.data.icons import write_icons
-
-    print(finished(write_icons(out, size, packages=packages)))
-
-
-def data_check(
+def check(
     folder: tyro.conf.Positional[Path | None] = None,
     *,
     images: Path | None = None,
@@ -57,17 +41,20 @@ def data_check(
         size: Side of the pictures in training, in pixels.
     """
     from stable_diffusion.checkpoints.checkpoint import packaged
-    from stable_diffusion.data.check import Split, check_set, find_splits
+    from stable_diffusion.data.check import check_set
+    from stable_diffusion.data.coco import coco_split, coco_splits
     from stable_diffusion.nn.tokenizer import Tokenizer
 
-    if folder is not None:
-        if images is not None or captions is not None:
-            raise InputError("give the folder of a set, or --images and --captions, not both")
-        splits = find_splits(folder)
-    else:
-        if images is None or captions is None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what is left out, which the report says
+        if folder is not None:
+            if images is not None or captions is not None:
+                raise InputError("give the folder of a set, or --images and --captions, not both")
+            splits = coco_splits(folder)
+        elif images is None or captions is None:
             raise InputError("give the folder of a set, or both --images and --captions")
-        splits = [Split(images.resolve().name, images, captions)]
+        else:
+            splits = [coco_split(images, captions)]
     (text,) = MINI.text_encoders
     tokenizer = Tokenizer(packaged(str(text.packaged)), text.architecture, text.context_length)
     found = check_set(
@@ -76,13 +63,21 @@ def data_check(
     print(finished(found))
 
 
-def data(
-    what: tyro.conf.OmitArgPrefixes[
-        tyro.conf.OmitSubcommandPrefixes[
-            Annotated[Any, tyro.conf.subcommand("shapes", constructor=data_shapes)]
-            | Annotated[Any, tyro.conf.subcommand("icons", constructor=data_icons)]
-            | Annotated[Any, tyro.conf.subcommand("check", constructor=data_check)]
-        ]
-    ],
-) -> None:
+if TYPE_CHECKING:
+    What = Any
+else:
+    What = Union[
+        *(
+            Annotated[_with_folder(settings), tyro.conf.subcommand(name)]
+            for name, settings in SOURCES.items()
+            if issubclass(settings, MadeConfig)
+        ),
+        Annotated[Any, tyro.conf.subcommand("check", constructor=check)],
+    ]
+
+
+def data(what: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[What]]) -> None:
     """Make a set of captioned images in COCO format, or check one."""
+    if what is not None:  # the check is done by now
+        finished(what.make(what.out))
+        print(what.out)

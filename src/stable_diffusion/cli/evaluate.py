@@ -28,13 +28,14 @@ def evaluate(
         data: The set: annotations/captions_NAME.json, and the pictures in NAME. What it says of objects and styles,
             as the icons do, is scored too.
         out: Folder for scores.json and index.html; by default runs/evaluation/ and the model's name.
-        count: Pictures to draw of each part of the set.
+        count: Pictures to generate of each part of the set.
         splits: Parts of the set, such as val test_style; by default all.
         seed: Decides on pictures, captions and noise: the same for every model.
         cache: Folder where features of the real pictures are kept for the next model.
         device: cuda, mps or cpu. By default the first of these that is there.
     """
     from stable_diffusion import Config, DiffusionModel
+    from stable_diffusion.data.coco import coco_splits
     from stable_diffusion.evaluation.report import write_report
     from stable_diffusion.evaluation.run import evaluate as evaluation
 
@@ -45,11 +46,12 @@ def evaluate(
     steps = evaluation(
         loaded,
         lambda captions, first: loaded.generate(captions, seed=first),
-        data,
+        data.resolve().name,
+        coco_splits(data),
         out=folder,
         cache=cache,
         count=count,
-        splits=splits,
+        only=splits,
         seed=seed,
     )
     for path in write_report(*finished(steps), folder):

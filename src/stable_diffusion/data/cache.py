@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import replacing
 
 Array = npt.NDArray[Any]
 
@@ -61,15 +62,15 @@ class ArrayCache:
             )
         for stale in self.folder.glob(f"{self.name}-*.npy*"):
             stale.unlink()
-        building = self.path.with_suffix(".npy.part")
-        array = np.lib.format.open_memmap(building, mode="w+", dtype=self.dtype, shape=self.shape)
-        done = 0
-        for block in blocks:
-            array[done : done + len(block)] = block
-            done += len(block)
-            yield done
-        array.flush()
-        building.replace(self.path)
+        with replacing(self.path) as building:
+            array = np.lib.format.open_memmap(building, mode="w+", dtype=self.dtype, shape=self.shape)
+            done = 0
+            for block in blocks:
+                array[done : done + len(block)] = block
+                done += len(block)
+                yield done
+            array.flush()
+            del array  # Windows moves no file that is mapped
 
     def read(self) -> Array:
         """The rows, mapped from disk."""

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from functools import partial
 from typing import NamedTuple
 
 from stable_diffusion import images
-from stable_diffusion.data.coco import CocoImageLoader, CocoReport
-from stable_diffusion.data.item import Progress
+from stable_diffusion.data.coco import CocoReport
+from stable_diffusion.data.item import Files, Progress, Source, Split, ahead
 from stable_diffusion.errors import InputError
 
-TRAINING = "train"
-"""What the name of a split to learn from begins with: train, train2017."""
-
-_PICTURES_TOGETHER = 256  # between two steps of progress
 _CAPTIONS_TOGETHER = 4096
-
-
-class Split(NamedTuple):
-    """A part of a set, and where it is."""
-
-    name: str
-    images: Path
-    captions: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +49,9 @@ class SplitReport:
     in_training: tuple[tuple[str, str], ...]
     """Names of pictures that training has too, pixel by pixel, and theirs there; empty for what training reads."""
     styles: dict[str, int]
-    """Pictures of each style, where the captions file names styles, as that of the set of icons does."""
+    """Pictures of each style, by the field ``style``."""
     objects: int
-    """Distinct objects, likewise; 0 where it names none."""
+    """Distinct values of the field ``object``; 0 where there are none."""
 
     def __str__(self) -> str:
         return "\n  ".join([f"{self.name}: {self.found}".replace("\n  ", "\n    "), *self._lines()])
@@ -126,25 +111,6 @@ class SetReport:
         return "\n".join(map(str, self.splits))
 
 
-def find_splits(folder: str | Path) -> list[Split]:
-    """The splits of a set: ``annotations/captions_NAME.json`` with the pictures in ``NAME/``, as COCO has them.
-
-    Those that training reads come first. Captions whose pictures are not there are passed over: COCO's come
-    for all splits in one archive, the pictures in one for each. Raises InputError where there is no split.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {str(folder)!r}: check the path")
-    files = {path.stem.removeprefix("captions_"): path for path in folder.glob("annotations/captions_*.json")}
-    found = [Split(name, folder / name, path) for name, path in files.items() if (folder / name).is_dir()]
-    if not found:
-        raise InputError(
-            f"{str(folder)!r} holds no set, which is annotations/captions_NAME.json and its pictures in NAME;"
-            " minisd data check takes others with --images and --captions"
-        )
-    return sorted(found, key=lambda split: (not split.name.startswith(TRAINING), split.name))
-
-
 def check_set(
     splits: Sequence[Split],
     *,
@@ -155,13 +121,13 @@ def check_set(
     """Reads every caption and decodes every picture; the report is what the generator returns.
 
     Args:
-        splits: where they are; those that training reads come first.
+        splits: those that training reads come first.
         size: side of the squares that training will make of the pictures, in pixels.
         cut: gives the end of each text that the text encoder does not read, empty where it reads all.
         context_length: tokens that it reads, begin and end included.
 
     Raises:
-        InputError: a split has no picture that can be used, or damaged captions, or the size is below 1.
+        InputError: a split has no picture that can be decoded, or the size is below 1.
     """
     if size < 1:
         raise InputError(f"the size in training must be at least 1 pixel, got {size}")
@@ -170,7 +136,7 @@ def check_set(
     for split in splits:
         report, digests = yield from _check(split, size, cut, context_length, trained)
         reports.append(report)
-        if split.name.startswith(TRAINING):
+        if split.is_training:
             trained |= digests
     return SetReport(splits=tuple(reports))
 
@@ -183,33 +149,34 @@ def _check(
     trained: dict[bytes, str],
 ) -> Generator[Progress, None, tuple[SplitReport, dict[bytes, str]]]:
     """A split's report, and by the digest of their pixels its pictures' names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of what it leaves out, which the report says
-        loader = CocoImageLoader(split.images, split.captions)
-    looks = yield from _decode(split, loader)
-    captions = [loader.captions(i) for i in range(len(loader)) if loader.name(i) in looks]
-    counts = [len(texts) for texts in captions]
-    distinct = sorted({text for texts in captions for text in texts})
+    looks = yield from _decode(split)
+    entries = [entry for entry in split.entries if entry.key in looks]
+    counts = [len(entry.captions) for entry in entries]
+    distinct = sorted({text for entry in entries for text in entry.captions})
     lost = yield from _lost(split, distinct, cut)
-    damaged = {loader.name(i) for i in range(len(loader))} - looks.keys()
+    damaged = {entry.key for entry in split.entries} - looks.keys()
+    found = getattr(split.source, "report", None) or CocoReport(pictures=0, captions=0)
+    styles, objects = (
+        [value for entry in entries if isinstance(value := entry.fields.get(name), str)]
+        for name in ("style", "object")
+    )
     digests: dict[bytes, str] = {}
     equal, in_training = [], []
     for name, look in looks.items():
         first = digests.setdefault(look.digest, name)
         if first != name:
             equal.append((name, first))
-        if look.digest in trained and not split.name.startswith(TRAINING):
+        if look.digest in trained and not split.is_training:
             in_training.append((name, trained[look.digest]))
     sizes = sorted((look.size for look in looks.values()), key=lambda side: (side[0] * side[1], side))
     kept = [min(side) / max(side) for side in sizes if side[0] != side[1]]
-    styles, objects = _labels(split.captions, looks)
     report = SplitReport(
         name=split.name,
         found=replace(
-            loader.report,
+            found,
             pictures=len(looks),
             captions=sum(counts),
-            unreadable=tuple(sorted({*loader.report.unreadable, *damaged})),
+            unreadable=tuple(sorted({*found.unreadable, *damaged})),
         ),
         distinct_captions=len(distinct),
         captions_per_picture=(min(counts), max(counts)),
@@ -225,24 +192,23 @@ def _check(
         several_frames=sum(look.several_frames for look in looks.values()),
         equal=tuple(equal),
         in_training=tuple(in_training),
-        styles=styles,
-        objects=objects,
+        styles=dict(Counter(styles)),
+        objects=len(set(objects)),
     )
     return report, digests
 
 
-def _decode(split: Split, loader: CocoImageLoader) -> Generator[Progress, None, dict[str, _Look]]:
-    """What each picture is, by name; without those that cannot be decoded."""
+def _decode(split: Split) -> Generator[Progress, None, dict[str, _Look]]:
+    """What each picture is, by key; without those that cannot be decoded."""
     looks: dict[str, _Look] = {}
-    with ThreadPoolExecutor() as pool:  # decoders and hashes run beside each other, outside Python's lock
-        for start in range(0, len(loader), _PICTURES_TOGETHER):
-            yield Progress(split.name, start, len(loader))
-            some = range(start, min(start + _PICTURES_TOGETHER, len(loader)))
-            found = zip(map(loader.name, some), pool.map(_look, map(loader.path, some)), strict=True)
-            looks |= {name: look for name, look in found if look is not None}
-    yield Progress(split.name, len(loader), len(loader))
+    keys = [entry.key for entry in split.entries]
+    for done, look in enumerate(ahead(partial(_look, split.source), keys)):
+        yield Progress(split.name, done, len(keys))
+        if look is not None:
+            looks[keys[done]] = look
+    yield Progress(split.name, len(keys), len(keys))
     if not looks:
-        raise InputError(f"none of the pictures in {str(split.images)!r} can be decoded: fetch them again")
+        raise InputError(f"none of the pictures in {split.name!r} can be decoded: fetch them again")
     return looks
 
 
@@ -269,27 +235,22 @@ class _Look(NamedTuple):
     """Of its size and of its pixels as training sees them."""
 
 
-def _look(path: Path) -> _Look | None:
-    """None for what is no picture, or a broken one."""
+def _look(source: Source, key: str) -> _Look | None:
+    """None for what is no picture, or a broken one. Only files tell more than what training sees."""
+    greyscale = transparent = several_frames = False
     try:
-        with images.opened(path) as image:
-            greyscale = image.mode in ("1", "L", "LA", "I", "I;16")
-            transparent = image.has_transparency_data
-            several_frames = bool(getattr(image, "is_animated", False))
-            picture = images.decoded(image)
+        if isinstance(source, Files):
+            with source.opened(key) as image:
+                greyscale = image.mode in ("1", "L", "LA", "I", "I;16")
+                transparent = image.has_transparency_data
+                several_frames = bool(getattr(image, "is_animated", False))
+                picture = images.decoded(image)
+        else:
+            picture = source.image(key)
     except InputError:
         return None
     digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
     return _Look(picture.size, greyscale, transparent, several_frames, digest)
-
-
-def _labels(captions: Path, names: Container[str]) -> tuple[dict[str, int], int]:
-    """Pictures of each style, and the number of objects, as far as the captions file names them."""
-    entries = json.loads(captions.read_text(encoding="utf-8-sig"))["images"]
-    used = [entry for entry in entries if str(PurePosixPath(entry["file_name"])) in names]
-    styles = Counter(entry["style"] for entry in used if isinstance(entry.get("style"), str))
-    objects = {entry["object"] for entry in used if isinstance(entry.get("object"), str)}
-    return dict(styles), len(objects)
 
 
 def _first(names: Sequence[str]) -> str:

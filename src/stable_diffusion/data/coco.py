@@ -8,18 +8,19 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from PIL import Image
 
-from stable_diffusion.data.item import Entry, Item
+from stable_diffusion.data.item import Entry, Item, Split, ahead
 from stable_diffusion.errors import InputError
-from stable_diffusion.images import check_header, open_image
+from stable_diffusion.images import check_header, open_image, opened
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
+_OWN = {"id", "file_name", "width", "height", "license", "coco_url", "flickr_url", "date_captured", "weight"}
 _TEST_SPLIT = "COCO publishes no captions for its test pictures: use val2017 or train2017"
 
 
@@ -66,9 +67,10 @@ class CocoImageLoader:
 
     Args:
         image_folder: holds the pictures; names in the JSON file are relative to it.
-        captions_file: JSON with ``images`` (``id``, ``file_name``; also ``weight``, how often training draws
-            the picture, where some are to be drawn more often than others) and ``annotations`` (``image_id``,
-            ``caption``).
+        captions_file: JSON with ``images`` (``id``, ``file_name``; also ``weight``, how often training samples
+            the picture, where some are to be seen more often than others) and ``annotations`` (``image_id``,
+            ``caption``). What else an image says becomes a field of its entry, and so does the folder's name,
+            as ``split``.
 
     Raises:
         InputError: the folder or the file is missing, the file is not of this form or names a picture outside
@@ -102,26 +104,30 @@ class CocoImageLoader:
         files = _files(self.image_folder, captions)
         here = {name: files.pop(_key(name), None) for name in sorted(captions)}
         usable = {name: file for name, file in here.items() if file is not None and captions[name]}
-        with ThreadPoolExecutor(8) as pool:
-            bad = {
-                name
-                for name, ok in zip(usable, pool.map(self._is_picture, usable.values()), strict=True)
-                if not ok
-            }
-        self._names = [name for name in usable if name not in bad]
-        self._files = [usable[name] for name in self._names]
-        self._captions = [tuple(captions[name]) for name in self._names]
-        self._weights = [weights[name] for name in self._names]
+        sound = dict(zip(usable, ahead(self._is_picture, usable.values()), strict=True))
+        self._files = {name: file for name, file in usable.items() if sound[name]}
+        self._names = list(self._files)
+        split = {"split": self.image_folder.absolute().name}
+        said = {names[image["id"]]: {k: v for k, v in image.items() if k not in _OWN} for image in images}
+        self._entries = {
+            name: Entry(
+                key=name,
+                captions=tuple(captions[name]),
+                weight=weights[name],
+                fields=split | said[name] if said[name] else split,
+            )
+            for name in self._names
+        }
         bare = [name for name in here if not captions[name]]
         self.report = CocoReport(
             pictures=len(self._names),
-            captions=sum(map(len, self._captions)),
+            captions=sum(len(captions[name]) for name in self._names),
             images_without_captions=tuple(sorted([*bare, *files.values()])),
             captions_without_images=(
                 *(name for name, file in here.items() if file is None and captions[name]),
                 *orphans,
             ),
-            unreadable=tuple(sorted(bad)),
+            unreadable=tuple(name for name in usable if not sound[name]),
             unusable_captions=tuple(sorted(unusable)),
         )
         if not self._names:
@@ -138,35 +144,39 @@ class CocoImageLoader:
 
     def entries(self) -> list[Entry]:
         """Every picture that can be used, in the order of names; its header was read, it is not decoded."""
-        return [self._entry(index) for index in range(len(self))]
+        return [self._entry(name) for name in self._names]
 
     def image(self, key: str) -> Image.Image:
         """The picture of that name. Raises InputError if it cannot be decoded."""
-        return open_image(self.path(self._names.index(key)))
+        return open_image(self._file(key))
 
-    def _entry(self, index: int) -> Entry:
-        stat = self.path(index).stat()
-        return Entry(
-            key=self._names[index],
-            captions=self._captions[index],
-            weight=self._weights[index],
-            version=f"{stat.st_size} {stat.st_mtime_ns}",
-        )
+    def opened(self, key: str) -> AbstractContextManager[Image.Image]:
+        """Its file, for a look at what ``image`` changes."""
+        return opened(self._file(key))
+
+    def _file(self, key: str) -> Path:
+        return self.image_folder / self._files[key]
+
+    def _entry(self, key: str) -> Entry:
+        stat = self._file(key).stat()
+        return replace(self._entries[key], version=f"{stat.st_size} {stat.st_mtime_ns}")
 
     def __getitem__(self, index: int) -> Item:
         """Raises InputError if the picture cannot be decoded."""
-        return Item(**vars(self._entry(index)), image=open_image(self.path(index)))
+        key = self._names[index]
+        image = self.image(key)
+        return Item(**vars(self._entry(key)), image=image)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The picture's captions, without decoding it."""
-        return self._captions[index]
+        return self._entries[self._names[index]].captions
 
     def weight(self, index: int) -> float:
-        """How often training draws the picture, relative to the others."""
-        return self._weights[index]
+        """How often training samples the picture, relative to the others."""
+        return self._entries[self._names[index]].weight
 
     def name(self, index: int) -> str:
         """The picture's file name as the JSON file gives it."""
@@ -174,7 +184,7 @@ class CocoImageLoader:
 
     def path(self, index: int) -> Path:
         """The picture's file."""
-        return self.image_folder / self._files[index]
+        return self._file(self._names[index])
 
     def _is_picture(self, file: str) -> bool:
         try:
@@ -182,6 +192,31 @@ class CocoImageLoader:
         except InputError:
             return False
         return True
+
+
+def coco_split(image_folder: Path, captions_file: Path) -> Split:
+    """The pictures of a folder, as a split of its name."""
+    loader = CocoImageLoader(image_folder, captions_file)
+    return Split(name=image_folder.absolute().name, source=loader, entries=loader.entries())
+
+
+def coco_splits(folder: str | Path) -> list[Split]:
+    """The splits of a set: ``annotations/captions_NAME.json`` with the pictures in ``NAME/``, as COCO has them.
+
+    Those that training reads come first. Captions whose pictures are not there are passed over: COCO's come
+    for all splits in one archive, the pictures in one for each. Raises InputError where there is no split.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)!r}: check the path")
+    files = {path.stem.removeprefix("captions_"): path for path in folder.glob("annotations/captions_*.json")}
+    found = [coco_split(folder / name, path) for name, path in files.items() if (folder / name).is_dir()]
+    if not found:
+        raise InputError(
+            f"{str(folder)!r} holds no set, which is annotations/captions_NAME.json and its pictures in NAME;"
+            " minisd data check takes others with --images and --captions"
+        )
+    return sorted(found, key=lambda split: (not split.is_training, split.name))
 
 
 def _read(path: Path) -> tuple[list[Any], list[Any]]:
@@ -241,7 +276,7 @@ def _names(images: list[Any], captions_file: Path) -> dict[int | str, str]:
 def _weights(
     images: list[dict[str, Any]], names: dict[int | str, str], captions_file: Path
 ) -> dict[str, float]:
-    """How often training draws each file, by name. Raises InputError for a weight that is no positive number."""
+    """How often training samples each file, by name. Raises InputError for a weight that is no positive number."""
     weights = {}
     for image in images:
         weight = image.get("weight", 1.0)

@@ -135,6 +135,11 @@ def slugs(data: list[dict[str, Any]]) -> dict[str, str]:
     return {slug(entry["label"]): plain_code(entry["hexcode"]) for entry in reversed(entries)}
 
 
+def style_words(style: str) -> tuple[str, str]:
+    """The words that name a style in captions, of which each has one."""
+    return f"{STYLES[style].name} style", STYLES[style].look
+
+
 def captions(thing: Thing, style: str) -> list[str]:
     """Three or four different captions of one drawing. All of them say the style: without it, half is left to guess.
 
@@ -147,8 +152,8 @@ def captions(thing: Thing, style: str) -> list[str]:
         noun = f"{noun} {joint} {thing.tone} skin"
     phrase = f"{thing.article} {noun}".lstrip()
     words = sorted(thing.keywords, key=lambda word: chance("keyword", style, thing.code, word))[:3]
-    name = f"{STYLES[style].name} style"
-    made = [f"{phrase}, {name}", f"{STYLES[style].look} of {phrase}", f"{noun} in {name}"]
+    name, look = style_words(style)
+    made = [f"{phrase}, {name}", f"{look} of {phrase}", f"{noun} in {name}"]
     if words:
         made.append(f"{noun}, {', '.join(words)}, {name}")
     return made
@@ -217,19 +222,17 @@ def _article(noun: str) -> str:
     return "an" if noun[0].lower() in "aeiou" and not _AS_CONSONANT.match(noun) else "a"
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split(", "))
+
+
 _CHARACTERS = ("letter", "alphanum", "keycap")  # subgroups
 _ENDINGS = {"transport-sign": "sign", "warning": "sign", "math": "sign", "zodiac": "zodiac sign"}
-_SIGNS = {
-    *("cinema", "wireless", "vibration mode", "mobile phone off", "information", "copyright", "registered"),
-    *("trade mark", "construction", "currency exchange", "high voltage"),
-    *(
-        "input latin uppercase",
-        "input latin lowercase",
-        "input latin letters",
-        "input numbers",
-        "input symbols",
-    ),
-}
+_SIGNS = _names(
+    "cinema, wireless, vibration mode, mobile phone off, information, copyright, registered, trade "
+    "mark, construction, currency exchange, high voltage, input latin uppercase, input latin lowercase, "
+    "input latin letters, input numbers, input symbols"
+)
 _HEAD = re.compile(
     r" (?:with|without|in|on|of|at|behind|between|showing|facing|holding|not|over|fluttering)\b|,"
 )
@@ -238,39 +241,12 @@ _BARE_FIRST = {"people", "men", "women", "two", "hundred"}
 _UNIQUE = {"Statue of Liberty", "milky way", "kaaba", "sun"}
 _AS_VOWEL = re.compile(r"(?:hourglass|SOS|NG|x-ray|8)\b", re.IGNORECASE)
 _AS_CONSONANT = re.compile(r"(?:uni|eu|ewe|one\b|U-)", re.IGNORECASE)
-_BARE = {
-    *("bread", "baguette bread", "bacon", "broccoli", "butter", "canned food", "cooked rice", "curry rice"),
-    *(
-        "falafel",
-        "fondue",
-        "garlic",
-        "ginger root",
-        "ice",
-        "ice cream",
-        "shaved ice",
-        "soft ice cream",
-        "mate",
-    ),
-    *("meat on bone", "oden", "popcorn", "sake", "salt", "spaghetti", "sushi", "bubble tea", "custard"),
-    *("coral", "cooking", "wood", "fire", "fog", "foggy", "soap", "yarn", "thread", "dna"),
-    *(
-        "tennis",
-        "bowling",
-        "ice hockey",
-        "field hockey",
-        "lacrosse",
-        "ping pong",
-        "badminton",
-        "horse racing",
-    ),
-    *("performing arts", "camping", "building construction", "breast-feeding", "nail polish"),
-    *(
-        "Santa Claus",
-        "Mrs. Claus",
-        "Mx Claus",
-        "mount fuji",
-        "palms up together",
-        "rolling on the floor laughing",
-    ),
-    *("dashing away", "dizzy", "luggage", "money with wings", "om", "pouring liquid", "skis", "ZZZ"),
-}
+_BARE = _names(
+    "bread, baguette bread, bacon, broccoli, butter, canned food, cooked rice, curry rice, falafel, "
+    "fondue, garlic, ginger root, ice, ice cream, shaved ice, soft ice cream, mate, meat on bone, oden, "
+    "popcorn, sake, salt, spaghetti, sushi, bubble tea, custard, coral, cooking, wood, fire, fog, "
+    "foggy, soap, yarn, thread, dna, tennis, bowling, ice hockey, field hockey, lacrosse, ping pong, "
+    "badminton, horse racing, performing arts, camping, building construction, breast-feeding, nail "
+    "polish, Santa Claus, Mrs. Claus, Mx Claus, mount fuji, palms up together, rolling on the floor "
+    "laughing, dashing away, dizzy, luggage, money with wings, om, pouring liquid, skis, ZZZ"
+)

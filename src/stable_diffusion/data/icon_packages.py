@@ -43,41 +43,35 @@ class Package(NamedTuple):
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
-_FLUENT = ("MIT", "https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE")
+_FLUENT = (
+    "MIT",
+    "https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE",
+    "Fluent Emoji, by Microsoft Corporation",
+)
 _NOTO = ("Apache-2.0", "https://github.com/googlefonts/noto-emoji/blob/main/LICENSE")
 _CC_BY = ("CC-BY-4.0", "https://creativecommons.org/licenses/by/4.0/")
+_EMOJIONE = (*_CC_BY, "EmojiOne 2, by EmojiOne (EmojiTwo)")
 
 PACKAGES: dict[str, Package] = {
-    "fluent3d": Package(
-        "@lobehub/fluent-emoji-3d", "1.1.0", *_FLUENT, "Fluent Emoji, by Microsoft Corporation"
-    ),
-    "flat": Package(
-        "@iconify-json/fluent-emoji-flat", "1.2.6", *_FLUENT, "Fluent Emoji, by Microsoft Corporation"
-    ),
-    "contrast": Package(
-        "@iconify-json/fluent-emoji-high-contrast",
-        "1.2.6",
-        *_FLUENT,
-        "Fluent Emoji, by Microsoft Corporation",
-    ),
+    "fluent3d": Package("@lobehub/fluent-emoji-3d", "1.1.0", *_FLUENT),
+    "flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", *_FLUENT),
+    "contrast": Package("@iconify-json/fluent-emoji-high-contrast", "1.2.6", *_FLUENT),
     "noto": Package("@iconify-json/noto", "1.2.9", *_NOTO, "Noto Emoji, by Google Inc"),
     "blob": Package("@iconify-json/noto-v1", "1.2.5", *_NOTO, "Noto Emoji (version 1), by Google Inc"),
     "twemoji": Package(
         "@iconify-json/twemoji", "1.2.5", *_CC_BY, "Twemoji, by Twitter, Inc and other contributors"
     ),
-    "emojione": Package("@iconify-json/emojione", "1.2.3", *_CC_BY, "EmojiOne 2, by EmojiOne (EmojiTwo)"),
-    "mono": Package(
-        "@iconify-json/emojione-monotone", "1.2.1", *_CC_BY, "EmojiOne 2, by EmojiOne (EmojiTwo)"
-    ),
+    "emojione": Package("@iconify-json/emojione", "1.2.3", *_EMOJIONE),
+    "mono": Package("@iconify-json/emojione-monotone", "1.2.1", *_EMOJIONE),
 }
 """Where each style's drawings come from."""
 
 NAMES = Package(
-    *("emojibase-data", "17.0.0", "MIT"),
-    *(
-        "https://github.com/milesj/emojibase/blob/master/LICENSE",
-        "names and keywords: Emojibase, by Miles Johnson",
-    ),
+    name="emojibase-data",
+    version="17.0.0",
+    licence="MIT",
+    url="https://github.com/milesj/emojibase/blob/master/LICENSE",
+    credit="names and keywords: Emojibase, by Miles Johnson",
 )
 
 NPM_PREFIX = re.compile(r"^npm (error|ERR!)")

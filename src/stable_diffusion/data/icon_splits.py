@@ -29,6 +29,9 @@ HASH_RULE = (
     "test_object, object. A person facing right counts as the same person facing left."
 )
 
+PARTED = "test_style"
+"""The split that is scored in two parts: a model can copy a drawing whose sister training holds."""
+
 _RATES = {"val": 0.02, "test_style": 0.11, "test_tone": 0.08, "test_gender": 0.25, "test_object": 0.03}
 _KNOWN = 3  # other styles of an object that training must keep
 

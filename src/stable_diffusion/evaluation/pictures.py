@@ -7,64 +7,23 @@ and a smaller count a part of a larger one's.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from stable_diffusion import images
-from stable_diffusion.data.cache import Array, digest
-from stable_diffusion.data.check import TRAINING, find_splits
-from stable_diffusion.data.check import Split as Place
-from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.data.icon_captions import STYLES
-
-T = TypeVar("T")
+from stable_diffusion.data.cache import Array
+from stable_diffusion.data.item import Entry, Split, stream
+from stable_diffusion.errors import InputError
 
 MOST = 20_000
 """Pictures of a split that features are computed of, at most: COCO has 118,000 to train on."""
-SISTERS_APART = "test_style"
-"""The split whose drawings with a sister in training, which a model can copy, are reported apart."""
 RULE = (
     "Pictures are taken in the order of the SHA-256 of seed and file name; of a picture's captions that name its"
     " style (all, where none does), the hash of seed, file name and the word caption chooses one; the k-th"
-    " picture of a group is drawn with the seed plus k."
+    " picture of a group is generated with the seed plus k."
 )
-
-
-@dataclass(frozen=True)
-class Split:
-    """The pictures of one split; its lists run over ``numbers``."""
-
-    name: str
-    data: CocoImageLoader
-    numbers: list[int]
-    """Of the pictures in the loader, in its order."""
-    objects: list[str] | None
-    """What each picture shows; None where the set does not say."""
-    styles: list[str] | None
-    sisters: list[bool] | None
-
-    @property
-    def is_training(self) -> bool:
-        """Whether models are trained on it, by its name."""
-        return self.name.startswith(TRAINING)
-
-    def names(self) -> list[str]:
-        return [self.data.name(number) for number in self.numbers]
-
-    def key(self, size: int) -> str:
-        """A digest of the files, at a size."""
-        stats = [self.data.path(number).stat() for number in self.numbers]
-        return digest(self.names(), [(stat.st_size, stat.st_mtime_ns) for stat in stats], size)
-
-    def pictures(self, size: int, rows: Sequence[int] | None = None) -> Iterator[Array]:
-        """Pictures of the split, uint8 ``h w 3``, cut and scaled to a square of `size` pixels a side."""
-        for row in range(len(self.numbers)) if rows is None else rows:
-            yield np.asarray(images.cover(self.data[self.numbers[row]].image, size, size))
 
 
 @dataclass(frozen=True)
@@ -74,59 +33,54 @@ class Group:
     name: str
     split: Split
     rows: list[int]
-    """Of the split's lists, in the order in which they are taken."""
+    """Of the split's entries, in the order in which they are taken."""
 
     def caption(self, row: int, seed: int) -> str:
-        """The caption that the model is asked for."""
-        number = self.split.numbers[row]
-        captions = self.split.data.captions(number)
-        style = None if self.split.styles is None else STYLES.get(self.split.styles[row])
-        if style is not None:
-            words = (f"{style.name} style", style.look)
-            captions = tuple(text for text in captions if any(word in text for word in words)) or captions
-        return captions[_hash(seed, self.split.data.name(number), "caption") % len(captions)]
+        """The caption that the model is asked for: one with the entry's ``style_words``, where it has any."""
+        entry = self.split.entries[row]
+        words = entry.fields.get("style_words")
+        words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+        captions = [text for text in entry.captions if any(word in text for word in words)] or entry.captions
+        return captions[_hash(seed, entry.key, "caption") % len(captions)]
 
 
-def open_splits(folder: Path) -> list[Split]:
-    """The splits of a set: the training split first, then others, then those whose names begin with test.
-
-    Fields beside COCO's, which the set of icons has, count where every picture of a split has them.
-
-    Raises:
-        InputError: there is no split, or one cannot be read.
-    """
-    found = sorted(
-        find_splits(folder), key=lambda split: split.name.startswith("test")
-    )  # keeps the order else
-    return [_open(split) for split in found]
+def in_order(splits: Iterable[Split]) -> list[Split]:
+    """The splits with at most ``MOST`` entries, those whose names begin with test last."""
+    found = sorted(splits, key=lambda split: split.name.startswith("test"))  # keeps the order else
+    return [replace(split, entries=_fixed_part(split.entries)) for split in found]
 
 
-def _open(place: Place) -> Split:
-    data = CocoImageLoader(place.images, place.captions)
-    numbers = sorted(sorted(range(len(data)), key=lambda number: _hash(0, data.name(number)))[:MOST])
-    entries = {image["file_name"]: image for image in json.loads(place.captions.read_bytes())["images"]}
-    chosen = [entries[data.name(number)] for number in numbers]
-
-    def field(key: str, kind: type[T]) -> list[T] | None:
-        values = [value for entry in chosen if isinstance(value := entry.get(key), kind)]
-        return values if len(values) == len(chosen) else None
-
-    objects, styles, sisters = field("object", str), field("style", str), field("sister", bool)
-    return Split(place.name, data, numbers, objects, styles, sisters)
+def _fixed_part(entries: Sequence[Entry]) -> list[Entry]:
+    kept = {entry.key for entry in sorted(entries, key=lambda entry: _hash(0, entry.key))[:MOST]}
+    return [entry for entry in entries if entry.key in kept]
 
 
 def groups(split: Split, seed: int) -> list[Group]:
-    """The parts of a split that are scored, each with its pictures in the order that the seed gives."""
-    names = split.names()
-    order = sorted(range(len(names)), key=lambda row: _hash(seed, names[row]))
-    if split.name != SISTERS_APART or split.sisters is None:
+    """The parts of a split that are scored, each with its pictures in the order that the seed gives.
+
+    A split is one part, unless the field ``part`` of all its entries says to which they belong.
+    """
+    entries, parts = split.entries, split.field("part")
+    order = sorted(range(len(entries)), key=lambda row: _hash(seed, entries[row].key))
+    if parts is None:
         return [Group(split.name, split, order)]
-    sisters = split.sisters
-    parts = {
-        f"{split.name}, no sister": [row for row in order if not sisters[row]],
-        f"{split.name}, sister": [row for row in order if sisters[row]],
-    }
-    return [Group(name, split, rows) for name, rows in parts.items() if rows]
+    return [
+        Group(f"{split.name}, {part}", split, [row for row in order if parts[row] == part])
+        for part in sorted(set(parts))
+    ]
+
+
+def pictures(split: Split, size: int, rows: Sequence[int] | None = None) -> Iterator[Array]:
+    """Pictures of the split, uint8 ``h w 3``, cut and scaled to a square of `size` pixels a side.
+
+    Raises:
+        InputError: one of them cannot be decoded.
+    """
+    entries = split.entries if rows is None else [split.entries[row] for row in rows]
+    for picture in stream(split.source, [entry.key for entry in entries]):
+        if isinstance(picture, InputError):
+            raise picture
+        yield np.asarray(images.cover(picture, size, size))
 
 
 def _hash(seed: int, *parts: str) -> int:

@@ -59,7 +59,7 @@ class ObjectProbe:
             features: of the pictures.
             asked: the object that each should show.
             left_out: for each picture, features of the one real picture that is taken out of the asked
-                object's mean, which it was a part of: the picture itself, or the one whose caption was drawn.
+                object's mean, which it was a part of: the picture itself, or the one whose caption was asked for.
         """
         points = torch.from_numpy(features) @ self.whiten
         number = {name: i for i, name in enumerate(self.objects)}

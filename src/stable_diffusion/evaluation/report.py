@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -17,6 +16,7 @@ from stable_diffusion.data.cache import Array
 from stable_diffusion.errors import InputError
 from stable_diffusion.evaluation.pictures import RULE
 from stable_diffusion.evaluation.scores import Scores
+from stable_diffusion.files import replacing, write_json
 
 THUMBNAIL = 160  # pixels, at most
 
@@ -69,10 +69,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Example:
-    """A drawn picture beside the real one whose caption was asked for."""
+    """A generated picture beside the real one whose caption was asked for."""
 
     caption: str
-    drawn: Array
+    generated: Array
     real: Array
     rank: int | None
     """Objects that are nearer than the asked one."""
@@ -80,10 +80,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A drawn picture beside the nearest training picture."""
+    """A generated picture beside the nearest training picture."""
 
     caption: str
-    drawn: Array
+    generated: Array
     training: Array
     ratio: float
 
@@ -104,14 +104,11 @@ def write_report(report: Report, shown: Shown, folder: Path) -> tuple[Path, Path
     Raises:
         InputError: they cannot be written there.
     """
-    text = json.dumps({**asdict(report), "rule": RULE}, indent=2, ensure_ascii=False) + "\n"
     paths = folder / "scores.json", folder / "index.html"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, (text, page(report, shown)), strict=True):
-            building = path.with_suffix(".part")
-            building.write_text(content, encoding="utf-8")
-            building.replace(path)
+        write_json(paths[0], {**asdict(report), "rule": RULE})
+        with replacing(paths[1]) as building:
+            building.write_text(page(report, shown), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
     return paths
@@ -129,19 +126,21 @@ def page(report: Report, shown: Shown) -> str:
     ]
     for group in report.groups:
         parts += [f"<h2>{escape(group.name)}</h2>", f"<p>{group.pictures} pictures.</p>", _details(group)]
-        parts.append(_figures([([one.drawn, one.real], _caption(one)) for one in shown.examples[group.name]]))
+        parts.append(
+            _figures([([one.generated, one.real], _caption(one)) for one in shown.examples[group.name]])
+        )
     if report.codec is not None:
         parts += ["<h2>The autoencoder alone</h2>", _codec(report.codec)]
         parts.append(_figures([(pictures, "") for pictures in shown.codec]))
     if shown.neighbours:
         parts.append(
-            "<h2>Nearest training pictures</h2><p>Of all drawn pictures those whose nearest training picture stands"
-            " out most: drawn, nearest, and the ratio of the distances to the nearest and the second nearest."
+            "<h2>Nearest training pictures</h2><p>Of all generated pictures those whose nearest training picture stands"
+            " out most: generated, nearest, and the ratio of the distances to the nearest and the second nearest."
             " Below 0.33 a picture counts as memorised. Where training holds near copies of a picture, the ratio"
             " cannot tell.</p>"
         )
         parts.append(
-            _figures([([n.drawn, n.training], f"{n.ratio:.2f} · {n.caption}") for n in shown.neighbours])
+            _figures([([n.generated, n.training], f"{n.ratio:.2f} · {n.caption}") for n in shown.neighbours])
         )
     parts.append(_explained(report))
     title = escape(f"{report.model} on {report.data}")
@@ -239,16 +238,16 @@ def _explained(report: Report) -> str:
     among = "" if report.objects is None else f" of all {report.objects:,}"
     sentences = (
         RULE + " Settings are the model's own.",
-        "Pictures are drawn, then the real one whose caption was asked for. All, real ones too, have the model's"
-        " size, and a MobileNetV2 that was trained on ImageNet looks at them.",
+        "Each generated picture stands before the real one whose caption was asked for. All, real ones too, have"
+        " the model's size, and a MobileNetV2 that was trained on ImageNet looks at them.",
         "Kernel distance: the squared maximum mean discrepancy with KID's cubic kernel, unbiased, in the"
         " means of MobileNetV2's last maps, from the real pictures whose captions were asked for; below it is a"
         " 95 % bootstrap interval. The real row is one half of the part's pictures against the other. Other"
         " networks' features give other numbers.",
         f"Object: whether the asked object is the nearest{among}, or among the five nearest, by linear discriminant"
-        " analysis of its middle blocks' maps: means, deviations, and means of quarters. Class means are of training"
-        " pictures, or, where training has none of an object, of all held-out ones; the very picture whose caption"
-        " was asked for is left out of them.",
+        " analysis of its middle blocks' maps: means, standard deviations, and means of quarters. Class means are of"
+        " training pictures, or, where training has none of an object, of all held-out ones; the very picture whose"
+        " caption was asked for is left out of them.",
         "Style: a ridge regression of the same features, fitted on the training pictures.",
         "Nearest: distances to training pictures, nearest over second nearest, as a median, and the share below"
         " 1/3; in the features that the kernel distance uses.",

@@ -1,4 +1,4 @@
-"""A whole evaluation: features of the real pictures, probes fitted on them, pictures drawn, scores with controls."""
+"""A whole evaluation: probes fitted on features of the real pictures, pictures generated, scores with controls."""
 
 from __future__ import annotations
 
@@ -13,112 +13,118 @@ from PIL import Image, ImageFilter
 from stable_diffusion import images
 from stable_diffusion.config import ModelConfig, to_dict
 from stable_diffusion.data.cache import Array, ArrayCache, digest
-from stable_diffusion.data.item import Progress
+from stable_diffusion.data.item import Progress, Split
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.evaluation import features as network_features
-from stable_diffusion.evaluation.codec import PatchPCA, psnr, round_trips
+from stable_diffusion.evaluation.codec import Autoencoder, PatchPCA, Weights, psnr, round_trips
 from stable_diffusion.evaluation.distances import Nearest
 from stable_diffusion.evaluation.features import MobileNetV2, feature_blocks, load_network
-from stable_diffusion.evaluation.pictures import Split, groups, open_splits
+from stable_diffusion.evaluation.pictures import groups, in_order, pictures
 from stable_diffusion.evaluation.report import Codec, Example, GroupScores, Neighbour, Report, Shown
 from stable_diffusion.evaluation.scores import judge, learn
-from stable_diffusion.generation.pipeline import Parts
 
-DRAWN_TOGETHER = 4
+GENERATED_TOGETHER = 4
 BLUR = 1 / 32
-"""Deviation of the blurred control, in sides of the picture."""
+"""Standard deviation of the blurred control, in sides of the picture."""
 PCA_PICTURES = 2000
 SHOWN = 12  # of each group
 NEIGHBOURS = 24
 
-Draw = Callable[[Sequence[str], int], Sequence[Image.Image]]
-"""Draws one picture of each caption with the model's own settings; the seed is the first one's, then one more."""
+Generate = Callable[[Sequence[str], int], Sequence[Image.Image]]
+"""One picture of each caption, with the model's own settings; the seed is the first one's, then one more."""
 
 
-class EvaluatedParts(Parts, Protocol):
+class Parts(Protocol):
     """What evaluation needs of a model."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def vae(self) -> Autoencoder: ...
+    @property
+    def unet(self) -> Weights: ...
+    @property
+    def text_encoder(self) -> Weights: ...
 
 
 def evaluate(
-    parts: EvaluatedParts,
-    draw: Draw,
-    folder: Path,
+    parts: Parts,
+    generate: Generate,
+    data: str,
+    splits: Sequence[Split],
     *,
     out: Path,
     cache: Path,
     count: int = 500,
-    splits: Sequence[str] = (),
+    only: Sequence[str] = (),
     seed: int = 0,
 ) -> Generator[Progress, None, tuple[Report, Shown]]:
-    """Scores a model on a captioned set in COCO's format; gives the scores, and pictures to show beside them.
+    """Scores a model on a captioned set; gives the scores, and pictures to show beside them.
 
-    What was drawn is kept in ``out/cache``, a group at a time, and used again by the same model.
+    What was generated is kept in ``out/cache``, a group at a time, and used again by the same model. Of the fields
+    of the set's entries, ``object`` and ``style`` are scored, ``style_words`` choose captions and ``part`` groups.
 
     Args:
         parts: the model's parts.
-        draw: draws with them.
-        folder: the set: ``{split}/`` and ``annotations/captions_{split}.json``.
-        out: folder of the drawn pictures' cache.
+        generate: makes pictures with them.
+        data: the set's name.
+        splits: all of its splits, whose real pictures the scores are learned from.
+        out: folder of the generated pictures' cache.
         cache: folder where features of the real pictures are kept for the next model.
         count: pictures of each group, at least 2.
-        splits: the splits to score; none for all of the set.
+        only: names of the splits to score; none for all.
         seed: decides on pictures, captions and noise.
 
     Raises:
-        InputError: an argument outside what is said here, a set that cannot be read, or no feature network.
+        InputError: an argument outside what is said here, a picture that cannot be read, or no feature network.
     """
     if count < 2:
         raise InputError(f"count must be at least 2, got {count}")
     if seed < 0:
         raise InputError(f"seed must be 0 or more, got {seed}")
-    network = load_network().to(parts.unet.conv_out.weight.device)
+    for name in only:
+        if name not in (names := [split.name for split in splits]):
+            raise unknown_name("split", name, names)
+    splits = in_order(splits)
+    network = load_network().to(parts.vae.device)
     config = parts.config
     size = config.sample_size
-    opened = open_splits(folder)
-    for name in splits:
-        if name not in (names := [split.name for split in opened]):
-            raise unknown_name("split", name, names)
     real_features: dict[str, Array] = {}
-    for split in opened:
-        real_features[split.name] = yield from _split_features(
-            network, split, size, cache / folder.resolve().name
-        )
+    for split in splits:
+        real_features[split.name] = yield from _split_features(network, split, size, cache / data)
     yield Progress("fitting probes", 0, 1)
-    learned = learn(opened, real_features, bool(config.text_encoders))
+    learned = learn(splits, real_features, bool(config.text_encoders))
     yield Progress("fitting probes", 1, 1)
 
     weights = digest(*(_bytes(tensor) for tensor in _tensors(parts)), to_dict(config))
     left_out = list(learned.left_out)
     scored: list[GroupScores] = []
     shown = Shown({}, [], [])
-    for group in (
-        part for split in opened if not splits or split.name in splits for part in groups(split, seed)
-    ):
+    scored_splits = [split for split in splits if not only or split.name in only]
+    for group in (part for split in scored_splits for part in groups(split, seed)):
         rows = group.rows[:count]
         if len(rows) < 2:
             left_out.append(f"{group.name}: it has one picture, and scores need two")
             continue
         captions = [group.caption(row, seed) if config.text_encoders else "" for row in rows]
-        drawn = yield from _drawn(group.name, draw, captions, seed, size, weights, out / "cache")
-        real = np.stack(list(group.split.pictures(size, rows)))
-        copies = {"round trips": round_trips(parts, real), "blurred": map(_blurred, real)}
+        made = yield from _generated(group.name, generate, captions, seed, size, weights, out / "cache")
+        real = np.stack(list(pictures(group.split, size, rows)))
+        copies = {"round trips": round_trips(parts.vae, real), "blurred": map(_blurred, real)}
         features = {"real": real_features[group.split.name][rows]}
-        for kind, pictures in {"generated": drawn, **copies}.items():
-            features[kind] = yield from _features(network, f"{group.name}: {kind}", pictures, len(rows))
+        for kind, some in {"generated": made, **copies}.items():
+            features[kind] = yield from _features(network, f"{group.name}: {kind}", some, len(rows))
         judged = judge(learned, group, rows, features, real_features[group.split.name], seed)
         scored.append(GroupScores(group.name, len(rows), judged.scores))
         shown.examples[group.name] = [
-            Example(captions[i], drawn[i], real[i], None if judged.ranks is None else int(judged.ranks[i]))
+            Example(captions[i], made[i], real[i], None if judged.ranks is None else int(judged.ranks[i]))
             for i in range(min(SHOWN, len(rows)))
         ]
         if judged.near is not None:
-            training = next(split for split in opened if split.is_training)
-            shown.neighbours.extend(_neighbours(captions, drawn, judged.near, training, size))
+            training = next(split for split in splits if split.is_training)
+            shown.neighbours.extend(_neighbours(captions, made, judged.near, training, size))
     shown.neighbours.sort(key=lambda neighbour: neighbour.ratio)
     del shown.neighbours[NEIGHBOURS:]
-    codec, compared = _codec(parts, opened, size, count, seed)
+    codec, compared = _codec(parts.vae, splits, size, count, seed)
     shown.codec.extend(compared)
     report = Report(
         model=config.name,
@@ -127,7 +133,7 @@ def evaluate(
         sampler=to_dict(config.sampler),
         num_inference_steps=config.num_inference_steps,
         guidance=to_dict(config.guidance),
-        data=folder.resolve().name,
+        data=data,
         count=count,
         seed=seed,
         objects=None if learned.objects is None else len(learned.objects.objects),
@@ -139,28 +145,28 @@ def evaluate(
 
 
 def _neighbours(
-    captions: list[str], drawn: Array, near: Nearest, training: Split, size: int
+    captions: list[str], generated: Array, near: Nearest, training: Split, size: int
 ) -> Iterator[Neighbour]:
     for i in np.argsort(near.ratio, kind="stable")[:NEIGHBOURS].tolist():
-        (picture,) = training.pictures(size, [int(near.index[i])])
-        yield Neighbour(captions[i], drawn[i], picture, float(near.ratio[i]))
+        (picture,) = pictures(training, size, [int(near.index[i])])
+        yield Neighbour(captions[i], generated[i], picture, float(near.ratio[i]))
 
 
 def _codec(
-    parts: EvaluatedParts, splits: Sequence[Split], size: int, count: int, seed: int
+    vae: Autoencoder, splits: Sequence[Split], size: int, count: int, seed: int
 ) -> tuple[Codec | None, list[list[Array]]]:
     """What the autoencoder and a linear code make of held-out pictures, if there are any; and some to show."""
     held_out = [group for split in splits if not split.is_training for group in groups(split, seed)]
     if not held_out:
         return None, []
     each = -(-count // len(held_out))  # about as many in all as a group has
-    real = np.stack([x for group in held_out for x in group.split.pictures(size, group.rows[:each])])
-    kinds = [real, np.stack(list(round_trips(parts, real)))]
-    factor, channels = parts.vae.config.factor, parts.vae.config.latent_channels
+    real = np.stack([x for group in held_out for x in pictures(group.split, size, group.rows[:each])])
+    kinds = [real, np.stack(list(round_trips(vae, real)))]
+    factor, channels = vae.config.factor, vae.config.latent_channels
     for split in splits:
         if split.is_training:
             (group,) = groups(split, seed)
-            training = np.stack(list(split.pictures(size, group.rows[:PCA_PICTURES])))
+            training = np.stack(list(pictures(split, size, group.rows[:PCA_PICTURES])))
             kinds.append(PatchPCA(training, factor, channels).round_trip(real))
     codec = Codec(
         pictures=len(real),
@@ -177,39 +183,41 @@ def _split_features(
     """Features of every real picture of a split, from the cache where they are there."""
     weights = [_bytes(tensor) for tensor in network.state_dict().values()]
     seen = network_features.SIZE, network_features.BLOCKS, network_features.CELLS
-    key = digest(*weights, seen, split.key(size))
-    shape = (len(split.numbers), network_features.WIDTH)
-    stored = ArrayCache(folder, f"features-{split.name}", key, shape, "float32")
-    for done in stored.fill(feature_blocks(network, split.pictures(size))):
-        yield Progress(f"{split.name}: features", done, len(split.numbers))
+    versions = [(entry.key, entry.version) for entry in split.entries]
+    shape = (len(split.entries), network_features.WIDTH)
+    depends = digest(*weights, seen, versions, size)
+    stored = ArrayCache(folder, f"features-{split.name}", depends, shape, "float32")
+    for done in stored.fill(feature_blocks(network, pictures(split, size))):
+        yield Progress(f"{split.name}: features", done, len(split.entries))
     return np.array(stored.read())
 
 
 def _features(
-    network: MobileNetV2, what: str, pictures: Iterable[Array], total: int
+    network: MobileNetV2, what: str, some: Iterable[Array], total: int
 ) -> Generator[Progress, None, Array]:
     blocks: list[Array] = []
-    for block in feature_blocks(network, pictures):
+    for block in feature_blocks(network, some):
         blocks.append(block)
         yield Progress(what, sum(map(len, blocks)), total)
     return np.concatenate(blocks)
 
 
-def _drawn(
-    name: str, draw: Draw, captions: list[str], seed: int, size: int, weights: str, folder: Path
+def _generated(
+    name: str, generate: Generate, captions: list[str], seed: int, size: int, weights: str, folder: Path
 ) -> Generator[Progress, None, Array]:
-    """The model's pictures of the captions, uint8, from the cache where it has drawn them before."""
-    key = digest(weights, captions, seed, size)
+    """The model's pictures of the captions, uint8, from the cache where it has made them before."""
+    depends = digest(weights, captions, seed, size)
     shape = (len(captions), size, size, 3)
-    stored = ArrayCache(folder, f"drawn-{name.replace(', ', '-').replace(' ', '-')}", key, shape, "uint8")
+    file = f"generated-{name.replace(', ', '-').replace(' ', '-')}"
+    stored = ArrayCache(folder, file, depends, shape, "uint8")
 
     def blocks() -> Iterator[Array]:
-        for start in range(0, len(captions), DRAWN_TOGETHER):
-            pictures = draw(captions[start : start + DRAWN_TOGETHER], seed + start)
-            yield np.stack([np.asarray(images.cover(picture, size, size)) for picture in pictures])
+        for start in range(0, len(captions), GENERATED_TOGETHER):
+            some = generate(captions[start : start + GENERATED_TOGETHER], seed + start)
+            yield np.stack([np.asarray(images.cover(picture, size, size)) for picture in some])
 
     for done in stored.fill(blocks()):
-        yield Progress(f"{name}: drawing", done, len(captions))
+        yield Progress(f"{name}: generating", done, len(captions))
     return stored.read()
 
 

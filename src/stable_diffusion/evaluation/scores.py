@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from stable_diffusion.data.cache import Array
+from stable_diffusion.data.item import Split
 from stable_diffusion.evaluation.distances import MEMORISED, KernelDistance, Nearest, kernel_distance, nearest
 from stable_diffusion.evaluation.features import looks, pooled
-from stable_diffusion.evaluation.pictures import Group, Split
+from stable_diffusion.evaluation.pictures import Group
 from stable_diffusion.evaluation.probes import ObjectProbe, StyleProbe, fit_objects, fit_styles
 
 AMONG = 5  # nearest objects
@@ -86,22 +88,24 @@ def learn(splits: Sequence[Split], features: dict[str, Array], reads_text: bool)
     near = pooled(x) if len(x) > 1 else None
     if not reads_text:
         return Judge(training=near, left_out=("objects and styles: the model reads no text",))
+    asked = {what: training.field(what) for what in ("object", "style")}
     left_out = [
         f"{what}s: not every training picture has the field {what!r}"
-        for what, values in (("object", training.objects), ("style", training.styles))
+        for what, values in asked.items()
         if values is None
     ]
     objects = None
-    if training.objects is not None:
-        objects = fit_objects(looks(x), training.objects)
-        others = [split for split in splits if not split.is_training and split.objects is not None]
-        if others:  # together, so that one mean is of all pictures of an object
-            rest = np.concatenate([looks(features[split.name]) for split in others])
-            objects = objects.with_objects(rest, [name for split in others for name in split.objects or ()])
+    if (trained := asked["object"]) is not None:
+        objects = fit_objects(looks(x), trained)
+        others = {split.name: split.field("object") for split in splits if not split.is_training}
+        named = {name: values for name, values in others.items() if values is not None}
+        if named:  # together, so that one mean is of all pictures of an object
+            rest = np.concatenate([looks(features[name]) for name in named])
+            objects = objects.with_objects(rest, [value for values in named.values() for value in values])
     return Judge(
         objects=objects,
-        trained=frozenset(training.objects or ()),
-        styles=None if training.styles is None else fit_styles(looks(x), training.styles),
+        trained=frozenset(trained or ()),
+        styles=None if asked["style"] is None else fit_styles(looks(x), asked["style"]),
         training=near,
         left_out=tuple(left_out),
     )
@@ -121,6 +125,7 @@ def judge(
         seed: of the bootstrap and of the shuffling.
     """
     split, real = group.split, kinds["real"]
+    objects, styles = split.field("object"), split.field("style")
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     judged = {kind: (kinds[kind], np.arange(len(rows))) for kind in KINDS}
     judged["shuffled captions"] = kinds["generated"], shuffled
@@ -128,32 +133,26 @@ def judge(
     halves = [pooled(all_real[group.rows[start : start + half]]) for start in (0, half)]
     result, ranks_of, near_of = {}, {}, {}
     for kind, (x, order) in judged.items():
-        distance = top1 = top5 = style = ratio = memorised = None
+        scores: dict[str, Any] = {}
         if kind == "real":
-            distance = kernel_distance(halves[0], halves[1], seed) if half > 1 else None
+            scores["kernel_distance"] = kernel_distance(halves[0], halves[1], seed) if half > 1 else None
         elif order is not shuffled:
-            distance = kernel_distance(pooled(x), pooled(real), seed)
-        if learned.objects is not None and split.objects is not None:
-            asked = [split.objects[rows[i]] for i in order]
+            scores["kernel_distance"] = kernel_distance(pooled(x), pooled(real), seed)
+        if learned.objects is not None and objects is not None:
+            asked = [objects[rows[i]] for i in order]
             ranks = ranks_of[kind] = learned.ranks(looks(x), asked, looks(real)[order], split.is_training)
-            top1, top5 = float((ranks < 1).mean()), float((ranks < AMONG).mean())
-        if learned.styles is not None and split.styles is not None:
-            styles = [split.styles[rows[i]] for i in order]
+            scores |= {f"object_top{n}": float((ranks < n).mean()) for n in (1, AMONG)}
+        if learned.styles is not None and styles is not None:
             found = learned.styles.predict(looks(x))
-            style = float(np.mean([a == b for a, b in zip(found, styles, strict=True)]))
+            right = [name == styles[rows[i]] for name, i in zip(found, order, strict=True)]
+            scores["style"] = float(np.mean(right))
         # A real training picture is its own nearest one.
         own = kind == "real" and split.is_training
         if learned.training is not None and order is not shuffled and not own:
             near = near_of[kind] = nearest(pooled(x), learned.training)
-            ratio, memorised = float(np.median(near.ratio)), float((near.ratio < MEMORISED).mean())
-        result[kind] = Scores(
-            kernel_distance=distance,
-            object_top1=top1,
-            object_top5=top5,
-            style=style,
-            nearest_ratio=ratio,
-            memorised=memorised,
-        )
+            scores["nearest_ratio"] = float(np.median(near.ratio))
+            scores["memorised"] = float((near.ratio < MEMORISED).mean())
+        result[kind] = Scores(**scores)
     if result["shuffled captions"] == Scores():
         del result["shuffled captions"]
     return Judged(result, ranks_of.get("generated"), near_of.get("generated"))

@@ -46,10 +46,11 @@ class Recipe:
             return CocoImageLoader(self.data.images, self.data.captions)
         folder = Path("datasets") / self.name
         if self.data.kind == "shapes":
-            write_shapes(folder, count=self.data.count, size=self.data.size, seed=self.data.seed)
+            steps = write_shapes(folder, self.data.count, self.data.size, self.data.seed)
         else:
-            for _ in write_icons(folder, self.data.size):
-                pass
+            steps = write_icons(folder, self.data.size, None)
+        for _ in steps:
+            pass
         return CocoImageLoader(folder / "train", folder / "annotations" / "captions_train.json")
 
 

@@ -1,0 +1,48 @@
+"""Sets that are made here, not downloaded: whole or not there, and made again only where something changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion.data.item import Progress
+from stable_diffusion.errors import InputError
+from stable_diffusion.files import read_json, replacing_folder
+
+
+def make_set(
+    folder: Path, kind: str, info: dict[str, Any], record: str, fill: Callable[[Path], Iterator[Progress]]
+) -> Generator[Progress, None, None]:
+    """Makes a set, unless it is there already and was made of the same; one that was made of others is replaced.
+
+    Args:
+        folder: one that is empty, new, or such a set.
+        kind: what the set is of; its ``description`` begins with ``mini-stable-diffusion`` and this word.
+        info: all that the set depends on, as `record` has it under the key ``info``.
+        record: one of the set's JSON files.
+        fill: writes the set into an empty folder, as its steps are consumed.
+
+    Raises:
+        InputError: the folder is a file, holds something else, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is a file: give a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            there = dict(read_json(folder / record)["info"])
+        except (InputError, KeyError, TypeError, ValueError):
+            there = {}
+        if not str(there.get("description")).startswith(f"mini-stable-diffusion {kind}"):
+            raise InputError(
+                f"{str(folder)!r} holds something else than a set of {kind}: give an empty or a new folder"
+            )
+        if there == info:
+            return
+    try:
+        with replacing_folder(folder) as building:
+            yield from fill(building)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {str(error.filename or folder)!r}: {error.strerror or error}; choose another place"
+        ) from error
