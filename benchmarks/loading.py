@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stable_diffusion.checkpoints import Checkpoint
+from stable_diffusion.checkpoints import Checkpoint, diffusers_export
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import SD15
 from stable_diffusion.nn.text import TextEncoder
