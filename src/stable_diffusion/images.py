@@ -1,4 +1,4 @@
-"""Pictures in files, as PIL images and as tensors: the one place where they change from one to the other.
+"""Pictures as files, PIL images and tensors: the one place where they are converted.
 
 PIL images are outside, float tensors in [-1, 1] inside. torch is imported by the functions that need it, so
 that checking files costs no start-up time.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-# PIL also opens formats that are programs (EPS runs Ghostscript), which have no place in a set of pictures.
+# PIL also opens formats that are programs (EPS runs Ghostscript); those are not read.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 
 _ORIENTATION = 0x0112
@@ -57,7 +57,7 @@ _DAMAGE = (
 def open_image(path: str | Path) -> Image.Image:
     """The picture in a file, fully decoded: RGB, upright, on white where it is transparent.
 
-    The content counts, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
+    The content decides, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
     cut off, or too large to be decoded safely.
     """
     with opened(path) as image:
@@ -123,7 +123,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of the image that has the asked aspect ratio, resized; nothing is stretched."""
+    """The largest centred crop of that aspect ratio, resized; nothing is stretched."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -164,7 +164,7 @@ def mask_tensor(mask: Image.Image, width: int, height: int) -> Float[Tensor, "1 
 
 
 def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> None:
-    """Writes a PNG that carries the settings that made it; no reader ever sees half a file.
+    """Writes a PNG with the settings that made it; no reader ever sees half a file.
 
     Two text chunks hold them: ``minisd``, all of them as JSON, and ``parameters``, those that other programs
     know. ``settings`` holds JSON values. Folders are created. Raises InputError where nothing can be written,
@@ -174,7 +174,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> 
     if path.suffix.lower() != ".png":
         raise InputError(f"pictures are written as PNG: name {str(path)!r} with .png at the end")
     chunks = PngImagePlugin.PngInfo()
-    # A command line can hold bytes that are no text (lone surrogates). UTF-8 has no form for them, JSON has.
+    # A command line can contain bytes that are not text (lone surrogates). JSON can represent them, UTF-8 cannot.
     chunks.add_text("parameters", parameters(settings).encode("utf-8", "replace").decode("utf-8"))
     chunks.add_text("minisd", json.dumps(settings))
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
@@ -244,8 +244,8 @@ def _damaged(path: str | Path, error: Exception) -> InputError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # After decoding: PIL turns TIFFs itself, and PNGs may hold their EXIF behind the pixels. Broken EXIF says
-    # nothing about the pixels, so it is no reason to refuse a picture.
+    # After decoding: PIL rotates TIFFs itself, and PNGs may have their EXIF after the pixels. Broken EXIF says
+    # nothing about the pixels, so the picture is read all the same.
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except (OSError, *_DAMAGE):
