@@ -15,6 +15,9 @@ VAE_NORM_EPS = 1e-6  # also the transformer's entry norm in the U-Net
 
 M = TypeVar("M", bound=nn.Module)
 
+KeysValues = tuple[Float[Tensor, "b m _"], Float[Tensor, "b m _"]]
+"""What an attention reads of its context."""
+
 
 def zero(module: M) -> M:
     """The module with its parameters at 0: a new block starts as the identity, a new network predicts 0."""
@@ -72,7 +75,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip; the time embedding is added in the middle.
+    """Norm, SiLU, convolution, twice, around a skip; the time embedding, after a SiLU, is added in the middle.
 
     With `time_width` None it is the autoencoder's block, without a time embedding.
     """
@@ -89,11 +92,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], time_embedding: Float[Tensor, "b t"] | None = None
+        self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b t"] | None = None
     ) -> Float[Tensor, "b c2 h w"]:
         hidden = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None and time_embedding is not None:
-            hidden = hidden + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
+        if self.time_emb_proj is not None and time is not None:
+            hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -160,7 +163,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Self-attention, or cross-attention where a context is given.
+    """Self-attention, or cross-attention where the context's keys and values are given.
 
     `groups` adds the group norm in front and the residual that the autoencoder's attention has.
     """
@@ -185,15 +188,19 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    def keys_values(self, context: Float[Tensor, "b m d"]) -> KeysValues:
+        """What ``forward`` reads of a context: the same at every step of a walk."""
+        return self.to_k(context), self.to_v(context)
+
     def forward(
         self,
         x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m d"] | None = None,
+        context: KeysValues | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n c"]:
         normed = x if self.group_norm is None else self.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        context = normed if context is None else context
-        query, key, value = self.to_q(normed), self.to_k(context), self.to_v(context)
+        query = self.to_q(normed)
+        key, value = self.keys_values(normed) if context is None else context
         out = self.to_out[0](
             attend(query, key, value, num_heads=self.num_heads, mask=mask, upcast=self.upcast)
         )
@@ -242,7 +249,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m d"] | None,
+        context: KeysValues | None,
         mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b n c"]:
         x = x + self.attn1(self.norm1(x))
@@ -272,10 +279,16 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero(_projection(channels, linear))
 
+    def keys_values(self, text: Float[Tensor, "b m d"]) -> KeysValues | None:
+        """What its cross-attention reads of text tokens; None where it has none."""
+        (block,) = self.transformer_blocks
+        assert isinstance(block, TransformerBlock)
+        return None if block.attn2 is None else block.attn2.keys_values(text)
+
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        context: Float[Tensor, "b m d"] | None,
+        context: KeysValues | None,
         mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b c h w"]:
         tokens = _per_pixel(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))  # b hw c

@@ -14,6 +14,7 @@ from stable_diffusion.config import UNetConfig
 from stable_diffusion.nn.blocks import (
     UNET_NORM_EPS,
     Downsample,
+    KeysValues,
     Placed,
     ResnetBlock,
     SpatialTransformer,
@@ -25,7 +26,7 @@ from stable_diffusion.nn.blocks import (
 )
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """Residual blocks at one resolution, each followed by a transformer where the level has attention."""
 
     def __init__(
@@ -91,7 +92,7 @@ class UNet(Placed):
         for i, width in enumerate(widths):
             channels = [(skips[-1], width)] + [(width, width)] * (config.layers_per_block - 1)
             self.down_blocks.append(
-                Level(
+                UNetLevel(
                     config,
                     i,
                     channels,
@@ -102,7 +103,9 @@ class UNet(Placed):
             )
             skips += [width] * (config.layers_per_block + (i < last))
 
-        middle = Level(config, last, [(widths[-1], widths[-1])] * 2, attention=True, time_width=time_width)
+        middle = UNetLevel(
+            config, last, [(widths[-1], widths[-1])] * 2, attention=True, time_width=time_width
+        )
         del middle.attentions[1]  # the middle is block, transformer, block
         self.mid_block = middle
 
@@ -114,7 +117,7 @@ class UNet(Placed):
                 channels.append((current + skips.pop(), width))
                 current = width
             self.up_blocks.append(
-                Level(
+                UNetLevel(
                     config, i, channels, attention=config.attention_levels[i], time_width=time_width, up=i > 0
                 )
             )
@@ -139,35 +142,61 @@ class UNet(Placed):
             encoder_attention_mask: True where a token may be attended to; None attends to all.
             class_labels: labels, or pooled text vectors, for a network that has an embedding for them.
         """
-        features = timestep_features(timesteps, self.config.block_out_channels[0]).to(sample.dtype)
+        time = self.embed_time(timesteps, class_labels)
+        return self.predict(sample, time, self.keys_values(encoder_hidden_states), encoder_attention_mask)
+
+    def embed_time(
+        self,
+        timesteps: Float[Tensor, " b"],
+        class_labels: Int[Tensor, " b"] | Float[Tensor, "b p"] | None = None,
+    ) -> Float[Tensor, "b t"]:
+        """The time embedding, with that of the labels, as every residual block reads it."""
+        features = timestep_features(timesteps, self.config.block_out_channels[0]).to(
+            self.conv_in.weight.dtype
+        )
         time = self.time_embedding(features)
         if self.class_embedding is not None:
             time = time + self.class_embedding(class_labels)
+        return F.silu(time)
 
-        text = (encoder_hidden_states, encoder_attention_mask)
+    def keys_values(self, text: Float[Tensor, "b n d"] | None) -> list[KeysValues | None]:
+        """What each transformer reads of the text tokens, in the order in which ``predict`` meets them."""
+        levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        transformers = [transformer for level in levels for transformer in level.attentions]
+        return [None if text is None else transformer.keys_values(text) for transformer in transformers]
+
+    def predict(
+        self,
+        sample: Float[Tensor, "b c h w"],
+        time: Float[Tensor, "b t"],
+        keys_values: list[KeysValues | None],
+        mask: Bool[Tensor, "b n"] | None,
+    ) -> Float[Tensor, "b c2 h w"]:
+        """``forward`` from what ``embed_time`` and ``keys_values`` gave, which a walk computes once."""
+        contexts = keys_values[::-1]
         hidden = self.conv_in(sample)
         skips = [hidden]
         for level in self.down_blocks:
-            assert isinstance(level, Level)
+            assert isinstance(level, UNetLevel)
             for i, resnet in enumerate(level.resnets):
                 hidden = resnet(hidden, time)
                 if level.attentions:
-                    hidden = level.attentions[i](hidden, *text)
+                    hidden = level.attentions[i](hidden, contexts.pop(), mask)
                 skips.append(hidden)
             for downsample in level.downsamplers:
                 hidden = downsample(hidden)
                 skips.append(hidden)
 
         hidden = self.mid_block.resnets[0](hidden, time)
-        hidden = self.mid_block.attentions[0](hidden, *text)
+        hidden = self.mid_block.attentions[0](hidden, contexts.pop(), mask)
         hidden = self.mid_block.resnets[1](hidden, time)
 
         for level in self.up_blocks:
-            assert isinstance(level, Level)
+            assert isinstance(level, UNetLevel)
             for i, resnet in enumerate(level.resnets):
                 hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
                 if level.attentions:
-                    hidden = level.attentions[i](hidden, *text)
+                    hidden = level.attentions[i](hidden, contexts.pop(), mask)
             for upsample in level.upsamplers:
                 hidden = upsample(hidden, tuple(skips[-1].shape[-2:]))  # the skip's size: odd sizes come back
 
