@@ -59,8 +59,8 @@ def pictures(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("pictures/*.png")}
 
 
-def test_drawing_snippet_runs(here: Path) -> None:
-    """The Python under "Drawing" gives the two pictures that it names."""
+def test_generating_snippet_runs(here: Path) -> None:
+    """The Python under "Generating pictures" gives the two pictures that it names."""
     exec(snippet("fox.png"), {})
     assert {path.name for path in here.iterdir()} == {"fox.png", "wolf.png"}
 
@@ -72,13 +72,13 @@ def test_every_snippet_is_run() -> None:
     assert re.findall(r"```python\n(.*?)```", README, re.S) == [snippet("fox.png"), SAMPLE]
 
 
-def test_drawing_commands_run(here: Path) -> None:
-    """Every line under "Drawing", in its order, with the files that it names."""
+def test_generating_commands_run(here: Path) -> None:
+    """Every line under "Generating pictures", in its order, with the files that it names."""
     cli.main(["generate", "a fox", "--seed", "7"])
     Image.new("RGB", (128, 128), "orange").save("photo.png")
     Image.new("L", (128, 128), 255).save("mask.png")
     tiny_model(FITS_DIFFUSERS).export("path/to/stable-diffusion")
-    (section,) = re.findall(r"^## Drawing\n(.*?)^## ", README, re.M | re.S)
+    (section,) = re.findall(r"^## Generating pictures\n(.*?)^## ", README, re.M | re.S)
     lines, seen = commands(section), pictures(here)
     assert len(lines) >= 5 and seen == {"a-fox-7.png"}
     for line in lines:
