@@ -16,15 +16,14 @@ import torch
 from PIL import Image, PngImagePlugin, features
 
 from stable_diffusion.errors import InputError
+from stable_diffusion.generation.metadata import parameters, read_settings, save_png
 from stable_diffusion.images import (
+    binary_mask,
     check_header,
     cover,
     free_name,
     mask_tensor,
     open_image,
-    parameters,
-    read_settings,
-    save_png,
     to_pil,
     to_rgb,
     to_tensor,
@@ -319,7 +318,7 @@ def test_cover_is_antialiased() -> None:
 def test_mask_is_binary_and_white_is_one() -> None:
     mask = Image.new("L", (4, 1))
     mask.putdata([0, 127, 128, 255])
-    tensor = mask_tensor(mask, 4, 1)
+    tensor = mask_tensor(binary_mask(mask, 4, 1))
     assert tensor.tolist() == [[[[0, 0, 1, 1]]]]
     assert tensor.dtype == torch.float32
 
@@ -328,7 +327,7 @@ def test_mask_is_binary_and_white_is_one() -> None:
 def test_mask_modes_and_sizes(mode: str) -> None:
     mask = Image.new("L", (96, 48))
     mask.paste(255, (48, 0, 96, 48))  # the right half; the square in the middle is half of it
-    tensor = mask_tensor(mask.convert(mode), 16, 16)
+    tensor = mask_tensor(binary_mask(mask.convert(mode), 16, 16))
     assert tensor.shape == (1, 1, 16, 16)
     assert (tensor[0, 0, :, :8] == 0).all()
     assert (tensor[0, 0, :, 8:] == 1).all()
@@ -336,7 +335,7 @@ def test_mask_modes_and_sizes(mode: str) -> None:
 
 def test_16_bit_mask() -> None:
     mask = Image.fromarray(np.array([[0, 30000, 40000, 65535]], dtype=np.uint16))
-    assert mask_tensor(mask, 4, 1).flatten().tolist() == [0, 0, 1, 1]
+    assert mask_tensor(binary_mask(mask, 4, 1)).flatten().tolist() == [0, 0, 1, 1]
     assert to_rgb(mask).getpixel((3, 0)) == (255, 255, 255)
 
 
@@ -360,7 +359,7 @@ def test_settings_come_back(tmp_path: Path, prompt: str) -> None:
         **SETTINGS,
         "prompt": prompt,
         "negative_prompt": prompt,
-        "sampler": {"name": "ddim", "eta": 0.1},
+        "sampler": "ddim",
     }
     save_png(noise(), tmp_path / "a.png", settings)
     assert read_settings(tmp_path / "a.png") == settings
@@ -384,13 +383,14 @@ def test_parameters_text() -> None:
 def test_parameters_text_quotes_and_omits() -> None:
     settings = {
         "prompt": "a",
-        "sampler": {"name": "dpmpp_2m", "spacing": "karras"},
+        "sampler": "dpmpp_2m",
+        "spacing": "karras",
         "model": 'C:\\my, "model"',
     }
     assert parameters(settings) == (
         'a\nSampler: DPM++ 2M, Schedule type: Karras, Model: "C:\\\\my, \\"model\\""'
     )
-    assert parameters({"guidance_scale": {"scale": 0.0}, "strength": 0.75, "seed": 3, "sampler": "new"}) == (
+    assert parameters({"guidance_scale": 0.0, "strength": 0.75, "seed": 3, "sampler": "new"}) == (
         "Sampler: new, CFG scale: 0, Seed: 3, Denoising strength: 0.75"
     )
     assert parameters({}) == ""

@@ -26,7 +26,7 @@ ROOMS: list[set[str]] = [
     {"training", "evaluation"},
     {"generation", "checkpoints"},
     {"nn", "diffusion", "data"},
-    {"images", "utils"},
+    {"compiled", "images", "utils"},
     {"config", "files", "runtime"},
     {"errors"},
 ]

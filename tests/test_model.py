@@ -208,7 +208,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_an_argument_that_cannot_be_used_is_one_clear_sentence(
     arguments: dict[str, Any], message: str, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.unet, "forward", None)  # nothing is computed before the arguments are checked
+    monkeypatch.setattr(model.unet, "predict", None)  # nothing is computed before the arguments are checked
     with pytest.raises(InputError, match=message) as caught:
         model.generate(**{"prompt": "a"} | arguments)
     assert "\n" not in str(caught.value)

@@ -6,7 +6,10 @@ back with ``from_dict``, which refuses unknown keys.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import types
 import typing
 from dataclasses import dataclass, replace
@@ -243,6 +246,11 @@ class ModelConfig:
     styles: Styles = Styles()
     """Read by generation alone: training takes captions as they are."""
 
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the U-Net was made for inpainting: it reads a mask and masked latents beside the noisy ones."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
 
 MINILM = TextEncoderConfig(
     architecture="bert",
@@ -377,8 +385,23 @@ def from_dict(cls: type[T], data: dict[str, Any], *, base: T | None = None) -> T
     for key in data:
         if key not in known:
             raise unknown_name(f"setting of {cls.__name__}", key, known)
-    values = {key: _typed(known[key], value, key, getattr(base, key, None)) for key, value in data.items()}
+    values = {key: typed(known[key], value, key, getattr(base, key, None)) for key, value in data.items()}
     return cls(**values) if base is None else replace(base, **values)  # type: ignore[type-var] # T is a dataclass
+
+
+def documented(cls: type) -> dict[str, str]:
+    """The sentences below a class's fields, by the field: what ``--help`` shows of it."""
+    (tree,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(tree, ast.ClassDef)
+    pairs = itertools.pairwise(tree.body)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -387,8 +410,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _typed(hint: Any, value: Any, key: str, base: Any) -> Any:
-    """`value`, as read from JSON or TOML, as an instance of the annotation `hint`."""
+def typed(hint: Any, value: Any, key: str, base: Any = None) -> Any:
+    """`value`, as read from JSON or TOML, as an instance of the annotation `hint`.
+
+    Raises InputError, naming `key`, for a value of another type.
+    """
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         if value is None and len(options) < len(typing.get_args(hint)):
@@ -400,7 +426,7 @@ def _typed(hint: Any, value: Any, key: str, base: Any) -> Any:
                 raise unknown_name("autoencoder kind", kind, kinds)
             options = [kinds[kind]]
             base = base if isinstance(base, options[0]) else None
-        return _typed(options[0], value, key, base)
+        return typed(options[0], value, key, base)
     if hint is TextEncoderConfig and isinstance(value, str):
         if value not in TEXT_ENCODERS:
             raise unknown_name("text encoder", value, TEXT_ENCODERS)
@@ -411,7 +437,7 @@ def _typed(hint: Any, value: Any, key: str, base: Any) -> Any:
         inner = typing.get_args(hint)
         items = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
         if len(items) == len(value):
-            return tuple(_typed(item, v, key, None) for item, v in zip(items, value, strict=True))
+            return tuple(typed(item, v, key, None) for item, v in zip(items, value, strict=True))
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value

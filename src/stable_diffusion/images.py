@@ -6,18 +6,16 @@ that checking files costs no start-up time.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
-import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stable_diffusion.errors import InputError
 
@@ -155,79 +153,16 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def mask_tensor(mask: Image.Image, width: int, height: int) -> Float[Tensor, "1 1 h w"]:
-    """A mask as float32, 1 where it is white (to be repainted) and 0 where black; fitted as ``cover`` does."""
+def binary_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
+    """A mask in black and white: white, to be repainted, where it is brighter than 127; fitted as ``cover`` does."""
+    return cover(to_rgb(mask).convert("L"), width, height).point(lambda value: 255 if value > 127 else 0)
+
+
+def mask_tensor(mask: Image.Image) -> Float[Tensor, "1 1 h w"]:
+    """A binary mask as float32: 1 where it is white."""
     import torch
 
-    grey = np.asarray(cover(to_rgb(mask).convert("L"), width, height))  # h w
-    return torch.from_numpy(grey > 127.5).to(torch.float32)[None, None]
-
-
-def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> None:
-    """Writes a PNG with the settings that made it; no reader ever sees half a file.
-
-    Two text chunks hold them: ``minisd``, all of them as JSON, and ``parameters``, those that other programs
-    know. ``settings`` holds JSON values. Folders are created. Raises InputError where nothing can be written,
-    or for another suffix than .png.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise InputError(f"pictures are written as PNG: name {str(path)!r} with .png at the end")
-    chunks = PngImagePlugin.PngInfo()
-    # A command line can contain bytes that are not text (lone surrogates). JSON can represent them, UTF-8 cannot.
-    chunks.add_text("parameters", parameters(settings).encode("utf-8", "replace").decode("utf-8"))
-    chunks.add_text("minisd", json.dumps(settings))
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            image.save(partial, format="PNG", pnginfo=chunks)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that ``save_png`` stored. Raises InputError if the file holds none."""
-    with opened(path) as image:
-        text = image.info.get("minisd")
-    if not isinstance(text, str):
-        raise InputError(
-            f"{path} holds no settings of mini-stable-diffusion: give a PNG that it wrote and no program changed"
-        )
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f"the settings in {path} are damaged: give a PNG that no program changed")
-    return settings
-
-
-def parameters(settings: dict[str, Any]) -> str:
-    """Settings as the text that AUTOMATIC1111's webui writes and many programs read; missing ones are left out."""
-    sampler, guidance = settings.get("sampler"), settings.get("guidance_scale")
-    spacing = sampler.get("spacing") if isinstance(sampler, dict) else settings.get("spacing")
-    sampler = sampler.get("name") if isinstance(sampler, dict) else sampler
-    guidance = guidance.get("scale") if isinstance(guidance, dict) else guidance
-    size = [settings.get(side) for side in ("width", "height")]
-    fields = {
-        "Steps": settings.get("num_inference_steps"),
-        "Sampler": _WEBUI_SAMPLERS.get(str(sampler), sampler),
-        "Schedule type": "Karras" if spacing == "karras" else None,
-        "CFG scale": guidance,
-        "Seed": settings.get("seed"),
-        "Size": None if None in size else f"{size[0]}x{size[1]}",
-        "Model": settings.get("model"),
-        "Denoising strength": settings.get("strength"),
-    }
-    lines = [str(settings.get("prompt") or "")]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None))
-    return "\n".join(lines).strip()
+    return torch.from_numpy(np.asarray(mask) > 127).to(torch.float32)[None, None]
 
 
 def free_name(folder: str | Path, stem: str, suffix: str = ".png") -> Path:
@@ -251,22 +186,3 @@ def _upright(image: Image.Image) -> Image.Image:
     except (OSError, *_DAMAGE):
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _quoted(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
-
-
-_WEBUI_SAMPLERS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import math
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from stable_diffusion import checkpoints, images
 from stable_diffusion.checkpoints import (
@@ -27,17 +26,20 @@ from stable_diffusion.checkpoints import (
     taesd,
 )
 from stable_diffusion.checkpoints.checkpoint import packaged
-from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, preset
-from stable_diffusion.diffusion.names import sampler_name
+from stable_diffusion.compiled import serve
+from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.diffusion.schedule import Schedule
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.generation import pipeline
+from stable_diffusion.generation.denoise import Network, UNetNetwork
+from stable_diffusion.generation.request import Request, check_size
+from stable_diffusion.nn.adapters import Adapters
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
-from stable_diffusion.runtime import first_process, watched
+from stable_diffusion.runtime import first_process
 
 if TYPE_CHECKING:
     from stable_diffusion.data.item import CaptionedImages
@@ -78,6 +80,7 @@ class DiffusionModel(nn.Module):
         config = self.config
         self.vae = autoencoder(config.vae)
         self.unet = UNet(config.unet)
+        self.adapters = Adapters()
         tokenizers = [
             Tokenizer(folder, text.architecture, text.context_length)
             for folder, text in zip(tokenizer_folders, config.text_encoders, strict=True)
@@ -146,6 +149,8 @@ class DiffusionModel(nn.Module):
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes a model folder (see `checkpoints.native`), replacing one that is there.
 
+        LoRAs are written only where they are fused into the weights; a warning says which it is.
+
         Args:
             path: the folder.
             dtype: number format of the files, such as ``torch.float16``; None keeps the weights'.
@@ -165,7 +170,8 @@ class DiffusionModel(nn.Module):
         """Writes the model for other programs.
 
         ``StableDiffusionPipeline`` and single files hold models of CLIP and a KL autoencoder. Of others the
-        diffusers form has the parts that fit, with a warning that says why.
+        diffusers form has the parts that fit, with a warning that says why. LoRAs are written only where they are
+        fused into the weights; a warning says which it is.
 
         Args:
             path: a name that nothing has.
@@ -188,22 +194,37 @@ class DiffusionModel(nn.Module):
         else:
             compvis.write(Path(path), checkpoint, dtype)
 
-    def load_lora(self, path: str | Path, weight: float = 1.0) -> str:
-        """Merges a LoRA file of kohya's scripts or of diffusers/PEFT into the U-Net and the CLIP text encoder.
+    def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
+        """Lets a LoRA file of kohya's scripts or of diffusers/PEFT act on the U-Net and the CLIP text encoder.
 
-        Several add up. Warns where only some of the file's modules are in this model.
+        The model's own weights stay as they are (see `nn.adapters`). Several add up. Warns where only some of the
+        file's modules are in this model.
 
         Args:
             path: a ``.safetensors``, ``.pt`` or ``.bin`` file.
-            weight: how strongly it acts; 0 not at all, negative numbers turn it round.
+            weight: how strongly it acts where a call says nothing; 0 not at all, negative numbers turn it round.
+            name: what to call it; None takes the file's name without its ending.
 
         Returns:
             How many of the file's modules were applied, as a sentence.
 
         Raises:
-            InputError: a damaged file, no LoRA, or one for another model; the weights are as before then.
+            InputError: a damaged file, no LoRA, one for another model, or a name that is taken.
         """
-        return lora.merge(self.unet, self.text_encoder, self.config, Path(path), _number("weight", weight))
+        parts = (self.adapters, self.unet, self.text_encoder, self.config)
+        return lora.load(*parts, Path(path), weight, name)
+
+    def unload_lora(self, name: str) -> None:
+        """Forgets a LoRA. Raises InputError for one that is fused, or not there."""
+        self.adapters.remove(name)
+
+    def fuse_lora(self, weights: Mapping[str, float] | None = None, *, keep: bool = True) -> None:
+        """Puts LoRAs into the weights, for speed and for saving (see `nn.adapters.Adapters.fuse`)."""
+        self.adapters.fuse(weights, keep=keep)
+
+    def unfuse_lora(self) -> None:
+        """Gives the model the very weights back that it had before ``fuse_lora``."""
+        self.adapters.unfuse()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
         """Teaches prompts the words of a textual inversion, and returns them. They are not saved with the model.
@@ -229,7 +250,7 @@ class DiffusionModel(nn.Module):
             InputError: no such autoencoder there, or one of other latents; the model keeps its own then.
         """
         config, state = taesd.read_vae(Path(path))
-        own, weight = self.config.vae, self.unet.conv_out.weight
+        own = self.config.vae
         if config.latent_channels != own.latent_channels:
             raise InputError(
                 f"the autoencoder {path} has {config.latent_channels} latent channels,"
@@ -237,8 +258,8 @@ class DiffusionModel(nn.Module):
             )
         with torch.device("meta"):
             vae = autoencoder(config)
-        _assign("vae", vae, state, weight.dtype)
-        vae = vae.to(weight.device).train(self.vae.training)
+        _assign("vae", vae, state, self.vae.dtype)
+        vae = vae.to(self.vae.device).train(self.vae.training)
         if preview:
             self._preview = (vae,)  # in a tuple: no part of the model's state
             return
@@ -247,7 +268,9 @@ class DiffusionModel(nn.Module):
         self.config = dataclasses.replace(self.config, vae=config, sample_size=size)
 
     def _to_checkpoint(self) -> tuple[Checkpoint, list[list[Path]]]:
-        """The model as it is written, and the files of its tokenizers."""
+        """The model as it is written, and the files of its tokenizers. Warns where there are LoRAs."""
+        if note := self.adapters.note():
+            warnings.warn(note, stacklevel=3)
         checkpoint = Checkpoint(
             config=self.config,
             vae=self.vae.state_dict(),
@@ -275,20 +298,24 @@ class DiffusionModel(nn.Module):
     def encode(
         self, pictures: Image.Image | Sequence[Image.Image] | Float[Tensor, "b 3 h w"]
     ) -> Float[Tensor, "b c h w"]:
-        """Latents of unit deviation for PIL images of one size, or for a tensor in [-1, 1].
+        """Latents of unit standard deviation for PIL images of one size, or for a tensor in [-1, 1].
 
         Raises:
-            InputError: a size that is no multiple of the autoencoder's factor.
+            InputError: a size that is not a multiple of the autoencoder's factor.
         """
         if isinstance(pictures, Image.Image):
             pictures = [pictures]
         pixels = pictures if isinstance(pictures, Tensor) else images.to_tensor(pictures)
-        self._check_size(pixels.shape[-1], pixels.shape[-2])
-        return self.vae.encode(pixels.to(self.unet.conv_out.weight))
+        check_size(self.config, pixels.shape[-1], pixels.shape[-2])
+        return self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"], *, preview: bool = False) -> list[Image.Image]:
-        """The pictures that latents of unit deviation stand for, by the preview's autoencoder where it is asked for.
+        """The pictures that latents stand for, such as a step's ``x0``.
+
+        Args:
+            latents: of unit standard deviation.
+            preview: takes the autoencoder that was loaded for previews.
 
         Raises:
             InputError: NaN in the picture, or a preview before ``load_vae(path, preview=True)``.
@@ -298,7 +325,7 @@ class DiffusionModel(nn.Module):
                 "there is no autoencoder for previews: load one with load_vae(path, preview=True)"
             )
         vae = self._preview[0].to(latents.device) if preview else self.vae
-        return images.to_pil(vae.decode(latents.to(self.unet.conv_out.weight)).float())
+        return images.to_pil(vae.decode(latents.to(vae.device, vae.dtype)).float())
 
     @torch.no_grad()
     def encode_prompt(self, texts: str | Sequence[str]) -> PromptEmbeds:
@@ -306,244 +333,81 @@ class DiffusionModel(nn.Module):
 
         Warns, naming the words, where a text is longer than an encoder's context.
         """
+        notes: list[str] = []
         texts = [texts] if isinstance(texts, str) else list(texts)
-        self._warn_of_cut(texts)
-        return self.text_encoder(texts)
+        embeds = pipeline.encode_texts(self.text_encoder, texts, notes)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)  # of no_grad's wrapper the caller
+        return embeds
+
+    # Generation.
+
+    def request(self, prompt: str | Sequence[str], **fields: Any) -> Request:
+        """The request of this model's defaults and the given fields (see ``Request``).
+
+        Raises:
+            InputError: an unknown field, or a value that the field or the model cannot have.
+        """
+        if fields.get("lora") is None:
+            fields["lora"] = self.adapters.weights | self.adapters.fused
+        return Request.of(self.config, prompt=prompt, **fields)
+
+    def stream(self, request: Request) -> pipeline.Steps:
+        """The steps of a request; closing the generator cancels it. Its return value is the ``Result``.
+
+        A step's ``x0`` can be decoded for a preview. Sent True after a step, the generator stops, and the pictures are
+        of what the network then saw in the noise. Nothing of a call is seen by another thread's call.
+
+        Raises:
+            InputError: a request that this model cannot make, or NaN and infinity in what its parts give.
+        """
+        request.check(self.config)
+        return pipeline.stream(self, request)
 
     def generate(
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         *,
-        image: Image.Image | str | Path | None = None,
-        mask_image: Image.Image | str | Path | None = None,
-        strength: float = 0.8,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | Guidance | None = None,
-        sampler: str | SamplerConfig | None = None,
-        seed: int | None = None,
-        num_images_per_prompt: int = 1,
-        latents: Float[Tensor, "b c h w"] | None = None,
         callback: Callable[[Step], bool | None] | None = None,
+        **fields: Any,
     ) -> list[Image.Image]:
         """Pictures from words; with `image` from a picture and words; with `mask_image` in a part of it.
 
-        Every picture's ``info["settings"]`` has all that made it.
+        Every picture's ``info["settings"]`` has all that made it. What the user should know, such as words that were
+        cut, is a warning.
 
         Args:
-            prompt: what to draw; several prompts are drawn as one batch. An empty one is valid. One that names none
-                of the model's styles is drawn in its default style, if it has one (``config.Styles``).
+            prompt: what to generate; several prompts are one batch. An empty one is valid.
             negative_prompt: what to steer away from: one for all, or one for each prompt.
-            image: the picture to begin with, a PIL image or a file.
-            mask_image: white where `image` is repainted; elsewhere its bytes stay.
-            strength: how much of `image` is given up, from just above 0 to 1, which keeps nothing of it.
-            height: in pixels, a multiple of the model's factor. None: the image's, or the model's own size.
-            width: likewise.
-            num_inference_steps: steps of a whole walk, at least 1. None: the model's own number.
-            guidance_scale: how strongly to follow the prompt; 1 is no guidance. None: the model's own.
-            sampler: its name, or with spacing and eta. None: the model's own.
-            seed: of the first picture, 0 to 2**63 - 1; the next one's is one more. None draws one.
-            num_images_per_prompt: pictures of each prompt.
-            latents: standard normal latents to begin with, one for each picture.
-            callback: called after each step; stops the walk by returning True, and what the network then sees
-                in the noise is decoded.
+            callback: called after each step; stops by returning True, and what the network then sees in the noise is
+                decoded.
+            fields: of ``Request``: `image`, `mask_image`, `strength`, `width`, `height`, `num_inference_steps`,
+                `guidance_scale`, `sampler`, `seed`, `num_images_per_prompt`, `latents` and the rest.
 
         Raises:
-            InputError: an argument outside what is said here.
+            InputError: an argument outside what ``Request`` says.
         """
-        request = self._request(
-            prompt, negative_prompt, image, mask_image, strength, height, width, num_inference_steps,
-            guidance_scale, sampler, seed, num_images_per_prompt, latents,
-        )  # fmt: skip
-        weight = self.unet.conv_out.weight
-        if weight.dtype == torch.float16 and weight.device.type == "cpu":
-            warnings.warn("float16 is no format to compute in on a CPU: going on in float32", stacklevel=2)
-            self.float()
-        try:
-            pictures = self._run(request, callback)
-        except pipeline.NonFinite:
-            if self.unet.conv_out.weight.dtype not in (torch.float16, torch.bfloat16):
-                raise
-            warnings.warn(
-                "NaN or infinity in a 16-bit number format: computing again in float32", stacklevel=2
-            )
-            narrow = self.unet.conv_out.weight.dtype
-            self.float()
-            try:
-                pictures = self._run(request, callback)
-            finally:
-                self.to(narrow)
-        for i, picture in enumerate(pictures):
-            picture.info["settings"] = self._settings(request, i)
-        return pictures
+        from stable_diffusion.progress import show_steps
 
-    def _run(
-        self, request: pipeline.Request, callback: Callable[[Step], bool | None] | None
-    ) -> list[Image.Image]:
-        from tqdm.auto import tqdm
+        request = self.request(prompt, negative_prompt=negative_prompt, **fields)
+        result = show_steps(pipeline.stream(self, request), request.num_inference_steps, callback)
+        for note in result.notes:
+            warnings.warn(note, stacklevel=2)
+        return result.pictures
 
-        total = len(pipeline.plan(self, request)) - 1
-        whole = request.num_inference_steps
-        steps = pipeline.generate(self, request)
-        label = "steps" if total == whole else f"{total} of {whole} steps"
-        latents = None
-        for step in tqdm(steps, desc=label, total=total, unit="step", disable=not watched(), leave=False):
-            latents = step.x
-            if callback is not None and callback(step) is True:
-                latents = step.x0
-                break
-        assert latents is not None, "every walk has a step"
-        return pipeline.decode(self, request, latents)
+    def adapted(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
+        """Within it, the networks compute with the LoRAs of these names, each at its weight, in this thread alone."""
+        return self.adapters.active(weights)
 
-    def _request(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None,
-        image: Image.Image | str | Path | None,
-        mask_image: Image.Image | str | Path | None,
-        strength: float,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int | None,
-        guidance_scale: float | Guidance | None,
-        sampler: str | SamplerConfig | None,
-        seed: int | None,
-        num_images_per_prompt: int,
-        latents: Float[Tensor, "b c h w"] | None,
-    ) -> pipeline.Request:
-        """The arguments of ``generate``, checked and with every default filled in."""
-        config = self.config
-        prompts = _texts("prompt", prompt)
-        negatives = _texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-        if len(negatives) not in (1, len(prompts)):
-            raise InputError(
-                f"negative_prompt must be one text or one for each of the {len(prompts)} prompts, got {len(negatives)}"
-            )
-        negatives = negatives * (len(prompts) // len(negatives))
-        if not config.text_encoders and any(prompts):
-            raise InputError(
-                f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
-            )
-        styled = [pipeline.with_style(text, config.styles) for text in prompts]
-        self._warn_of_cut([*styled, *negatives])
-        count = _integer("num_images_per_prompt", num_images_per_prompt, 1)
-        steps = _integer(
-            "num_inference_steps",
-            config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            1,
-        )
-        seed = _integer("seed", int.from_bytes(os.urandom(4), "big") if seed is None else seed, 0, 2**63 - 1)
-        if sampler is None or isinstance(sampler, str):
-            sampler = config.sampler if sampler is None else SamplerConfig(name=sampler)
-        if not isinstance(sampler, SamplerConfig):
-            raise InputError(f"sampler must be a name or a SamplerConfig, got {sampler!r}")
-        sampler_name(sampler.name)
-        if guidance_scale is None:
-            guidance = config.guidance
-        elif isinstance(guidance_scale, Guidance):
-            guidance = guidance_scale
-            _number("guidance_scale", guidance.scale)
-        else:
-            guidance = dataclasses.replace(config.guidance, scale=_number("guidance_scale", guidance_scale))
-        low, high = guidance.interval
-        if not 0 <= low <= high <= 1:
-            raise InputError(
-                f"the guidance interval must be two numbers from 0 to 1, in order, got {low} and {high}"
-            )
-        if not 0 <= guidance.rescale <= 1:
-            raise InputError(f"the guidance rescale must be from 0 to 1, got {guidance.rescale}")
-        if mask_image is not None and image is None:
-            raise InputError("mask_image needs the image that it masks: give image as well")
-        if not 0 < _number("strength", strength) <= 1:
-            raise InputError(f"strength must be above 0 and at most 1, got {strength}")
-        picture, mask = _picture("image", image), _picture("mask_image", mask_image)
-        width, height = self._size(picture, width, height)
-        number = len(prompts) * count
-        shape = (number, config.vae.latent_channels, height // config.vae.factor, width // config.vae.factor)
-        if latents is not None and (not isinstance(latents, Tensor) or latents.shape != shape):
-            found = tuple(latents.shape) if isinstance(latents, Tensor) else repr(latents)
-            raise InputError(f"latents must be a tensor of the shape {shape}, got {found}")
-        request = pipeline.Request(
-            prompts=tuple(text for text in prompts for _ in range(count)),
-            negative_prompts=tuple(text for text in negatives for _ in range(count)),
-            seeds=tuple((seed + i) % 2**63 for i in range(number)),
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            styles=config.styles,
-            strength=strength if picture is not None else 1.0,
-            image=None if picture is None else images.cover(picture, width, height),
-            mask=None if mask is None else images.cover(mask, width, height),
-            latents=latents,
-        )
-        if pipeline.reads_mask(self) and request.mask is None:
-            raise InputError(
-                f"the model {config.name!r} repaints parts of pictures: give image and mask_image"
-            )
-        pipeline.plan(self, request)  # refuses steps and spacings that the schedule does not have
-        return request
+    @property
+    def network(self) -> Network:
+        """What generation takes for the U-Net."""
+        return UNetNetwork(self.unet)
 
-    def _size(self, picture: Image.Image | None, width: int | None, height: int | None) -> tuple[int, int]:
-        """Width and height of the pictures to make."""
-        factor, own = self.config.vae.factor, self.config.sample_size
-        default_width = default_height = own
-        if picture is not None:
-            default_width, default_height = picture.size
-            area = default_width * default_height
-            if area > 4 * own**2:  # the model knows no such size, and it is slow: the same shape at its own
-                scale = own / math.sqrt(area)
-                default_width, default_height = (max(factor, round(side * scale)) for side in picture.size)
-            default_width, default_height = (
-                max(factor, side // factor * factor) for side in (default_width, default_height)
-            )
-        width = _integer("width", default_width if width is None else width, 1)
-        height = _integer("height", default_height if height is None else height, 1)
-        self._check_size(width, height)
-        return width, height
-
-    def _check_size(self, width: int, height: int) -> None:
-        factor = self.config.vae.factor
-        for name, value in (("width", width), ("height", height)):
-            if value % factor:
-                below, above = value // factor * factor, (value // factor + 1) * factor
-                nearest = f"nearest are {below} and {above}" if below else f"the smallest is {above}"
-                raise InputError(f"{name} must be a multiple of {factor}, got {value}; {nearest}")
-
-    def _warn_of_cut(self, texts: Sequence[str]) -> None:
-        for tokenizer in self.text_encoder.tokenizers:
-            for text, cut in zip(texts, tokenizer(list(texts)).cut, strict=True):
-                if cut:
-                    warnings.warn(
-                        f"the prompt {text[:40]!r}… is longer than the {tokenizer.context_length} tokens that the"
-                        f" model reads; these words are left out: {cut!r}",
-                        stacklevel=4,
-                    )
-
-    def _settings(self, request: pipeline.Request, index: int) -> dict[str, Any]:
-        """All that made one picture of a request, as plain values."""
-        settings: dict[str, Any] = {
-            "model": self.config.name,
-            "prompt": request.prompts[index],
-            "negative_prompt": request.negative_prompts[index],
-            "seed": request.seeds[index],
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance.scale,
-            "guidance_interval": list(request.guidance.interval),
-            "guidance_rescale": request.guidance.rescale,
-            "sampler": request.sampler.name,
-            "spacing": request.sampler.spacing,
-            "eta": request.sampler.eta,
-            "variance": request.sampler.variance,
-            "width": request.width,
-            "height": request.height,
-        }
-        if request.image is not None:
-            settings["strength"] = request.strength
-        return settings
+    def widened(self) -> DiffusionModel:
+        """A copy in float32."""
+        return copy.deepcopy(self).float()
 
     def train(
         self,
@@ -619,27 +483,7 @@ class DiffusionModel(nn.Module):
         return isinstance(verdict, Verdict) and verdict.learns
 
 
-def _serve_compiled(wrapper: nn.Module, name: str, model: nn.Module | None) -> None:
-    """Hands ``train`` and plain names through ``torch.compile``'s wrapper.
-
-    The wrapper is an `nn.Module` of its own, whose methods would hide the model's: ``train(data)`` would be an
-    error, and names of the state begin with ``_orig_mod.``.
-    """
-    if name != "_orig_mod" or not isinstance(model, DiffusionModel):
-        return
-
-    def train(data: CaptionedImages | bool = True, **settings: Any) -> Any:
-        if isinstance(data, bool):
-            model.train(data, **settings)
-            return wrapper
-        compiler: Any = wrapper.dynamo_ctx  # what the caller gave torch.compile
-        return model.train(data, compiler=compiler, **settings)
-
-    # Not setattr, which the wrapper passes on to the model.
-    wrapper.__dict__.update(train=train, state_dict=model.state_dict, load_state_dict=model.load_state_dict)
-
-
-register_module_module_registration_hook(_serve_compiled)
+serve(DiffusionModel)
 
 
 def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -658,36 +502,3 @@ def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch
     module.load_state_dict({key: state.pop(key).to(dtype) for key in list(state)}, assign=True)
     for key, parameter in module.named_parameters():
         parameter.requires_grad_(trainable[key])
-
-
-def _texts(name: str, value: str | Sequence[str]) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} must be a text or a list of texts, got {value!r}")
-    return list(texts)
-
-
-def _integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or value < least
-        or (most is not None and value > most)
-    ):
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be a whole number, {limits}, got {value!r}")
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def _picture(name: str, image: Image.Image | str | Path | None) -> Image.Image | None:
-    if image is None:
-        return None
-    if not isinstance(image, (Image.Image, str, Path)):
-        raise InputError(f"{name} must be a picture or the path of one, got {image!r}")
-    return images.to_rgb(image) if isinstance(image, Image.Image) else images.open_image(image)

@@ -1,4 +1,4 @@
-"""What a person sees of a training: a bar on a terminal or in a notebook, elsewhere a line now and then."""
+"""What a person sees of training and generation: bars on a terminal or in a notebook, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from stable_diffusion.diffusion.samplers import Step
+from stable_diffusion.generation.pipeline import Result, Steps
 from stable_diffusion.runtime import first_process, watched
 from stable_diffusion.training.loop import TrainStep
 
@@ -36,6 +38,28 @@ def show(
             if callback is not None and callback(last) is True:
                 return None
     return last
+
+
+def show_steps(steps: Steps, whole: int, callback: Callable[[Step], bool | None] | None = None) -> Result:
+    """Runs a generation to its end and shows it to who watches.
+
+    Args:
+        steps: what ``DiffusionModel.stream`` gives.
+        whole: steps of a whole walk, of which image-to-image takes the last ones.
+        callback: called after each step; True stops.
+    """
+    stop: bool | None = None
+    with contextlib.closing(steps), tqdm(total=whole, unit="step", disable=not watched(), leave=False) as bar:
+        try:
+            while True:
+                step = steps.send(stop)
+                bar.total = step.total
+                bar.set_description("steps" if step.total == whole else f"{step.total} of {whole} steps")
+                bar.update(step.index + 1 - bar.n)
+                stop = None if callback is None else callback(step)
+        except StopIteration as end:
+            result: Result = end.value
+    return result
 
 
 class _Bar:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -67,6 +69,9 @@ def model(loaded: DiffusionModel) -> Iterator[DiffusionModel]:
     """The tiny Stable Diffusion 1.5, whose weights are put back after each test."""
     before = weights(loaded)
     yield loaded
+    loaded.unfuse_lora()
+    for name in loaded.adapters.names:
+        loaded.unload_lora(name)
     loaded.float().load_state_dict(before)
 
 
@@ -128,6 +133,13 @@ def written(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | N
     return path
 
 
+def fused(model: DiffusionModel, path: Path, weight: float = 1.0) -> str:
+    """Loads a file and puts it into the weights."""
+    count = model.load_lora(path, weight)
+    model.fuse_lora()
+    return count
+
+
 def pipeline(folder: Path) -> Any:
     pytest.importorskip("peft")
     pipe = quietly(diffusers.StableDiffusionPipeline.from_pretrained, folder, safety_checker=None)
@@ -170,6 +182,8 @@ def test_kohya_files_give_the_latents_of_diffusers(
     count = len(load_file(path)) // 3
     assert model.load_lora(path) == f"style.safetensors: {count} of {count} modules applied"
     assert error(ours(model), wanted) < 1e-4
+    model.fuse_lora()
+    assert error(ours(model), wanted) < 1e-4
 
 
 def test_several_with_weights_give_the_latents_of_diffusers(
@@ -182,6 +196,11 @@ def test_several_with_weights_give_the_latents_of_diffusers(
     pipe.set_adapters(["a", "b"], [0.8, -0.5])
     for path, weight in zip(files, (0.8, -0.5), strict=True):
         model.load_lora(path, weight)
+    assert error(ours(model), theirs(pipe)) < 1e-4
+    pipe.set_adapters(["a", "b"], [1.5, 0.25])
+    with model.adapters.active({"b": 0.25, "a": 1.5}):
+        assert error(ours(model), theirs(pipe)) < 1e-4
+    model.fuse_lora({"a": 1.5, "b": 0.25})
     assert error(ours(model), theirs(pipe)) < 1e-4
 
 
@@ -210,6 +229,8 @@ def test_files_of_peft_give_the_latents_of_diffusers(
     wanted = theirs(pipe)
     assert error(plain, wanted) > 1e-2
     assert error(ours(model), wanted) < 1e-4
+    model.fuse_lora()
+    assert error(ours(model), wanted) < 1e-4
 
 
 # The formula
@@ -219,7 +240,7 @@ def test_every_change_is_the_formula(model: DiffusionModel, tmp_path: Path) -> N
     """In float64, over every linear layer and convolution, each of its own rank and alpha."""
     model.double()
     before, tensors = weights(model), kohya(model, convolutions=True)
-    model.load_lora(written(tensors, tmp_path / "a.safetensors"), 0.7)
+    fused(model, written(tensors, tmp_path / "a.safetensors"), 0.7)
     modules = {
         f"lora_unet_{p.replace('.', '_')}": f"unet.{p}" for p in targets(model.unet, convolutions=True)
     }
@@ -239,7 +260,7 @@ def test_without_alpha_the_scale_is_one(model: DiffusionModel, tmp_path: Path) -
     weight = model.unet.get_parameter(f"{BLOCK}.attn1.to_q.weight").detach().clone()
     up, down = pair(weight, 4, 0)
     name = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
-    model.load_lora(written({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, tmp_path / "a"))
+    fused(model, written({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, tmp_path / "a"))
     torch.testing.assert_close(model.unet.get_parameter(f"{BLOCK}.attn1.to_q.weight"), weight + up @ down)
 
 
@@ -255,7 +276,7 @@ def test_a_kernel_in_the_middle(model: DiffusionModel, tmp_path: Path) -> None:
         "alpha": torch.tensor(1.5),
     }
     path = written({f"{name}.{key}": tensor for key, tensor in parts.items()}, tmp_path / "a.safetensors")
-    model.load_lora(path)
+    fused(model, path)
     # One convolution after the other, as LyCORIS runs it.
     x = normal(1, 64, 5, 5, seed=3)
     steps = nn.functional.conv2d(nn.functional.conv2d(x, down), mid, padding=1)
@@ -283,11 +304,10 @@ def test_magnitudes(axis: int, target: str, model: DiffusionModel, tmp_path: Pat
     path = written({f"{name}.{key}": tensor for key, tensor in parts.items()}, tmp_path / "a.safetensors")
     full = weight + 2 * torch.einsum("or,r...->o...", up.flatten(1), down)
     norm = full.transpose(0, axis).flatten(1).norm(dim=1).reshape(shape)
-    model.load_lora(path)
+    fused(model, path)
     found = model.unet.get_parameter(f"{target}.weight").detach().clone()
     torch.testing.assert_close(found, full * magnitude / norm, rtol=1e-12, atol=1e-12)
-    model.unet.get_parameter(f"{target}.weight").data = weight.clone()
-    model.load_lora(path, 0.25)
+    model.fuse_lora({"a": 0.25})
     part = model.unet.get_parameter(f"{target}.weight")
     torch.testing.assert_close(part, weight + 0.25 * (found - weight), rtol=1e-12, atol=1e-12)
 
@@ -300,21 +320,27 @@ def test_several_add_up_in_any_order(model: DiffusionModel, tmp_path: Path) -> N
     before = weights(model)
     for path, weight in files:
         model.load_lora(path, weight)
+    model.fuse_lora()
     first = weights(model)
-    model.load_state_dict(before)
+    for path, _ in files:
+        model.unfuse_lora()
+        model.unload_lora(path.stem)
+    assert not changed(model, before)
     for path, weight in reversed(files):
         model.load_lora(path, weight)
+    model.fuse_lora()
     for name, tensor in weights(model).items():
         torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-13)
     for path, weight in files:  # and are taken off again
-        model.load_lora(path, -weight)
+        model.load_lora(path, -weight, f"minus {path.stem}")
+    model.fuse_lora()
     for name, tensor in weights(model).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-13)
 
 
 def test_weight_zero_changes_nothing(model: DiffusionModel, tmp_path: Path) -> None:
     before = weights(model)
-    model.load_lora(written(kohya(model), tmp_path / "a"), 0)
+    fused(model, written(kohya(model), tmp_path / "a"), 0)
     assert not changed(model, before)
 
 
@@ -323,7 +349,7 @@ def test_half_precision_weights_and_files(model: DiffusionModel, tmp_path: Path)
     path = written(tensors, tmp_path / "a.safetensors")
     name = f"unet.{BLOCK}.attn1.to_q.weight"
     before = model.state_dict()[name].bfloat16()
-    model.to(torch.bfloat16).load_lora(path)
+    fused(model.to(torch.bfloat16), path)
     lora_name = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
     up, down = (tensors[f"{lora_name}.lora_{part}.weight"].float() for part in ("up", "down"))
     wanted = before.float() + float(tensors[f"{lora_name}.alpha"]) / len(down) * up @ down
@@ -357,7 +383,7 @@ def test_the_spelling_of_compvis(path: str, model: DiffusionModel, tmp_path: Pat
     before = weights(model)
     up, down = pair(model.unet.get_parameter(f"{path}.weight"), 2, 0)
     name = f"lora_unet_{LDM[path]}"
-    model.load_lora(written({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, tmp_path / "a"))
+    fused(model, written({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, tmp_path / "a"))
     assert changed(model, before) == {f"unet.{path}.weight"}
 
 
@@ -419,7 +445,7 @@ def test_the_spellings_of_diffusers(
         torch.save({up_name: up, down_name: down}, file)
     else:
         written({up_name: up, down_name: down}, file)
-    assert model.load_lora(file) == f"a.{ending}: 1 of 1 modules applied"
+    assert fused(model, file) == f"a.{ending}: 1 of 1 modules applied"
     assert changed(model, before) == {f"{path}.weight"}
     torch.testing.assert_close(model.get_parameter(f"{path}.weight"), weight + up @ down)
 
@@ -433,7 +459,8 @@ def test_linear_layers_and_1x1_convolutions_take_each_others_form(
         flat = weight.ndim == 4
         up, down = (t.flatten(1) if flat else t[:, :, None, None] for t in pair(weight, 2, 0))
         tensors = {f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up}
-        model.load_lora(written(tensors, tmp_path / "a"))
+        model.load_lora(written(tensors, tmp_path / "a"), name=path)
+        model.fuse_lora()
         wanted = weight.flatten(1) + up.flatten(1) @ down.flatten(1)
         torch.testing.assert_close(model.unet.get_parameter(f"{path}.weight").flatten(1), wanted)
 
@@ -546,12 +573,66 @@ def test_the_models_own_files_stay_as_they_are(folder: Path, tmp_path: Path) -> 
     model = DiffusionModel.from_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.load_lora(written(kohya(model), tmp_path / "a"))
+        fused(model, written(kohya(model), tmp_path / "a"))
     assert all(path.read_bytes() == content for path, content in files.items())
-    model.save_pretrained(tmp_path / "merged")
+    with pytest.warns(UserWarning, match=r"written with the fused LoRAs 'a' \(1.0\)"):
+        model.save_pretrained(tmp_path / "merged")
     again = DiffusionModel.from_pretrained(tmp_path / "merged")
     assert not changed(again, weights(model))
     assert json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))["name"] == "sd"
+
+
+def test_a_model_is_saved_without_its_loras_unless_they_are_fused(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
+    model.load_lora(written(kohya(model), tmp_path / "a.safetensors"))
+    with pytest.warns(UserWarning, match="The LoRAs are not written: fuse them"):
+        model.save_pretrained(tmp_path / "plain")
+    with pytest.warns(UserWarning, match="The LoRAs are not written: fuse them"):
+        model.export(tmp_path / "plain.safetensors", format="single-file")
+    for path in ("plain", "plain.safetensors"):
+        again = DiffusionModel.from_pretrained(tmp_path / path)
+        assert not changed(again, weights(model))
+    model.unload_lora("a")
+    model.save_pretrained(tmp_path / "none")  # in silence
+
+
+def test_a_name_is_of_one_file(model: DiffusionModel, tmp_path: Path) -> None:
+    path = written(one(), tmp_path / "style.v2.safetensors")
+    model.load_lora(path)
+    with pytest.raises(InputError, match=r"there is a LoRA named 'style.v2' already: give another name"):
+        model.load_lora(path)
+    model.load_lora(path, 0.5, "again")
+    assert model.adapters.weights == {"style.v2": 1.0, "again": 0.5}
+    model.unload_lora("style.v2")
+    with pytest.raises(InputError, match=r"unknown LoRA 'style.v2': choose one of again"):
+        model.unload_lora("style.v2")
+
+
+def test_one_model_gives_several_weights_their_pictures(model: DiffusionModel, tmp_path: Path) -> None:
+    """Eight threads with weights of their own get what they get one after the other."""
+    before, plain = weights(model), ours(model)
+    for i, name in enumerate("ab"):
+        model.load_lora(written(kohya(model, seed=1000 * i, rank=2), tmp_path / name), 0.5)
+    assert error(ours(model), plain) > 1e-2
+    requests = [{"a": 0.3 * i} if i % 2 else {"a": 0.1 * i, "b": -0.2 * i} for i in range(8)]
+
+    def run(request: dict[str, float]) -> Tensor:
+        with model.adapters.active(request):
+            return ours(model)
+
+    serial = [run(request) for request in requests]
+    with ThreadPoolExecutor(8) as pool:
+        parallel = list(pool.map(run, requests))
+    assert all(torch.equal(one, other) for one, other in zip(serial, parallel, strict=True))
+    assert all(error(one, other) > 1e-3 for one, other in itertools.pairwise(serial))
+    assert torch.equal(serial[0], plain)  # weight 0 changes no bit
+    with model.adapters.active({}):
+        assert torch.equal(ours(model), plain)
+    for name in "ab":
+        model.unload_lora(name)
+    assert torch.equal(ours(model), plain)
+    assert not changed(model, before)
 
 
 # The command

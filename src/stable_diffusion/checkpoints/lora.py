@@ -1,4 +1,4 @@
-"""LoRA files of kohya's scripts and of diffusers/PEFT, merged into a model's weights (Hu et al. 2021, equation 3).
+"""LoRA files of kohya's scripts and of diffusers/PEFT, read onto a model's layers (Hu et al. 2021, equation 3).
 
 A file names each module in one of several published spellings. None is parsed: a table made from our own
 modules' names holds every spelling of each, since underscores that stand for dots cannot be told from others.
@@ -21,6 +21,7 @@ from stable_diffusion.checkpoints.compvis_names import unet_blocks
 from stable_diffusion.checkpoints.weights import read_weights
 from stable_diffusion.config import ModelConfig, UNetConfig
 from stable_diffusion.errors import InputError
+from stable_diffusion.nn.adapters import Adapters, Layer, LoRA, checked
 from stable_diffusion.nn.text import PromptEncoder
 from stable_diffusion.nn.unet import UNet
 
@@ -56,41 +57,62 @@ OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_pro
 PEFT_SETTINGS = "lora_adapter_metadata"
 
 
-def merge(unet: UNet, text: PromptEncoder, config: ModelConfig, path: Path, weight: float) -> str:
-    """Adds a file's low-rank changes, times `weight`, to the weights; says how many modules it changed.
+def load(
+    adapters: Adapters, unet: UNet, text: PromptEncoder, config: ModelConfig,
+    path: Path, weight: float = 1.0, name: str | None = None,
+) -> str:  # fmt: skip
+    """Adds a file's low-rank changes to a model's adapters; says how many of its modules found their layer.
 
-    W becomes W + weight · ΔW with ΔW = alpha / rank · up · down. With DoRA's magnitudes (Liu et al. 2024,
-    equation 5) it goes to magnitude · (W + ΔW) / norm(W + ΔW) by the part `weight` of the way. Plain files add up in
-    any order; one with magnitudes sees what was merged before. Warns where the model has a place for only a part.
+    Warns where the model has a place for only a part.
+
+    Args:
+        adapters: the model's.
+        unet: the model's.
+        text: the model's, of which the CLIP encoder has adapters.
+        config: the model's.
+        path: the file.
+        weight: what the adapter acts with where a call says nothing.
+        name: the adapter's; None for the file's name without its ending.
 
     Raises:
-        InputError: the file is damaged, no LoRA, for another model, or has no place here. Nothing is changed then.
+        InputError: the file is damaged, no LoRA, for another model, or has no place here, or its name is taken.
+            Nothing is changed then.
+    """
+    name = path.stem if name is None else name
+    loras, count = read(path, unet, text, config, checked(name, weight))
+    adapters.add(name, loras, weight)
+    return count
+
+
+def read(
+    path: Path, unet: UNet, text: PromptEncoder, config: ModelConfig, weight: float = 1.0
+) -> tuple[dict[Layer, LoRA], str]:
+    """A file's change of each layer, and how many of its modules found one, as a sentence.
+
+    Warns and raises as ``load`` does, also where `weight` would make the layers' weights infinite.
     """
     tensors, metadata = read_weights(path)
     modules, strange = _modules(path, tensors)
     check_base(path, modules, metadata, config)
     table = _table(unet, text, config)
-    merged: dict[nn.Parameter, Tensor] = {}
+    found: dict[Layer, LoRA] = {}
     for name, parts in modules.items():
-        if (parameter := table.get(name)) is None:
+        if (layer := table.get(name)) is None:
             strange.append(name)
             continue
-        if parameter in merged:
+        if layer in found:
             raise InputError(f"{path} has two changes for the same module, the second is {name}")
-        settings = _peft(path, name, metadata)
-        merged[parameter] = _merged(f"{name} of {path}", parameter, parts, weight, settings)
-    count, total = len(merged), len(merged) + len(strange)
+        found[layer] = _lora(f"{name} of {path}", layer, parts, weight, _peft(path, name, metadata))
+    count, total = len(found), len(found) + len(strange)
     examples = ", ".join(sorted(strange)[:3]) + (", …" if len(strange) > 3 else "")
-    if not merged:
+    if not found:
         raise InputError(
             f"{path}: none of {total} modules is in the model {config.name!r} ({examples or 'empty'})"
         )
-    for parameter, tensor in merged.items():
-        parameter.data = tensor  # not written in place: the old one may be a file's pages
     result = f"{path.name}: {count} of {total} modules applied"
     if strange:
-        warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
-    return result
+        warnings.warn(f"{result}; not in this model: {examples}", stacklevel=4)
+    return found, result
 
 
 def family(width: int | None) -> str:
@@ -139,23 +161,23 @@ def check_base(path: Path, modules: dict[str, State], metadata: dict[str, str], 
         )
 
 
-def _table(unet: UNet, text: PromptEncoder, config: ModelConfig) -> dict[str, nn.Parameter]:
-    """The weight that each published name of a module stands for."""
-    table: dict[str, nn.Parameter] = {}
-    for path, weight in _weights(unet):
-        table |= dict.fromkeys(unet_spellings(path, config.unet), weight)
+def _table(unet: UNet, text: PromptEncoder, config: ModelConfig) -> dict[str, Layer]:
+    """The layer that each published name of a module stands for."""
+    table: dict[str, Layer] = {}
+    for path, layer in _layers(unet):
+        table |= dict.fromkeys(unet_spellings(path, config.unet), layer)
     for encoder, settings in zip(text.encoders, config.text_encoders, strict=True):
         if settings.architecture == "clip":
-            for path, weight in _weights(encoder):
-                table |= dict.fromkeys(text_spellings(path), weight)
+            for path, layer in _layers(encoder):
+                table |= dict.fromkeys(text_spellings(path), layer)
             break
     return table
 
 
-def _weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _layers(network: nn.Module) -> Iterator[tuple[str, Layer]]:
     for path, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            yield path, module.get_parameter("weight")
+            yield path, module
 
 
 def unet_spellings(path: str, config: UNetConfig) -> list[str]:
@@ -207,48 +229,29 @@ def _peft(path: Path, name: str, metadata: dict[str, str]) -> tuple[float | None
         raise InputError(f"the metadata {PEFT_SETTINGS} of {path} is damaged ({error})") from None
 
 
-@torch.no_grad()
-def _merged(
-    name: str, parameter: nn.Parameter, parts: State, weight: float, peft: tuple[float | None, bool]
-) -> Tensor:
-    """A module's weight with its change, computed in float32 or wider."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    original = parameter.detach().to(dtype)
+def _lora(name: str, layer: Layer, parts: State, weight: float, peft: tuple[float | None, bool]) -> LoRA:
+    """A module's change, of which `weight` times is tried on the layer."""
+    original = layer.weight.detach()
     rank = len(parts["down"])
     alpha, root = (float(parts["alpha"].flatten()[0]), False) if "alpha" in parts else peft
-    scale = 1.0 if alpha is None else alpha / (rank**0.5 if root else rank)
     magnitude = parts.get("dora_scale")
     if "magnitude" in parts:  # PEFT's: one for each output, in several shapes
         magnitude = parts["magnitude"].flatten()[:, None]
-    up, down, mid = (parts[key].to(original) if key in parts else None for key in ("up", "down", "mid"))
+    # In a number format that holds the file's as well as the model's numbers.
+    up, down, mid, magnitude = (
+        None
+        if tensor is None
+        else tensor.to(original.device, torch.promote_types(original.dtype, tensor.dtype))
+        for tensor in (parts["up"], parts["down"], parts.get("mid"), magnitude)
+    )
     assert up is not None and down is not None
+    scale = 1.0 if alpha is None else alpha / (rank**0.5 if root else rank)
+    lora = LoRA(up, down, mid=mid, scale=scale, magnitude=magnitude)
     try:
-        if mid is None:
-            change = (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
-        else:  # Tucker decomposition: both are 1x1, the kernel is in the middle
-            change = torch.einsum("oa,abkl,bi->oikl", up.flatten(1), mid, down.flatten(1))
-        shapes = [
-            (*shape, 1, 1)[:4] for shape in (change.shape, original.shape)
-        ]  # linear is a 1x1 convolution
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{tuple(change.shape)} for {tuple(original.shape)}")
-        change = change.reshape(original.shape)
-        if magnitude is None:
-            new = original + weight * scale * change
-        else:
-            new = torch.lerp(original, _decomposed(original + scale * change, magnitude), weight)
+        new = lora.merged(original.to(torch.promote_types(original.dtype, torch.float32)), weight)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"the matrices of {name} do not fit the model's ({reason})") from None
-    new = new.to(parameter.dtype)
-    if not torch.isfinite(new).all():
+    if not torch.isfinite(new.to(original.dtype)).all():
         raise InputError(f"{name} would make the weights infinite: is its weight or the file wrong?")
-    return new
-
-
-def _decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """The weight with the norms of its rows replaced by `magnitude`; of its columns where that is a row."""
-    axis = int(magnitude.shape[0] == 1)
-    others = [dim for dim in range(weight.ndim) if dim != axis]
-    norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    return magnitude.to(weight).reshape(norm.shape) * weight / norm.clamp_min(torch.finfo(weight.dtype).tiny)
+    return lora

@@ -13,12 +13,12 @@ def info(path: tyro.conf.Positional[Path | None] = None) -> None:
     Args:
         path: A model folder, a single file, a LoRA, a hub name (owner/name), or a picture made here.
     """
-    from stable_diffusion import images
     from stable_diffusion.checkpoints.checkpoint import is_weights, packaged
     from stable_diffusion.checkpoints.info import describe
+    from stable_diffusion.generation.metadata import read_settings
 
     if path is not None and path.is_file() and not is_weights(path):
-        for key, value in images.read_settings(path).items():
+        for key, value in read_settings(path).items():
             print(f"{key}: {value}")
         return
     for line in describe(packaged("model") if path is None else path):

@@ -258,6 +258,16 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class PerPixel(nn.Conv2d):
+    """A 1x1 convolution of tokens: a linear layer whose weight has two more axes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+    def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return F.linear(tokens, self.weight.flatten(1), self.bias)
+
+
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map, around a skip."""
 
@@ -273,11 +283,11 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, VAE_NORM_EPS)
-        self.proj_in = _projection(channels, linear)
+        self.proj_in = nn.Linear(channels, channels) if linear else PerPixel(channels)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, num_heads=num_heads, context_width=context_width, upcast=upcast)]
         )
-        self.proj_out = zero(_projection(channels, linear))
+        self.proj_out = zero(nn.Linear(channels, channels) if linear else PerPixel(channels))
 
     def keys_values(self, text: Float[Tensor, "b m d"]) -> KeysValues | None:
         """What its cross-attention reads of text tokens; None where it has none."""
@@ -291,16 +301,7 @@ class SpatialTransformer(nn.Module):
         context: KeysValues | None,
         mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b c h w"]:
-        tokens = _per_pixel(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))  # b hw c
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # b hw c
         for block in self.transformer_blocks:
             tokens = block(tokens, context, mask)
-        return x + _per_pixel(self.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[-2:])
-
-
-def _projection(channels: int, linear: bool) -> nn.Linear | nn.Conv2d:
-    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-
-
-def _per_pixel(projection: nn.Linear | nn.Conv2d, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-    """The projection of every token; a 1x1 convolution is a linear layer with two more axes in its weight."""
-    return F.linear(tokens, projection.weight.flatten(1), projection.bias)
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[-2:])

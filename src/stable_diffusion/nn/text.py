@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stable_diffusion.config import TextEncoderConfig
 from stable_diffusion.nn.blocks import Placed, attend, embedding
-from stable_diffusion.nn.tokenizer import Tokenizer
+from stable_diffusion.nn.tokenizer import TokenBatch, Tokenizer
 
 BERT_NAMES = (
     # BERT's published names, and ours, which are CLIP's. A name contains either side of a row at most once.
@@ -173,22 +173,32 @@ class PromptEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> PromptEmbeds:
         """The embeddings of the texts. Text beyond an encoder's context is truncated silently here."""
+        return self.embed(self.tokenize(texts), len(texts))
+
+    def tokenize(self, texts: list[str]) -> list[TokenBatch]:
+        """Each encoder's tokens of the texts, and what its context has no room for."""
+        return [tokenizer(texts) for tokenizer in self.tokenizers]
+
+    def embed(self, batches: list[TokenBatch], count: int) -> PromptEmbeds:
+        """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
         if not self.encoders:  # a model without text: tokens of no length
-            return PromptEmbeds(torch.empty(len(texts), 0, 0), None, torch.empty(len(texts), 0))
-        return self.join([self.encode(i, texts) for i in range(len(self.encoders))])
+            return PromptEmbeds(torch.empty(count, 0, 0), None, torch.empty(count, 0))
+        return self.join(
+            [self.read(i, batch.input_ids, batch.attention_mask) for i, batch in enumerate(batches)]
+        )
 
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """One encoder's states for the texts, before the projection: what training caches of a frozen encoder."""
         batch = self.tokenizers[index](texts)
-        encoder = self.encoders[index]
-        assert isinstance(encoder, TextEncoder)
-        return self.read(index, batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device))
+        return self.read(index, batch.input_ids, batch.attention_mask)
 
     def read(
         self, index: int, input_ids: Int[Tensor, "b n"], attention_mask: Bool[Tensor, "b n"]
     ) -> PromptEmbeds:
         """One encoder's states for token ids, before the projection."""
         encoder = self.encoders[index]
+        assert isinstance(encoder, TextEncoder)
+        input_ids, attention_mask = input_ids.to(encoder.device), attention_mask.to(encoder.device)
         if self.configs[index].architecture == "bert":
             tokens = encoder(input_ids, attention_mask)
             real = attention_mask[..., None].to(tokens.dtype)

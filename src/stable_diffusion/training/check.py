@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from stable_diffusion import images
-from stable_diffusion.config import Guidance, ModelConfig, StageConfig
+from stable_diffusion.config import ModelConfig, StageConfig
 from stable_diffusion.data.item import CaptionedImages, Entry, Item
 from stable_diffusion.errors import InputError
 from stable_diffusion.generation import pipeline
+from stable_diffusion.generation.request import Request
 from stable_diffusion.training.loop import TrainStep
 from stable_diffusion.training.run import Plan, TrainableParts, train_model
 
@@ -113,20 +114,10 @@ def overfit(
         raise InputError(f"the check needs at least 2 pictures with captions of their own, got {len(few)}")
     yield from train_model(parts, few, output_dir=output_dir, resume=False, autocast=autocast)
     size = parts.config.sample_size
-    request = pipeline.Request(
-        prompts=tuple(few.captions(i)[0] for i in range(len(few))),
-        negative_prompts=("",) * len(few),
-        seeds=tuple(range(len(few))),
-        height=size,
-        width=size,
-        num_inference_steps=parts.config.num_inference_steps,
-        guidance=Guidance(scale=1.0),
-        sampler=parts.config.sampler,
-    )
-    *_, last = pipeline.generate(parts, request)
-    drawn = np.stack(
-        [np.asarray(picture, dtype=float) for picture in pipeline.decode(parts, request, last.x)]
-    )
+    prompts = tuple(few.captions(i)[0] for i in range(len(few)))
+    request = Request.of(parts.config, prompt=prompts, seed=0, guidance_scale=1.0)
+    pictures = pipeline.finished(pipeline.stream(parts, request)).pictures
+    drawn = np.stack([np.asarray(picture, dtype=float) for picture in pictures])
     wanted = np.stack(
         [np.asarray(images.cover(few[i].image, size, size), dtype=float) for i in range(len(few))]
     )

@@ -1,0 +1,79 @@
+"""What a PNG says of how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACINGS
+from stable_diffusion.errors import InputError
+from stable_diffusion.files import replacing
+from stable_diffusion.images import opened
+
+
+def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> None:
+    """Writes a PNG that carries the settings that made it; no reader ever sees half a file.
+
+    Two text chunks hold them: ``minisd``, all of them as JSON, and ``parameters``, those that other programs
+    know. ``settings`` holds JSON values. Folders are created. Raises InputError where nothing can be written,
+    or for another suffix than .png.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"pictures are written as PNG: name {str(path)!r} with .png at the end")
+    chunks = PngImagePlugin.PngInfo()
+    # A command line can hold bytes that are not text (lone surrogates). UTF-8 has no form for them, JSON has.
+    chunks.add_text("parameters", parameters(settings).encode("utf-8", "replace").decode("utf-8"))
+    chunks.add_text("minisd", json.dumps(settings))
+    try:
+        with replacing(path) as building:
+            image.save(building, format="PNG", pnginfo=chunks)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that ``save_png`` stored. Raises InputError if the file holds none."""
+    with opened(path) as image:
+        text = image.info.get("minisd")
+    if not isinstance(text, str):
+        raise InputError(
+            f"{path} holds no settings of mini-stable-diffusion: give a PNG that it wrote and no program changed"
+        )
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"the settings in {path} are damaged: give a PNG that no program changed")
+    return settings
+
+
+def parameters(settings: dict[str, Any]) -> str:
+    """Settings as the text that AUTOMATIC1111's webui writes and many programs read; missing ones are left out."""
+    sampler, spacing = str(settings.get("sampler", "")), settings.get("spacing")
+    row = SAMPLERS.get(ALIASES.get(sampler.lower(), sampler))
+    size = [settings.get(side) for side in ("width", "height")]
+    fields = {
+        "Steps": settings.get("num_inference_steps"),
+        "Sampler": row.webui if row else sampler or None,
+        "Schedule type": SPACINGS[spacing].webui if spacing in SPACINGS else None,
+        "CFG scale": settings.get("guidance_scale"),
+        "Seed": settings.get("seed"),
+        "Size": None if None in size else f"{size[0]}x{size[1]}",
+        "Model": settings.get("model"),
+        "Denoising strength": settings.get("strength"),
+    }
+    lines = [str(settings.get("prompt") or "")]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None))
+    return "\n".join(lines).strip()
+
+
+def _quoted(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text

@@ -1,0 +1,349 @@
+"""All that makes a picture, in one object: the options of the command, a PNG's settings and a server's body are it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from stable_diffusion import images
+from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, to_dict, typed
+from stable_diffusion.diffusion.names import sampler_name
+from stable_diffusion.errors import InputError, unknown_name
+
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A batch of pictures to make. Every field is set: ``Request.of`` takes a model's defaults for those not given.
+
+    Raises:
+        InputError: a value outside what its field says.
+    """
+
+    model: str | None
+    """The model: a folder, ours or diffusers', a single file, or a hub name (owner/name)."""
+    prompt: tuple[str, ...]
+    """What to generate. One that names none of the model's styles gets its default style, if it has one."""
+    negative_prompt: tuple[str, ...]
+    """What to steer away from: one text for all prompts, or one for each."""
+    seed: int
+    """Seed of the first picture, 0 to 2**63 - 1; the next one's is one more."""
+    num_inference_steps: int
+    """Steps from noise to picture, at least 1."""
+    guidance_scale: float
+    """How strongly to follow the prompt; 1 is no guidance."""
+    guidance_interval: tuple[float, float]
+    """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""
+    guidance_rescale: float
+    """How far the prediction's standard deviation is pulled back to the unguided one's, 0 to 1."""
+    sampler: str
+    """How to get from noise to picture, by our name or another program's."""
+    spacing: str | None
+    """How the noise levels are spread; by default the sampler's own."""
+    eta: float
+    """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM."""
+    variance: Literal["small", "large"]
+    """DDPM only: the posterior's variance given clean latents, or beta."""
+    width: int
+    """In pixels, a multiple of the model's factor; by default the image's, or the model's own size."""
+    height: int
+    """Likewise."""
+    num_images_per_prompt: int = 1
+    """Pictures of each prompt."""
+    image: Image.Image | None = None
+    """A picture to begin with."""
+    mask_image: Image.Image | None = None
+    """A picture that is white where the image is to be repainted; elsewhere its bytes stay."""
+    strength: float = 0.8
+    """How much of the image is given up, above 0 up to 1, which keeps nothing of it."""
+    prediction_type: str | None = None
+    """What the U-Net predicts (epsilon, v_prediction), whatever the model's files say."""
+    variant: str | None = None
+    """Diffusers folders: files to prefer, such as fp16 or non_ema."""
+    ema: bool = False
+    """Single files: take the averaged weights where there are both."""
+    vae: str | None = None
+    """Another autoencoder: a folder or file of Stable Diffusion's, or TAESD's."""
+    lora: Mapping[str, float] = field(default_factory=dict)
+    """LoRAs by name, and the weight of each; those not named do not act."""
+    embedding: tuple[str, ...] = ()
+    """Textual inversions, each a file with :TOKEN after it or without."""
+    latents: Any = field(default=None, compare=False)
+    """Standard normal latents to begin with, ``b c h w``, one for each picture; None takes those of the seeds."""
+
+    def __post_init__(self) -> None:
+        prompts, negatives = _texts("prompt", self.prompt), _texts("negative_prompt", self.negative_prompt)
+        if len(negatives) not in (1, len(prompts)):
+            raise InputError(
+                f"negative_prompt must be one text or one for each of the {len(prompts)} prompts, got {len(negatives)}"
+            )
+        for name in ("num_images_per_prompt", "num_inference_steps", "width", "height"):
+            _integer(name, getattr(self, name), 1)
+        _integer("seed", self.seed, 0, LARGEST_SEED)
+        for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
+            check_number(name, getattr(self, name))
+        for name, weight in self.lora.items():
+            check_number(f"the weight of the LoRA {name!r}", weight)
+        if not isinstance(self.sampler, str):
+            raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
+        sampler_name(self.sampler)
+        _ = self.guidance, self.sampler_config  # which check their own ranges
+        if self.mask_image is not None and self.image is None:
+            raise InputError("mask_image needs the image that it masks: give image as well")
+        if not 0 < self.strength <= 1:
+            raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
+
+    @classmethod
+    def of(cls, config: ModelConfig, **given: Any) -> Request:
+        """The request of a model's defaults and the given fields, checked against the model.
+
+        Args:
+            config: the model's.
+            given: fields by their names; None takes the default. Texts may stand alone, pictures as their paths,
+                ``guidance_scale`` as a ``Guidance`` and ``sampler`` as a ``SamplerConfig``.
+
+        Raises:
+            InputError: an unknown field, or a value that the field or the model cannot have.
+        """
+        values: dict[str, Any] = {"model": config.name, "prompt": None, "negative_prompt": ("",)}
+        values |= _guidance(config.guidance) | {"num_inference_steps": config.num_inference_steps}
+        values |= _sampler(config.sampler if given.get("sampler") is None else SamplerConfig())
+        for name, value in given.items():
+            if name not in FIELDS:
+                raise unknown_name("setting", name, FIELDS)
+            if isinstance(value, Guidance):
+                values |= _guidance(value)
+            elif isinstance(value, SamplerConfig):
+                values |= _sampler(value)
+            elif value is not None:
+                values[name] = float(value) if type(value) is int and HINTS[name] is float else value
+        for name in ("prompt", "negative_prompt"):
+            values[name] = _texts(name, values[name])
+        values = _opened(values)
+        values.setdefault("seed", int.from_bytes(os.urandom(4), "big"))
+        request = cls(**_size(config, values.get("image")) | values)
+        request.check(config)
+        return request
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises InputError where the model cannot make this."""
+        if not config.text_encoders and any(self.prompt):
+            raise InputError(
+                f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
+            )
+        check_size(config, self.width, self.height)
+        if config.reads_mask and self.mask_image is None:
+            raise InputError(
+                f"the model {config.name!r} repaints parts of pictures: give image and mask_image"
+            )
+        factor = config.vae.factor
+        shape = (len(self.prompts), config.vae.latent_channels, self.height // factor, self.width // factor)
+        found = getattr(self.latents, "shape", None)
+        if self.latents is not None and found != shape:
+            shown = repr(self.latents) if found is None else tuple(found)
+            raise InputError(f"latents must be a tensor of the shape {shape}, got {shown}")
+
+    # One entry a picture.
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of each picture."""
+        return tuple(text for text in self.prompt for _ in range(self.num_images_per_prompt))
+
+    @property
+    def negative_prompts(self) -> tuple[str, ...]:
+        """The negative prompt of each picture."""
+        each = self.negative_prompt * (len(self.prompt) // len(self.negative_prompt))
+        return tuple(text for text in each for _ in range(self.num_images_per_prompt))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each picture."""
+        return tuple((self.seed + i) % (LARGEST_SEED + 1) for i in range(len(self.prompts)))
+
+    def picture(self, index: int) -> Request:
+        """The request of one picture alone."""
+        return dataclasses.replace(
+            self,
+            prompt=(self.prompts[index],),
+            negative_prompt=(self.negative_prompts[index],),
+            seed=self.seeds[index],
+            num_images_per_prompt=1,
+            latents=None,
+        )
+
+    # As the mathematics reads it.
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance in one object."""
+        return Guidance(
+            scale=self.guidance_scale, interval=self.guidance_interval, rescale=self.guidance_rescale
+        )
+
+    @property
+    def sampler_config(self) -> SamplerConfig:
+        """The sampler in one object."""
+        return SamplerConfig(name=self.sampler, spacing=self.spacing, eta=self.eta, variance=self.variance)
+
+    # As JSON.
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: one prompt as a text, several as a list, a picture as its file's path.
+
+        Fields that have a default are left out where they have it; so are `latents`, and pictures of no file.
+        """
+        result: dict[str, Any] = {}
+        for name, described in FIELDS.items():
+            value = getattr(self, name)
+            if name in PICTURES and value is not None:
+                value = value.info.get(_PATH)
+            if name in ("prompt", "negative_prompt") and len(value) == 1:
+                value = value[0]
+            if name == "strength":
+                said = self.image is not None
+            else:
+                said = name in REQUIRED or (name != "latents" and value not in (described.default, None, {}))
+            if said:
+                result[name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Request:
+        """The request that ``to_dict`` gave; its pictures are opened.
+
+        Raises:
+            InputError: a field that is missing, unknown or of another type, or a picture that cannot be opened.
+        """
+        values = parse(data)
+        if missing := [name for name in REQUIRED if name not in values]:
+            raise InputError(f"a request needs {', '.join(REQUIRED)}; {', '.join(missing)} not given")
+        return cls(**_opened(values))
+
+
+FIELDS = {described.name: described for described in dataclasses.fields(Request)}
+HINTS = typing.get_type_hints(Request)
+REQUIRED = [
+    name
+    for name, described in FIELDS.items()
+    if described.default is described.default_factory is dataclasses.MISSING
+]
+PICTURES = ("image", "mask_image")
+_PATH = "path"  # of a picture's file, in its `info`
+
+
+def parse(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values as fields, as far as they are given; pictures stay paths.
+
+    Raises:
+        InputError: an unknown field, or a value of another type.
+    """
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in FIELDS or name == "latents":
+            raise unknown_name("setting", name, FIELDS)
+        if name == "lora":
+            value = {key: typed(float, weight, f"the weight of {key!r}") for key, weight in _pairs(value)}
+        elif name in PICTURES:
+            value = typed(str, value, name)
+        else:
+            alone = name in ("prompt", "negative_prompt", "embedding") and isinstance(value, str)
+            value = typed(HINTS[name], [value] if alone else value, name)
+        values[name] = value
+    return values
+
+
+def split_file(text: str) -> tuple[str, str | None]:
+    """A file, and what follows its last colon; a colon that is part of the file's name stays there."""
+    file, colon, rest = text.rpartition(":")
+    return (text, None) if not colon or Path(text).exists() else (file, rest)
+
+
+def check_size(config: ModelConfig, width: int, height: int) -> None:
+    """Raises InputError unless both are multiples of the model's factor."""
+    factor = config.vae.factor
+    for name, value in (("width", width), ("height", height)):
+        if value % factor:
+            below, above = value // factor * factor, (value // factor + 1) * factor
+            nearest = f"nearest are {below} and {above}" if below else f"the smallest is {above}"
+            raise InputError(f"{name} must be a multiple of {factor}, got {value}; {nearest}")
+
+
+def _pairs(lora: object) -> Iterable[tuple[str, object]]:
+    """Names and weights of a JSON object, or of texts such as FILE and FILE:0.8."""
+    if isinstance(lora, Mapping):
+        yield from lora.items()
+        return
+    if not isinstance(lora, (list, tuple)) or not all(isinstance(text, str) for text in lora):
+        raise InputError(f"lora must give the weight of each name, got {lora!r}")
+    for text in lora:
+        file, weight = split_file(text)
+        try:
+            yield file, 1.0 if weight is None else float(weight)
+        except ValueError:
+            raise InputError(f"lora must be FILE or FILE:WEIGHT such as {file}:0.8, got {text!r}") from None
+
+
+def _guidance(guidance: Guidance) -> dict[str, Any]:
+    return {f"guidance_{name}": getattr(guidance, name) for name in ("scale", "interval", "rescale")}
+
+
+def _sampler(sampler: SamplerConfig) -> dict[str, Any]:
+    settings = to_dict(sampler)
+    return {"sampler": settings.pop("name"), **settings}
+
+
+def _size(config: ModelConfig, picture: Image.Image | None) -> dict[str, int]:
+    """The picture's size, or the model's own; far too large ones at the model's area."""
+    factor, own = config.vae.factor, config.sample_size
+    width, height = (own, own) if picture is None else picture.size
+    if picture is not None:
+        if width * height > 4 * own**2:  # the model knows no such size, and it is slow
+            scale = own / math.sqrt(width * height)
+            width, height = (max(factor, round(side * scale)) for side in (width, height))
+        width, height = (max(factor, side // factor * factor) for side in (width, height))
+    return {"width": width, "height": height}
+
+
+def _opened(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with pictures in place of their paths, which the pictures remember."""
+    pictures: dict[str, Image.Image] = {}
+    for name in PICTURES:
+        value = values.get(name)
+        if isinstance(value, (str, Path)):
+            pictures[name] = images.open_image(value)
+            pictures[name].info = {_PATH: str(value)}
+        elif isinstance(value, Image.Image):
+            pictures[name] = images.to_rgb(value)
+        elif value is not None:
+            raise InputError(f"{name} must be a picture or the path of one, got {value!r}")
+    return values | pictures
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} must be a text or a list of texts, got {value!r}")
+    return tuple(texts)
+
+
+def _integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} must be a whole number, {limits}, got {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises InputError unless it is a finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{name} must be a number, got {value!r}")

@@ -1,0 +1,148 @@
+"""The request: defaults, checks, and its JSON, which is the command's options and a PNG's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stable_diffusion import Guidance, InputError, SamplerConfig
+from stable_diffusion.cli.generate import Options
+from stable_diffusion.config import ModelConfig, documented
+from stable_diffusion.generation.request import FIELDS, REQUIRED, Request, parse
+from tests.tiny import KL, TINY
+
+CONFIG = replace(TINY, vae=KL)
+
+
+def picture(path: Path, width: int = 32, height: int = 32) -> Path:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_a_request_is_the_models_defaults_and_what_is_given() -> None:
+    request = Request.of(CONFIG, prompt="a fox", seed=3)
+    assert (request.prompt, request.negative_prompt, request.seed) == (("a fox",), ("",), 3)
+    assert (request.num_inference_steps, request.guidance) == (CONFIG.num_inference_steps, CONFIG.guidance)
+    assert request.sampler_config == CONFIG.sampler
+    assert (request.width, request.height, request.model) == (32, 32, "tiny")
+    other = Request.of(
+        CONFIG, prompt="a", guidance_scale=Guidance(scale=2.0, rescale=0.5), sampler="DPM++ 2M"
+    )
+    assert (other.guidance_scale, other.guidance_rescale) == (2.0, 0.5)
+    assert other.sampler_config == SamplerConfig(
+        name="DPM++ 2M"
+    )  # not the spacing of the model's own sampler
+    assert Request.of(CONFIG, prompt="a", guidance_scale=0, seed=0).guidance_scale == 0.0
+    assert Request.of(CONFIG, prompt="a", width=None, sampler=None).width == 32
+
+
+def test_it_is_frozen() -> None:
+    request = Request.of(CONFIG, prompt="a")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.seed = 3  # type: ignore[misc]
+
+
+def test_every_picture_has_its_own_request() -> None:
+    request = Request.of(
+        CONFIG, prompt=["a", "b"], negative_prompt=["x", "y"], num_images_per_prompt=2, seed=2**63 - 2
+    )
+    assert request.prompts == ("a", "a", "b", "b")
+    assert request.negative_prompts == ("x", "x", "y", "y")
+    assert request.seeds == (2**63 - 2, 2**63 - 1, 0, 1)
+    third = request.picture(2)
+    assert (third.prompts, third.negative_prompts, third.seeds) == (("b",), ("y",), (0,))
+    assert third == Request.of(CONFIG, prompt="b", negative_prompt="y", seed=0)
+
+
+def test_json_and_back(tmp_path: Path) -> None:
+    image = picture(tmp_path / "image.png")
+    mask = picture(tmp_path / "mask.png")
+    for fields in (
+        {},
+        {"prompt": ["a", "b"], "negative_prompt": ["", "x"], "num_images_per_prompt": 3},
+        {"image": image, "mask_image": str(mask), "strength": 1},
+        {"lora": {"style": 0.5, "other": -1}, "embedding": ("a.pt",), "vae": "taesd", "ema": True},
+        {"sampler": "ddim", "spacing": "karras", "eta": 0.25, "guidance_interval": (0.25, 0.75)},
+    ):
+        request = Request.of(CONFIG, **{"prompt": "a", "seed": 1, **fields})
+        text = json.dumps(request.to_dict())
+        assert Request.from_dict(json.loads(text)) == request
+        assert json.loads(text)["seed"] == 1
+
+
+def test_what_says_nothing_is_left_out(tmp_path: Path) -> None:
+    plain = Request.of(CONFIG, prompt="a", seed=0).to_dict()
+    assert list(plain) == REQUIRED
+    assert plain["prompt"] == "a" and plain["negative_prompt"] == ""
+    image = Request.of(CONFIG, prompt="a", image=picture(tmp_path / "a.png")).to_dict()
+    assert set(image) - set(plain) == {"image", "strength"}
+    assert image["strength"] == 0.8
+    in_memory = Request.of(
+        CONFIG, prompt="a", image=Image.new("RGB", (32, 32)), latents=torch.zeros(1, 4, 8, 8)
+    )
+    assert set(in_memory.to_dict()) - set(plain) == {"strength"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"promt": "a"}, "unknown setting 'promt': did you mean 'prompt'"),
+        ({"latents": []}, "unknown setting 'latents'"),
+        ({"seed": "1"}, "seed must be of type int, got '1'"),
+        ({"seed": True}, "seed must be of type int, got True"),
+        ({"prompt": ["a", 3]}, "prompt must be of type str, got 3"),
+        ({"image": 3}, "image must be of type str, got 3"),
+        ({"variance": "huge"}, "variance"),
+        ({"lora": ["a.pt:x"]}, "lora must be FILE or FILE:WEIGHT such as a.pt:0.8, got 'a.pt:x'"),
+        ({"lora": {"a": "x"}}, "the weight of 'a' must be of type float, got 'x'"),
+        ({"lora": 3}, "lora must give the weight of each name, got 3"),
+        ({"guidance_interval": [0.1]}, "guidance_interval"),
+    ],
+)
+def test_json_that_cannot_be_read(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(data)
+
+
+def test_json_must_be_whole() -> None:
+    with pytest.raises(InputError, match=r"seed, .* not given"):
+        Request.from_dict({"prompt": "a"})
+
+
+def test_the_weights_of_loras_as_older_pictures_have_them() -> None:
+    assert parse({"lora": ["a.pt", "dir/b.pt:0.5", "c:-1"]}) == {
+        "lora": {"a.pt": 1.0, "dir/b.pt": 0.5, "c": -1.0}
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (CONFIG, {"width": 50}, "multiple of 4, got 50; nearest are 48 and 52"),
+        (replace(CONFIG, text_encoders=()), {}, "no text encoder"),
+        (replace(CONFIG, unet=replace(CONFIG.unet, in_channels=9)), {}, "give image and mask_image"),
+        (CONFIG, {"latents": torch.zeros(2, 4, 8, 8)}, "latents must be a tensor of the shape"),
+        (CONFIG, {"colour": "red"}, "unknown setting 'colour'"),
+        (CONFIG, {"lora": {"a": "x"}}, "the weight of the LoRA 'a' must be a number, got 'x'"),
+    ],
+)
+def test_what_a_model_cannot_make(config: ModelConfig, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Request.of(config, prompt="a", **fields)
+
+
+def test_the_commands_options_are_the_fields() -> None:
+    """One schema: a new field is an option at once, with its sentence as help."""
+    options = {described.name for described in dataclasses.fields(Options)}
+    assert options == FIELDS.keys() - {"prompt", "latents"}
+    assert documented(Request).keys() == FIELDS.keys()
+    assert all(documented(Request).values())
