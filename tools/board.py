@@ -10,7 +10,7 @@ that the package carries.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,20 @@ EACH, COLUMNS, SIDE, TEXT, GAP = 16, 8, 128, 44, 8
 SEED = 0
 
 
-def main(out: Path, data: Path, sources: Sequence[Path | None]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="picture to write")
+    parser.add_argument("data", type=Path, help="folder of the icons' set")
+    parser.add_argument("models", nargs="*", type=Path, help="model folders, from top to bottom")
+    options = parser.parse_args(arguments)
+    draw(options.out, options.data, options.models or [None])
+    print(options.out)
+
+
+def draw(out: Path, data: Path, sources: Sequence[Path | None]) -> None:
     models = [DiffusionModel.from_pretrained(source) for source in sources]
     found = {group.name: group for split in in_order(coco_splits(data)) for group in groups(split, SEED)}
     chosen = [found[name] for name in ("test_style, no sister", "train")]
@@ -45,8 +58,7 @@ def main(out: Path, data: Path, sources: Sequence[Path | None]) -> None:
             below = top + len(column) * SIDE + 2
             pen.text((left, below), textwrap.fill(caption, 22), "black", font, spacing=1)
     board.save(out)
-    print(out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), [Path(source) for source in sys.argv[3:]] or [None])
+    main()

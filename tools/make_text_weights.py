@@ -9,6 +9,9 @@ The first folder holds sentence-transformers/all-MiniLM-L6-v2 as published: `con
 - `all-MiniLM-L6-v2/`: `config.json` and `vocab.txt` as they are, and `model.safetensors` in fp16 under its own names,
   without the pooler (trained for another task) and the position numbers (they are 0, 1, 2, ...).
 - `clip-tokenizer/`: `vocab.json` and `merges.txt`, the two files of every published CLIP tokenizer.
+- `clip-tokenizer-2/`: `special_tokens_map.json` alone, with Stable Diffusion 2.x's padding token.
+
+The licences beside them, `LICENSE`, are those of the published files and are put there by hand.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import gzip
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,6 +75,13 @@ def make_clip_tokenizer(source: Path, target: Path) -> None:
     (target / "merges.txt").write_text(text, encoding="utf-8", newline="\n")
 
 
+def make_clip_tokenizer_2(target: Path) -> None:
+    """Writes what sets the tokenizer of Stable Diffusion 2.x apart: it pads with token 0."""
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"pad_token": "!"})
+    (target / "special_tokens_map.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
 def byte_characters() -> list[str]:
     """The characters that stand for the 256 bytes in byte-pair vocabularies: printable ones first, as themselves."""
     printable = [
@@ -82,17 +93,18 @@ def byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(others)]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("minilm", type=Path, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("clip", type=Path, help="folder with bpe_simple_vocab_16e6.txt.gz")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the two folders are made")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the three folders are made")
+    options = parser.parse_args(arguments)
     make_minilm(options.minilm, options.out / "all-MiniLM-L6-v2")
     make_clip_tokenizer(options.clip, options.out / "clip-tokenizer")
+    make_clip_tokenizer_2(options.out / "clip-tokenizer-2")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures in files, as PIL images and as tensors: the one place where they change from one to the other.
+"""Pictures as files, PIL images and tensors: the one place where they are converted.
 
 PIL images are outside, float tensors in [-1, 1] inside. torch is imported by the functions that need it, so
 that checking files costs no start-up time.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-# PIL also opens formats that are programs (EPS runs Ghostscript), which have no place in a set of pictures.
+# PIL also opens formats that are programs (EPS runs Ghostscript); those are not read.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 
 _ORIENTATION = 0x0112
@@ -55,7 +55,7 @@ _DAMAGE = (
 def open_image(path: str | Path) -> Image.Image:
     """The picture in a file, fully decoded: RGB, upright, on white where it is transparent.
 
-    The content counts, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
+    The content decides, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
     cut off, or too large to be decoded safely.
     """
     with opened(path) as image:
@@ -121,7 +121,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of the image that has the asked aspect ratio, resized; nothing is stretched."""
+    """The largest centred crop of that aspect ratio, resized; nothing is stretched."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -179,8 +179,8 @@ def _damaged(path: str | Path, error: Exception) -> InputError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # After decoding: PIL turns TIFFs itself, and PNGs may hold their EXIF behind the pixels. Broken EXIF says
-    # nothing about the pixels, so it is no reason to refuse a picture.
+    # After decoding: PIL rotates TIFFs itself, and PNGs may have their EXIF after the pixels. Broken EXIF says
+    # nothing about the pixels, so the picture is read all the same.
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except (OSError, *_DAMAGE):

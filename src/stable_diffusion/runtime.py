@@ -1,4 +1,4 @@
-"""What the machine can do: the device to use, and the number formats it is good at."""
+"""What the machine can do: the device to use, and the number formats that are fast on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Config:
 
     Attributes:
         DEVICE: the torch device to work on, ``"cuda"``, ``"mps"`` or ``"cpu"``: the first of these that
-            the machine has, unless another is given. Raises InputError for one that it has not.
+            the machine has, unless one is given. Raises InputError for one that it does not have.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -54,7 +54,7 @@ def first_process() -> bool:
 
 
 def watched() -> bool:
-    """Whether a person looks at this process: a terminal, or a notebook."""
+    """Whether a person is watching this process, in a terminal or a notebook."""
     return first_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 

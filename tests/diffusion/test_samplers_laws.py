@@ -51,7 +51,7 @@ def gaussian(x: Tensor, level: Level) -> Tensor:
 
 
 def marginal(level: Level) -> tuple[float, float]:
-    """Mean and deviation of the noisy Gaussian."""
+    """Mean and standard deviation of the noisy Gaussian."""
     return level.alpha * MEAN, math.hypot(level.alpha * DEVIATION, level.sigma)
 
 
@@ -121,13 +121,17 @@ def test_order(name: str, low: float, high: float, grid: Any) -> None:
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_samplers_reach_the_gaussian(name: str) -> None:
-    """From Stable Diffusion's noise to clean latents: the ODE's solution, and no draw of noise."""
+    """From Stable Diffusion's noise to clean latents: the ODE's solution, without any noise to add."""
     config = SamplerConfig(name=name, spacing="trailing")
     levels = [*sampling_levels(config, STABLE_DIFFUSION, 500)[:-1], CLEAN]
     x = normal()
     exact = transported(x, levels[0], CLEAN)
     tolerance = 2e-2 if name in ("ddim", "euler") else 1e-2  # the step to clean latents is of first order
-    assert float((last(sampler_named(name), gaussian, x, levels) - exact).abs().max()) < tolerance
+
+    def none() -> Tensor:
+        raise AssertionError("noise was sampled")
+
+    assert float((last(sampler_named(name), gaussian, x, levels, none) - exact).abs().max()) < tolerance
 
 
 # From nearly pure noise to clean latents, over every kind of schedule.
@@ -185,7 +189,7 @@ def test_lcm_reproduces_the_gaussian() -> None:
 @pytest.mark.parametrize(("t", "s"), [(999, 998), (500, 499), (2, 1), (999, 700), (400, 100)])
 @pytest.mark.parametrize("run", ["ddim", "ddpm", "euler_a"])
 def test_ddim_with_eta_one_is_the_posterior(run: str, t: int, s: int) -> None:
-    """Ho et al. 2020, equation 7: mean and deviation of q(x_s | x_t, x_0), from alpha_bar and beta."""
+    """Ho et al. 2020, equation 7: mean and standard deviation of q(x_s | x_t, x_0), from alpha_bar and beta."""
     settings = {"eta": 1.0} if run == "ddim" else {}
     bar_t, bar_s = (float(STABLE_DIFFUSION.alphas_cumprod[i]) for i in (t, s))
     alpha = bar_t / bar_s
@@ -202,7 +206,7 @@ def test_ddim_with_eta_one_is_the_posterior(run: str, t: int, s: int) -> None:
 
 @pytest.mark.parametrize(("t", "s"), [(999, 998), (999, 700)])
 def test_ddpm_large_variance_is_beta(t: int, s: int) -> None:
-    """Ho et al. 2020, section 3.2: the same mean, with the deviation sqrt(beta)."""
+    """Ho et al. 2020, section 3.2: the same mean, with the standard deviation sqrt(beta)."""
     levels = [STABLE_DIFFUSION.level(t), STABLE_DIFFUSION.level(s)]
     x, x0 = normal(1), normal(2)
 
@@ -248,8 +252,8 @@ def test_euler_on_a_flow_is_eulers_method() -> None:
         torch.testing.assert_close(result, x, rtol=1e-10, atol=1e-10)
 
 
-def test_sde_without_noise_has_the_posterior_mean() -> None:
-    """Lu et al. 2022, appendix B: the first step of the SDE solver is DDPM's posterior in continuous time."""
+def test_the_first_step_of_the_sde_is_the_posterior() -> None:
+    """Lu et al. 2022, appendix B: with the same noise, the first step is DDPM's posterior in continuous time."""
     levels = [STABLE_DIFFUSION.level(700), STABLE_DIFFUSION.level(650)]
     x, x0, z = normal(1), normal(2), normal(3)
     sde = last(dpmpp_2m, lambda x, level: x0, x, levels, lambda: z, sde=True)
@@ -382,7 +386,7 @@ def test_where_the_ddim_family_ends(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_start(name: str) -> None:
-    """A rectified flow and a zero-terminal-SNR schedule begin with noise of deviation 1."""
+    """A rectified flow and a zero-terminal-SNR schedule begin with noise of standard deviation 1."""
     for schedule, spacing in ((FLOW, None), (ZERO_SNR, "trailing")):
         config = SamplerConfig(name=name, spacing=spacing)
         assert initial_scale(config, schedule, sampling_levels(config, schedule, 5)[0]) == 1.0

@@ -116,7 +116,7 @@ def assert_equal(architecture: str, folder: Path, length: int, reference: Any = 
 
 
 def test_texts_are_many_and_varied() -> None:
-    """The texts are 1,000, reach beyond the context and hold all that the parity is about."""
+    """The texts are 1,000, some longer than the context, of more than 3,000 different characters."""
     assert len(texts()) == 1000 and len(set(texts())) > 950
     cut = Tokenizer(CLIP, "clip", 77)(texts()).cut
     assert 100 < sum(map(bool, cut)) < 900
@@ -190,12 +190,21 @@ def test_cut_names_the_words_that_did_not_fit(architecture: str, folder: Path) -
 
 @pytest.mark.parametrize(("architecture", "folder"), [("clip", CLIP), ("bert", BERT)], ids=["clip", "bert"])
 def test_cut_and_kept_make_the_text(architecture: str, folder: Path) -> None:
-    """Law: a text that is cut ends in what was cut, and a text that is not has room for its end token."""
+    """Law: every text ends in its end token; what is kept up to a space has the tokens that the text begins with."""
     tokenizer = Tokenizer(folder, architecture, 32)
-    batch = tokenizer(texts())
-    for text, mask, cut in zip(texts(), batch.attention_mask, batch.cut, strict=True):
+    batch, compared = tokenizer(texts()), 0
+    for text, ids, mask, cut in zip(texts(), batch.input_ids, batch.attention_mask, batch.cut, strict=True):
         assert text.endswith(cut)
-        assert not cut or mask.all()
+        kept = text[: len(text) - len(cut)]
+        assert ids[mask][-1] == tokenizer.end_id
+        if cut:
+            assert mask.all()
+            if kept.endswith(" "):
+                compared += 1
+                alone = tokenizer([kept])
+                length = int(alone.attention_mask.sum()) - 1  # without its end token
+                assert torch.equal(alone.input_ids[0, :length], ids[:length]), text
+    assert compared > 15
 
 
 def test_begin_end_and_padding() -> None:

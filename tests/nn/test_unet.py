@@ -141,7 +141,7 @@ def test_network_without_text_equals_diffusers() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_are_diffusers(name: str) -> None:
-    """Parity: the same tensor names, in the same order, with the same shapes."""
+    """Parity: the same tensor names with the same shapes."""
     reference, ours = pair(name)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
         k: v.shape for k, v in reference.state_dict().items()

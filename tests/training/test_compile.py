@@ -22,24 +22,12 @@ from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.training import run
 from stable_diffusion.training.loop import TrainStep
 from tests.test_cli import RECIPE
+from tests.test_readme import snippet
 from tests.tiny import TINY, coco_test2017, tiny_model
 from tests.training.record import differing
 
-SAMPLE = """\
-import torch
-from stable_diffusion import DiffusionModel, CocoImageLoader
-from stable_diffusion.utils import Config
-config = Config()
-if 'cuda' in config.DEVICE:
-    torch.set_float32_matmul_precision('high')
-imgFolder = 'test2017'
-captionsFile = f'annotations/captions_{imgFolder}.json'
-data_loader = CocoImageLoader(imgFolder, captionsFile)
-m = DiffusionModel()
-m.to(config.DEVICE)
-m = torch.compile(m)
-state_dict = m.train(data_loader, return_state_dict=True, autocast=True)
-"""
+SAMPLE = snippet("m.train(")
+"""The training snippet of README.md, as it stands there."""
 
 WRAPPER = torch._dynamo.eval_frame.OptimizedModule
 
@@ -81,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check_sample(names: dict[str, Any]) -> None:
-    """What the issue promises of the sample's result."""
+    """What the README promises of the sample's result."""
     state, wrapper = names["state_dict"], names["m"]
     assert isinstance(wrapper, WRAPPER)
     assert not [name for name in state if name.startswith("_orig_mod.")]
@@ -116,7 +104,7 @@ def test_the_command_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert backend.graphs >= 2 and backend.calls >= 8  # three measured steps and a real one of each stage
 
 
-def test_the_issue_and_main_say_the_same() -> None:
+def test_main_says_the_same() -> None:
     """``main.py`` is the sample with its folders as arguments."""
     script = (Path(__file__).parents[2] / "main.py").read_text(encoding="utf-8")
     for line in ("torch.set_float32_matmul_precision", "model = torch.compile(model)", "autocast=True"):

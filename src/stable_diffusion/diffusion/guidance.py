@@ -18,7 +18,7 @@ def is_on(guidance: Guidance, level: Level, schedule: Schedule) -> bool:
 def guide(
     conditional: Float[Tensor, "b c h w"], unconditional: Float[Tensor, "b c h w"], guidance: Guidance
 ) -> Float[Tensor, "b c h w"]:
-    """The guided prediction: from the unconditional one, `scale` times the way to the conditional one.
+    """The guided prediction: from the unconditional one, `scale` times the difference to the conditional one.
 
     Ho & Salimans 2022, equation 6, with w = scale - 1: a scale of 1 is the conditional prediction, 0 the
     unconditional. The rescaling is Lin et al. 2023, equations 15 and 16.

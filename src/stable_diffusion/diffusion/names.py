@@ -12,18 +12,18 @@ from typing import Any, Literal
 from stable_diffusion.errors import unknown_name
 
 Grid = Literal["rounded", "fractional", "intervals"]
-"""Whole timesteps; fractional ones (k-diffusion's samplers); or whole ones that divide the range into `n` intervals,
-one point more than levels (the multistep solvers)."""
+"""Whole timesteps; fractional ones (k-diffusion's samplers); or whole ones that divide the range into `n` intervals
+(the multistep solvers)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How a sampler's authors place levels and begin, and its names elsewhere."""
+    """How a sampler's authors place the levels and scale the starting noise, and its names elsewhere."""
 
     function: str
-    """In `diffusion.samplers`."""
+    """Its name in `diffusion.samplers`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of the function, fixed for this row."""
+    """Arguments of the function that are fixed for this row."""
     settings: tuple[str, ...] = ()
     """Fields of ``SamplerConfig`` that the function reads."""
     spacing: str = "leading"
@@ -37,7 +37,7 @@ class Sampler:
     diffusers: str
     """Scheduler class in diffusers."""
     diffusers_settings: Mapping[str, Any] = field(default_factory=dict)
-    """What sets this row apart from others of the same class, in ``scheduler_config.json``."""
+    """Settings in ``scheduler_config.json`` that tell this row from others of the same class."""
     aliases: tuple[str, ...] = ()
     """Further names, in lower case: k-diffusion's and ComfyUI's."""
 
@@ -129,13 +129,13 @@ class Spacing:
     """How levels are spread over a discrete schedule, and its names elsewhere."""
 
     function: str
-    """In `diffusion.schedule`."""
+    """Its name in `diffusion.schedule`."""
     diffusers: Mapping[str, Any] = field(default_factory=dict)
-    """In ``scheduler_config.json``."""
+    """Settings in ``scheduler_config.json``."""
     webui: str | None = None
     """"Schedule type" in AUTOMATIC1111's webui."""
     flow: bool = True
-    """Whether a rectified flow can have it; one has no timesteps to hit, so that each gives equal steps."""
+    """Whether a rectified flow can have it: equal steps then, since a flow has no discrete timesteps."""
 
 
 SPACINGS = {

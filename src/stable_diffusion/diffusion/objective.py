@@ -1,4 +1,4 @@
-"""What networks predict, how predictions convert, and how training weighs noise levels.
+"""What networks predict, how predictions convert, and how training weights noise levels.
 
 All of it is arithmetic on x = alpha * x0 + sigma * eps. ``alpha`` and ``sigma`` are tensors that broadcast
 against the latents, or floats.
@@ -23,7 +23,7 @@ Latents = Float[Tensor, "b c h w"]
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network with its schedule, seen from a sampler: noisy latents at a level to clean latents."""
+    """A network with its schedule, as a sampler sees it: from noisy latents at a level to clean latents."""
 
     def __call__(self, x: Latents, level: Level) -> Latents: ...
 
@@ -45,7 +45,7 @@ _TO_X0: dict[str, Callable[[Latents, Latents, Scalar, Scalar], Latents]] = {
     "flow_prediction": lambda out, x, alpha, sigma: (x - sigma * out) / (alpha + sigma),
 }
 
-# |d output / d x0| at fixed x: how an error of x0 shows in each prediction.
+# |d output / d x0| at fixed x: how much an error of x0 changes each prediction.
 _GAIN: dict[str, Callable[[Scalar, Scalar], Scalar]] = {
     "epsilon": lambda alpha, sigma: alpha / sigma,
     "sample": lambda alpha, sigma: 1.0,
@@ -78,12 +78,12 @@ def to_x0(prediction_type: str, output: Latents, x: Latents, alpha: Scalar, sigm
 
 
 def to_eps(x0: Latents, x: Latents, alpha: Scalar, sigma: Scalar) -> Latents:
-    """The noise that makes `x` from `x0`; sigma must not be 0."""
+    """The noise in `x`, given `x0`; sigma must not be 0."""
     return (x - alpha * x0) / sigma
 
 
 def convert(output: Latents, x: Latents, alpha: Scalar, sigma: Scalar, *, source: str, to: str) -> Latents:
-    """A prediction of type `source` as the prediction of type `to` that says the same."""
+    """A prediction of type `source` converted to the equivalent one of type `to`."""
     x0 = to_x0(source, output, x, alpha, sigma)
     return target(to, x0, to_eps(x0, x, alpha, sigma), alpha, sigma)
 
@@ -100,8 +100,8 @@ def loss_weight(
 
     ``simple``: 1 (Ho et al. 2020, equation 14). ``min_snr``: min(SNR, gamma) on the error of x0 (Hang et al.
     2023, section 3.4). ``bound``: the terms of the variational bound for t >= 1, in nats (Ho et al. 2020,
-    equation 12; as Kingma et al. 2021, equation 14, half the drop of the SNR on the error of x0); discrete
-    schedules only, and 0 at t = 0, whose term is no squared error.
+    equation 12; as Kingma et al. 2021, equation 14, half the drop of the SNR, on the error of x0); discrete
+    schedules only, and 0 at t = 0, whose term is not a squared error.
     """
     if name not in LOSS_WEIGHTS:
         raise unknown_name("loss weight", name, LOSS_WEIGHTS)
@@ -133,13 +133,13 @@ def variational_bound(
     """The terms of the bound on -log p(x0), in bits per dimension, from L_T down to L_0; their sum is the bound.
 
     For data of 256 values, x0 = value / 127.5 - 1, and the posterior's variance (Ho et al. 2020, equations 5,
-    8 and 13; Nichol & Dhariwal 2021, section 3). One draw of `noise` a term.
+    8 and 13; Nichol & Dhariwal 2021, section 3). Each term takes one sample of `noise`.
 
     Args:
         denoise: the model, from noisy data to clean.
         x0: the data.
         schedule: a discrete schedule.
-        noise: gives standard normal draws of the data's shape.
+        noise: gives standard normal samples of the data's shape.
     """
     bits = 1 / (math.log(2) * x0[0].numel())
     last = schedule.level(schedule.num_train_timesteps - 1)
@@ -160,7 +160,7 @@ def variational_bound(
 
 
 def posterior_deviation(level: Level, to: Level) -> float:
-    """Deviation of q(x_s | x_t, x_0), s < t: sqrt(beta-tilde) (Ho et al. 2020, equation 7)."""
+    """Standard deviation of q(x_s | x_t, x_0), s < t: sqrt(beta-tilde) (Ho et al. 2020, equation 7)."""
     ratio = (to.sigma * level.alpha) / (level.sigma * to.alpha)
     return to.sigma * math.sqrt(max(1 - ratio**2, 0.0))
 

@@ -1,8 +1,8 @@
-"""Samplers: from noise to clean latents along a list of levels.
+"""Samplers: from noise to clean latents through a list of levels.
 
 A sampler is a function ``f(denoise, x, levels, *, noise)`` that yields a Step for every level but the last. It
-knows nothing of networks: ``denoise(x, level)`` gives clean latents. All of them start from alpha = 0, the first
-level of a rectified flow and of a zero-terminal-SNR schedule, and so divide by no alpha that can be 0. A new
+knows nothing of networks: ``denoise(x, level)`` gives clean latents. All of them can start at alpha = 0, the
+first level of a rectified flow and of a zero-terminal-SNR schedule, so none divides by an alpha that can be 0. A new
 sampler is one function here and one row in `names`.
 """
 
@@ -26,23 +26,23 @@ from stable_diffusion.diffusion.schedule import Level, Schedule
 
 Latents = Float[Tensor, "b c h w"]
 Noise = Callable[[], Latents]
-"""Draws standard normal latents, each image's from its own generator."""
+"""Samples standard normal latents, each image's from its own generator."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a sampler yields: latents on their way."""
+    """One step of a sampler."""
 
     index: int
-    """Number of the step, from 0."""
+    """Index of the step, from 0."""
     total: int
-    """Number of steps of the whole walk."""
+    """Number of steps in all."""
     level: Level
     """The level that was denoised."""
     x: Latents
     """The latents at the next level."""
     x0: Latents
-    """The clean latents that the network saw in them."""
+    """The network's prediction of the clean latents."""
 
 
 def _ratio(level: Level, to: Level) -> float:
@@ -88,7 +88,7 @@ def ddpm(
         posterior = posterior_deviation(level, to)
         x = to.alpha * x0 + math.sqrt(to.sigma**2 - posterior**2) * eps
         if to.sigma > 0:
-            # What q(x_t | x_s) adds: beta where alpha² + sigma² = 1, and its like on a rectified flow.
+            # The variance that q(x_t | x_s) adds: beta where alpha² + sigma² = 1, its counterpart on a rectified flow.
             added = level.sigma**2 - (level.alpha / to.alpha * to.sigma) ** 2
             x = x + (posterior if variance == "small" else math.sqrt(added)) * noise()
         yield Step(i, len(levels) - 1, level, x, x0)
@@ -97,7 +97,7 @@ def ddpm(
 def pndm(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
     """Liu et al. 2022 (PNDM) as Stable Diffusion uses it: linear multistep on eps, without Runge-Kutta steps.
 
-    The first step asks the network twice, at both of its ends, and takes the mean (equation 22 of order 1).
+    The first step evaluates the network at both of its ends and takes the mean (equation 22 of order 1).
     """
     history: list[Latents] = []
     for i, (level, to) in enumerate(pairwise(levels)):
@@ -166,9 +166,9 @@ def dpmpp_2m(
 def unipc(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
     """UniPC of order 2, B(h) = e^h - 1, on x0 (Zhao et al. 2023, algorithms 1 and 2).
 
-    Each step predicts; the next network call corrects what it predicted, at no extra call.
+    Each step predicts; the next network call also corrects that prediction, so correcting costs no extra call.
     """
-    start, start_level = x, levels[0]  # where the step that is being corrected began
+    start, start_level = x, levels[0]  # where the step that is corrected started
     history: list[tuple[Latents, Level]] = []  # x0 and level of earlier calls, newest first
     for i, (level, to) in enumerate(pairwise(levels)):
         x0 = denoise(x, level)
@@ -243,7 +243,7 @@ def sampling_levels(config: SamplerConfig, schedule: Schedule, num_inference_ste
 
 
 def initial_scale(config: SamplerConfig, schedule: Schedule, level: Level) -> float:
-    """What standard normal noise is multiplied by to begin text-to-image at the first level."""
+    """The factor of the standard normal noise that text-to-image starts from at the first level."""
     row = SAMPLERS[sampler_name(config.name)]
     from_sigma = row.begins_with_sigma and _spacing(config, schedule) != "leading"
     return level.sigma if from_sigma or schedule.is_flow else 1.0

@@ -1,4 +1,4 @@
-"""The forward process: how much picture and how much noise there is at each time.
+"""The forward process: how much signal and how much noise there is at each time.
 
 Everything is float64 on the CPU; networks see float32 scalars.
 """
@@ -21,10 +21,10 @@ from stable_diffusion.errors import InputError
 
 @dataclass(frozen=True)
 class Level:
-    """A noise level: x = alpha * x0 + sigma * eps, at the time `t` that the network is told.
+    """A noise level: x = alpha * x0 + sigma * eps, at the time `t` that the network is given.
 
-    `t` runs from 0 (nearly clean) to the number of training timesteps; it is -1 at the clean level, which no
-    network is asked about.
+    `t` runs from 0 (nearly clean) to the number of training timesteps; it is -1 at the clean level, at which no
+    network is evaluated.
     """
 
     t: float
@@ -96,11 +96,11 @@ class Schedule:
         return _preserving(t, low + (t - lower) * (high - low))
 
     def levels(self, num_inference_steps: int, spacing: str, grid: Grid = "rounded") -> list[Level]:
-        """The levels of a walk from noise to clean latents: `num_inference_steps` of them, then the clean one.
+        """The levels from noise to clean latents: `num_inference_steps` of them, then the clean one.
 
         Args:
             num_inference_steps: at least 1; at most the training timesteps of a discrete schedule.
-            spacing: a row of `names.SPACINGS`, whose functions stand below. A rectified flow has no timesteps to hit:
+            spacing: a row of `names.SPACINGS`, whose functions are below. A rectified flow has no discrete timesteps:
                 each spacing that it can have gives equal steps from pure noise.
             grid: how a sampler's authors round (see `names.Grid`).
 
@@ -133,7 +133,7 @@ class Schedule:
         noise: Float[Tensor, "b c h w"],
         timesteps: Num[Tensor, "*b"] | float,
     ) -> Float[Tensor, "b c h w"]:
-        """A draw of q(x_t | x_0): ``alpha * x0 + sigma * noise`` (Ho et al. 2020, equation 4).
+        """A sample of q(x_t | x_0): ``alpha * x0 + sigma * noise`` (Ho et al. 2020, equation 4).
 
         Args:
             x0: clean latents.
@@ -159,10 +159,10 @@ class Schedule:
         return table[:, 0], table[:, 1]
 
     def training_timesteps(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Times to train at, from uniform draws in (0, 1).
+        """Times to train at, from uniform samples in (0, 1).
 
         Discrete schedules: uniform over 0 … T - 1. Rectified flow: logit-normal (Esser et al. 2024, section
-        3.1), which spends more draws in the middle, then shifted.
+        3.1), which puts more samples in the middle, then shifted.
         """
         uniform = uniform.double()
         if not self.is_flow:
@@ -194,7 +194,7 @@ def _preserving(t: float, ratio: float) -> Level:
 
 
 def _zero_terminal_snr(alphas_cumprod: Float[Tensor, " t"]) -> Float[Tensor, " t"]:
-    """Lin et al. 2023, algorithm 1: shifts and scales alpha so that the last is 0 and the first stays."""
+    """Lin et al. 2023, algorithm 1: shifts and scales alpha so that the last is 0 and the first unchanged."""
     alpha = alphas_cumprod.sqrt()
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
 

@@ -41,9 +41,9 @@ class Placed(nn.Module):
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
-    """A table of vectors with deviation 0.02 (Radford et al. 2019).
+    """A table of vectors with standard deviation 0.02 (Radford et al. 2019).
 
-    On the meta device nothing is drawn: there it would import torch's compiler, a second of every start.
+    On the meta device nothing is sampled: that would import torch's compiler, a second of every start.
     """
     weight = torch.empty(count, width)
     if not weight.is_meta:
@@ -54,7 +54,7 @@ def embedding(count: int, width: int) -> nn.Embedding:
 def timestep_features(timesteps: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
     """Cosines, then sines, of the timestep at `width` / 2 frequencies from 1 to 1e-4 (Vaswani et al. 2017).
 
-    Computed in float32, as the published models were trained with, whatever the weights' type.
+    Computed in float32 whatever the weights' type, as when the published models were trained.
     """
     half = width // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
@@ -77,7 +77,7 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Norm, SiLU, convolution, twice, around a skip; the time embedding, after a SiLU, is added in the middle.
 
-    `time_width` None is the autoencoder's block, which knows no time.
+    With `time_width` None it is the autoencoder's block, without a time embedding.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarges to `size`, or doubles height and width, by repetition; then a convolution."""
+    """Resizes to `size`, or doubles height and width, by nearest neighbours; then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def attend(
     causal: bool = False,
     upcast: bool = False,
 ) -> Float[Tensor, "b n d"]:
-    """Scaled dot-product attention over `num_heads` heads. `mask` is True where a key may be read."""
+    """Scaled dot-product attention over `num_heads` heads. `mask` is True where a key may be attended to."""
     dtype = query.dtype
     # b head n d
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -163,7 +163,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Attention of tokens to themselves or, where its keys and values are given, to a context.
+    """Self-attention, or cross-attention where the context's keys and values are given.
 
     `groups` adds the group norm in front and the residual that the autoencoder's attention has.
     """
@@ -231,7 +231,7 @@ class GatedFeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text if there is any, feed-forward; each normed and added."""
+    """Self-attention, cross-attention to the text if there is any, feed-forward; each pre-norm and residual."""
 
     def __init__(self, channels: int, *, num_heads: int, context_width: int | None, upcast: bool) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from stable_diffusion.nn.blocks import Placed, attend, embedding
 from stable_diffusion.nn.tokenizer import TokenBatch, Tokenizer
 
 BERT_NAMES = (
-    # BERT's published names and ours, which are CLIP's. Either side of a row occurs once in a name.
+    # BERT's published names, and ours, which are CLIP's. A name contains either side of a row at most once.
     ("embeddings.word_embeddings.", "embeddings.token_embedding."),
     ("embeddings.position_embeddings.", "embeddings.position_embedding."),
     ("embeddings.token_type_embeddings.", "embeddings.token_type_embedding."),
@@ -77,7 +77,7 @@ class _FeedForward(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Self-attention and feed-forward. CLIP norms what goes in, BERT what comes out."""
+    """Self-attention and feed-forward: CLIP is pre-norm, BERT post-norm."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class TextEncoder(Placed):
     def forward(
         self, input_ids: Int[Tensor, "b n"], attention_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n d"]:
-        """The tokens' hidden states. `attention_mask` is True at real tokens; None reads padding too."""
+        """The tokens' hidden states. `attention_mask` is True at real tokens; None attends to padding too."""
         x = self.embeddings(input_ids)
         for layer in self.encoder.layers[: self.config.num_hidden_layers - self.config.skip_last_layers]:
             x = layer(x, attention_mask)
@@ -124,13 +124,13 @@ class TextEncoder(Placed):
 
 
 class PromptEmbeds(NamedTuple):
-    """What the U-Net reads of a batch of prompts."""
+    """A batch of prompts as the U-Net reads it."""
 
     tokens: Float[Tensor, "b n d"]
     mask: Bool[Tensor, "b n"] | None
-    """True where a token may be read; None where all may, padding included, as Stable Diffusion does."""
+    """True where a token may be attended to; None for all, padding included, as in Stable Diffusion."""
     pooled: Float[Tensor, "b p"]
-    """One vector a prompt: CLIP's state at the end token, the mean of BERT's; several encoders' side by side."""
+    """One vector a prompt: CLIP's state at the end token, the mean of BERT's; of several encoders, concatenated."""
 
     def to(self, *args: torch.device | torch.dtype) -> PromptEmbeds:
         """The same on another device or in another floating-point type; the mask stays boolean."""
@@ -152,8 +152,8 @@ class PromptEmbeds(NamedTuple):
 class PromptEncoder(nn.Module):
     """Texts to tokens, by one text encoder or by several (CLIP and BERT together, say).
 
-    Each encoder's tokens are projected to the width that the U-Net reads, unless a single encoder has it
-    already, and joined along the sequence.
+    Each encoder's tokens are projected to the U-Net's width, unless a single encoder has it already, and
+    concatenated along the sequence.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class PromptEncoder(nn.Module):
             encoder.requires_grad_(config.trainable)
 
     def forward(self, texts: list[str]) -> PromptEmbeds:
-        """The embeddings of the texts; what is beyond an encoder's context is truncated silently here."""
+        """The embeddings of the texts. Text beyond an encoder's context is truncated silently here."""
         return self.embed(self.tokenize(texts), len(texts))
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
@@ -188,14 +188,14 @@ class PromptEncoder(nn.Module):
         )
 
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
-        """What one encoder makes of the texts, before the projection: what training caches of a frozen one."""
+        """One encoder's states for the texts, before the projection: what training caches of a frozen encoder."""
         batch = self.tokenizers[index](texts)
         return self.read(index, batch.input_ids, batch.attention_mask)
 
     def read(
         self, index: int, input_ids: Int[Tensor, "b n"], attention_mask: Bool[Tensor, "b n"]
     ) -> PromptEmbeds:
-        """What one encoder makes of token numbers, before the projection."""
+        """One encoder's states for token ids, before the projection."""
         encoder = self.encoders[index]
         assert isinstance(encoder, TextEncoder)
         input_ids, attention_mask = input_ids.to(encoder.device), attention_mask.to(encoder.device)
@@ -212,7 +212,7 @@ class PromptEncoder(nn.Module):
         return PromptEmbeds(tokens, None, tokens[rows, first])
 
     def join(self, parts: list[PromptEmbeds]) -> PromptEmbeds:
-        """The encoders' embeddings projected and joined. A mask is made only where some encoder has one."""
+        """The encoders' embeddings, projected and concatenated; with a mask only if some encoder has one."""
         tokens = [part.tokens for part in parts]
         if self.projections:
             tokens = [project(x) for project, x in zip(self.projections, tokens, strict=True)]

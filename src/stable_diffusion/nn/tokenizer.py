@@ -1,4 +1,4 @@
-"""Prompts to token numbers, equal to the published CLIP and BERT tokenizers."""
+"""Prompts to token ids, equal to the published CLIP and BERT tokenizers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from stable_diffusion.errors import InputError
 
 T = TypeVar("T")
 
-# The words of CLIP's byte-pair encoding: special tokens, which come here if typed in capitals, contractions,
-# runs of letters, single digits, runs of other signs.
+# What CLIP's byte-pair encoding takes for words: special tokens (which get here only when typed in capitals),
+# contractions, runs of letters, single digits, runs of other characters.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-SPECIAL = {  # begin, end, padding, and others that a text may hold
+SPECIAL = {  # begin, end, padding, and others that a text may contain
     "clip": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "bert": ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"),
 }
@@ -37,13 +37,13 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 class TokenBatch(NamedTuple):
-    """Token numbers of a batch of texts, all of the same length."""
+    """Token ids of a batch of texts, all of the same length."""
 
     input_ids: Int[Tensor, "b n"]
     attention_mask: Bool[Tensor, "b n"]
     """True at real tokens, begin and end included; False at padding."""
     cut: list[str]
-    """The end of each text that did not fit; empty where all of it did."""
+    """What was cut off the end of each text; empty where all of it fitted."""
 
 
 class Tokenizer:
@@ -52,7 +52,7 @@ class Tokenizer:
     Args:
         folder: has ``vocab.json`` and ``merges.txt`` (CLIP), ``vocab.txt`` (BERT), or ``tokenizer.json``.
         architecture: which of the two it is.
-        context_length: tokens that texts are padded or cut to, begin and end included.
+        context_length: tokens that texts are padded or truncated to, begin and end included.
 
     Raises:
         InputError: the folder has none of these files, or damaged ones.
@@ -111,9 +111,9 @@ class Tokenizer:
         return TokenBatch(torch.tensor(ids), torch.tensor(mask), cut)
 
     def add_tokens(self, tokens: dict[str, list[int]]) -> None:
-        """Makes each word a token wherever a text has it, upper or lower case, which gives the numbers in its list.
+        """Makes each word, in upper or lower case, a token that stands for the ids in its list.
 
-        The numbers after the first are also words of their own, under diffusers' names: ``word_1``, ``word_2`` ….
+        The ids after the first are also words of their own, under diffusers' names: ``word_1``, ``word_2`` ….
         Raises InputError, and adds nothing, where the vocabulary has one of them already.
         """
         known = self._tokenizer.get_vocab()
@@ -129,7 +129,7 @@ class Tokenizer:
         self._added |= {numbers[word]: ids for word, ids in words.items()}
 
     def _expanded(self, encoding: Any) -> tuple[list[int], list[Any]]:
-        """An encoding's numbers and places, with the numbers that added words stand for."""
+        """An encoding's ids and offsets, with added words replaced by the ids that they stand for."""
         if not self._added:
             return encoding.ids, encoding.offsets
         places = zip(encoding.ids, encoding.offsets, strict=True)
@@ -137,7 +137,7 @@ class Tokenizer:
         return [row for row, _ in pairs], [place for _, place in pairs]
 
     def _encode(self, texts: list[str]) -> list[Any]:
-        # A command line can hold bytes that are no text (lone surrogates); each becomes a question mark.
+        # A command line can contain bytes that are not text (lone surrogates); each becomes a question mark.
         sound = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         return self._tokenizer.encode_batch(sound, add_special_tokens=False)
 
@@ -146,7 +146,7 @@ def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
     """What `build` reads in a tokenizer's folder. Raises InputError for damaged files."""
     try:
         return build(folder)
-    except Exception as error:  # the library for tokenizers raises no narrower class
+    except Exception as error:  # the tokenizers library raises no narrower class
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"the tokenizer in {folder} is damaged ({reason}): copy or download it again"
@@ -189,7 +189,7 @@ def _clip(folder: Path) -> FastTokenizer:
 
 
 def _bert(folder: Path) -> FastTokenizer:
-    # Only a line feed ends a word: multilingual lists hold characters that splitlines takes for line ends.
+    # Only a line feed ends a word: multilingual lists contain characters that splitlines takes for line ends.
     words = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     tokenizer = FastTokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -199,7 +199,7 @@ def _bert(folder: Path) -> FastTokenizer:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What the folder says of its special tokens; special_tokens_map.json, where 2.x pads with "!", rules."""
+    """The folder's special tokens; special_tokens_map.json, in which 2.x pads with "!", takes precedence."""
     settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (path := folder / name).is_file():
@@ -209,7 +209,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _special_tokens(settings: dict[str, Any], architecture: str) -> list[AddedToken]:
-    """The special tokens, of which published folders say whether they are recognised in capitals too."""
+    """The special tokens; published folders say which of them are recognised in capitals too."""
     named = [settings[role] for role in ROLES if role in settings]
     tokens = {token.content: token for token in map(_special, [*SPECIAL[architecture], *named])}
     for token in map(_special, settings.get("added_tokens_decoder", {}).values()):

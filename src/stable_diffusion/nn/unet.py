@@ -69,7 +69,7 @@ class UNetLevel(nn.Module):
 class UNet(Placed):
     """The noise predictor (Ronneberger et al. 2015; Rombach et al. 2022, section 3.3).
 
-    A way down through the levels, a middle, and a way up that reads what each step of the way down left.
+    A path down through the levels, a middle, and a path up that also reads the feature maps of the path down.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -88,7 +88,7 @@ class UNet(Placed):
             self.class_embedding = TimestepEmbedding(config.pooled_projection_dim, time_width)
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # channels of what the way up will read
+        skips = [widths[0]]  # channels that the path up will read
         for i, width in enumerate(widths):
             channels = [(skips[-1], width)] + [(width, width)] * (config.layers_per_block - 1)
             self.down_blocks.append(
@@ -139,7 +139,7 @@ class UNet(Placed):
             sample: noisy latents of about unit standard deviation.
             timesteps: the noise level of each sample, from 0 (clean) to the number of training timesteps.
             encoder_hidden_states: text tokens; None for a network without text.
-            encoder_attention_mask: True where a token may be read; None reads all.
+            encoder_attention_mask: True where a token may be attended to; None attends to all.
             class_labels: labels, or pooled text vectors, for a network that has an embedding for them.
         """
         time = self.embed_time(timesteps, class_labels)

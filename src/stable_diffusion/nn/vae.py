@@ -1,7 +1,7 @@
 """Autoencoders: pixels to latents and back.
 
-Every codec here has ``encode(images) -> latents`` of unit deviation, ``decode(latents) -> images`` in [-1, 1],
-and a ``config`` with ``factor`` (pixels per latent along a side) and ``latent_channels``.
+Every codec here has ``encode(images) -> latents`` of unit standard deviation, ``decode(latents) -> images`` in
+[-1, 1], and a ``config`` with ``factor`` (pixels per latent along a side) and ``latent_channels``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from stable_diffusion.nn.blocks import (
 
 
 class Posterior(NamedTuple):
-    """The diagonal Gaussian q(z|x) of the KL autoencoder, in the units of its weights (not scaled)."""
+    """The diagonal Gaussian q(z|x) of the KL autoencoder, before the scaling factor."""
 
     mean: Float[Tensor, "b c h w"]
     logvar: Float[Tensor, "b c h w"]
 
     def sample(self, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """A draw, given standard normal noise."""
+        """A sample, given standard normal noise."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def mode(self) -> Float[Tensor, "b c h w"]:
@@ -57,7 +57,7 @@ class VectorQuantizer(nn.Module):
     def forward(
         self, z: Float[Tensor, "b c h w"]
     ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, "b h w"], Float[Tensor, ""]]:
-        """Quantised latents (gradients pass straight through), the entries' numbers, and the codebook loss."""
+        """Quantised latents (gradients pass straight through), the entries' indices, and the codebook loss."""
         pixels = z.movedim(1, -1)  # b h w c
         indices = torch.cdist(pixels.flatten(0, 2), self.embedding.weight).argmin(dim=-1)
         entries = self.embedding(indices).view_as(pixels).movedim(-1, 1)
@@ -169,7 +169,7 @@ class AutoencoderKL(Placed):
         self.decoder = _Decoder(config)
 
     def posterior(self, images: Float[Tensor, "b rgb height width"]) -> Posterior:
-        """q(z|x); under the VQ regulariser a point, whose log-variance is -30."""
+        """q(z|x); with the VQ regulariser a single point, given as a log-variance of -30."""
         moments = self.quant_conv(self.encoder(images))
         if self.quantize is not None:
             return Posterior(moments, torch.full_like(moments, -30))
@@ -177,11 +177,11 @@ class AutoencoderKL(Placed):
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def encode(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b c h w"]:
-        """Latents of unit deviation: the posterior's mode, scaled. Images are in [-1, 1]."""
+        """Latents of unit standard deviation: the posterior's mode, scaled. Images are in [-1, 1]."""
         return self.posterior(images).mode() * self.config.scaling_factor
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rgb height width"]:
-        """Images in about [-1, 1]; under the VQ regulariser the latents are quantised first."""
+        """Images in about [-1, 1]; with the VQ regulariser the latents are quantised first."""
         z = latents / self.config.scaling_factor
         if self.quantize is not None:
             z, _, _ = self.quantize(z)
@@ -189,11 +189,11 @@ class AutoencoderKL(Placed):
 
     @torch.no_grad()
     def normalise(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
-        """Folds a measured mean and deviation of ``encode``'s latents into the outermost convolutions.
+        """Folds the measured mean and standard deviation of ``encode``'s latents into the outermost convolutions.
 
-        Afterwards latents have mean 0 and deviation 1 and every picture decodes as before. A codebook is
-        moved along; its channels share one deviation, since other proportions would make other entries the
-        nearest.
+        Afterwards latents have mean 0 and standard deviation 1, and every picture decodes as before. A codebook is
+        transformed in the same way; its channels share one standard deviation, since scaling them differently could
+        change which entry is nearest.
         """
         mean = mean / self.config.scaling_factor  # the weights' units
         c = len(mean)
@@ -212,7 +212,7 @@ class AutoencoderKL(Placed):
 
 
 class _TinyBlock(nn.Module):
-    """Three convolutions and a skip, ReLU throughout, no normalisation: what a CPU runs fastest."""
+    """Three convolutions and a skip, ReLU throughout, no normalisation: fast on a CPU."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class AutoencoderTiny(Placed):
         self.decoder = _Layers([*up, nn.PixelShuffle(patch)] if patch > 1 else up)
 
     def encode(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b c h w"]:
-        """Latents of about unit deviation. Images are in [-1, 1]."""
+        """Latents of about unit standard deviation. Images are in [-1, 1]."""
         return self.encoder((images + 1) / 2)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rgb height width"]:
@@ -282,9 +282,9 @@ class AutoencoderTiny(Placed):
 
     @torch.no_grad()
     def normalise(self, mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> None:
-        """Folds a measured mean and deviation of the encoder's output into its last convolution.
+        """Folds the measured mean and standard deviation of the encoder's output into its last convolution.
 
-        The decoder is left as it is: training shows it normalised latents from the start.
+        The decoder stays as it is: in training it sees normalised latents from the start.
         """
         last = self.encoder.layers[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None

@@ -1,0 +1,134 @@
+"""Benchmarks, tools and ``main.py`` run: each in its quick form, with what it is asked to show or write."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import runpy
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import stable_diffusion
+from benchmarks import loading, startup
+from stable_diffusion import config, images
+from tests.evaluation.drawings import write_drawings
+from tests.tiny import TINY, shapes, tiny_model
+from tools import board, make_text_weights
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = Path(stable_diffusion.__file__).parent / "weights"
+
+
+def test_every_script_is_here() -> None:
+    """One that is added has to be run below, too."""
+    found = {path.stem for folder in ("benchmarks", "tools") for path in (ROOT / folder).glob("*.py")}
+    assert found == {
+        module.__name__.split(".")[-1] for module in (loading, startup, board, make_text_weights)
+    }
+
+
+def test_startup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(WEIGHTS.parents[1]))
+    startup.main(["--quick"])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith("1 runs")
+    assert [line[:26].strip() for line in lines] == list(startup.ROWS)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_loading(capsys: pytest.CaptureFixture[str]) -> None:
+    loading.main(["--quick"])
+    _, size, *lines = capsys.readouterr().out.splitlines()
+    assert float(size.split()[-2]) < 0.1, "a small model"
+    assert [line[:24].strip() for line in lines] == list(loading.LOADERS)
+
+
+def test_loading_measures_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The form that the benchmark calls itself in."""
+    loading.write_folder(tmp_path / "small", loading.SMALL)
+    loading.main(["--measure", "stable_diffusion", str(tmp_path / "small")])
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] > 0 and found["bytes"] >= 0
+
+
+def test_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One column a prompt: a picture of each model, then the real one."""
+    drawings = write_drawings(tmp_path / "drawings")
+    models = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(models):
+        tiny_model(seed=seed).save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*too long|.*left out|.*cut")
+        board.main([str(tmp_path / "board.png"), str(drawings), *map(str, models)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "board.png")
+    with Image.open(tmp_path / "board.png") as picture:
+        each = board.SIDE + board.GAP
+        assert picture.size == (board.COLUMNS * each, 4 * (3 * board.SIDE + board.TEXT + board.GAP))
+        cells = [picture.crop((0, i * board.SIDE, board.SIDE, (i + 1) * board.SIDE)) for i in range(3)]
+    real = [images.cover(Image.open(path), 128, 128).tobytes() for path in drawings.glob("test_style/*.png")]
+    assert [cell.tobytes() in real for cell in cells] == [False, False, True]
+    assert cells[0].tobytes() != cells[1].tobytes(), "two models"
+
+
+def test_text_weights_are_those_of_the_package(tmp_path: Path) -> None:
+    """From files like the published ones come the package's own, byte for byte: all but licences."""
+    minilm, clip, out = tmp_path / "minilm", tmp_path / "clip", tmp_path / "out"
+    minilm.mkdir()
+    clip.mkdir()
+    ours = WEIGHTS / "all-MiniLM-L6-v2"
+    published = {name: tensor.float() for name, tensor in load_file(ours / "model.safetensors").items()}
+    published |= {"pooler.dense.bias": torch.zeros(384), "embeddings.position_ids": torch.arange(512)}
+    save_file(published, minilm / "model.safetensors")
+    for name in ("config.json", "vocab.txt"):
+        (minilm / name).write_bytes((ours / name).read_bytes())
+    merges = (WEIGHTS / "clip-tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    lines = "\n".join(["bpe_simple_vocab_16e6.txt#version: 0.2", *merges, "never used"])
+    (clip / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(lines.encode("utf-8")))
+
+    make_text_weights.main([str(minilm), str(clip), "--out", str(out)])
+
+    made = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    packaged = {
+        path.relative_to(WEIGHTS): path.read_bytes()
+        for folder in ("all-MiniLM-L6-v2", "clip-tokenizer", "clip-tokenizer-2")
+        for path in (WEIGHTS / folder).iterdir()
+        if path.name != "LICENSE"
+    }
+    assert made == packaged
+
+
+def test_main_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``python main.py IMAGES CAPTIONS`` on a few drawn shapes, with a small ``mini`` and nothing compiled."""
+    shapes(tmp_path / "shapes")
+    captions = tmp_path / "shapes" / "annotations" / "captions_train.json"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(config.PRESETS, "mini", replace(TINY, name="mini"))
+    monkeypatch.setattr(sys, "argv", ["main.py", str(tmp_path / "shapes" / "train"), str(captions)])
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*16 bits")
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    assert stable_diffusion.DiffusionModel.from_pretrained("runs/mini/model").config.name == "mini"
+
+
+def test_main_refuses_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, code in (
+        ([], "usage: python main.py IMAGE_FOLDER CAPTIONS_FILE"),
+        (["none", "none.json"], 2),
+    ):
+        monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+        assert end.value.code == code
+    error = capsys.readouterr().err
+    assert error.startswith("main.py: ") and error.count("\n") == 1
