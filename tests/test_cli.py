@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 from stable_diffusion import DiffusionModel, cli
 from stable_diffusion.checkpoints.checkpoint import packaged
+from stable_diffusion.cli.generate import SHORT
 from stable_diffusion.config import Styles
+from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.nn import tokenizer
 from tests.lively import lively
 from tests.tiny import KL, TINY, tiny_model
@@ -131,31 +133,39 @@ def test_count_and_several_prompts(minisd: Any, model: str) -> None:
 
 
 def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: str) -> None:
-    given = picture("given.png"), mask("mask.png")
-    (path,) = minisd(
-        *("generate", "a", "--model", model, "--negative", "blurry", "--steps", 6, "--guidance", 3.5),
-        *("--sampler", "heun", "--seed", 0, "--size", "48x32", "--image", given[0], "--mask", given[1]),
-        *("--strength", 0.5, "--device", "cpu"),
-    ).paths
-    stored = settings(path)
-    assert {
-        key: stored[key] for key in ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale")
-    } == {
-        "prompt": "a",
+    """Each field by its own name, and by the short one that people type."""
+    given = {
+        "model": model,
         "negative_prompt": "blurry",
+        "seed": 0,
         "num_inference_steps": 6,
         "guidance_scale": 3.5,
+        "guidance_interval": [0.25, 0.75],
+        "guidance_rescale": 0.5,
+        "sampler": "ddim",
+        "spacing": "trailing",
+        "eta": 0.25,
+        "variance": "large",
+        "width": 48,
+        "height": 32,
+        "image": str(picture("given.png")),
+        "mask_image": str(mask("mask.png")),
+        "strength": 0.5,
     }
-    assert [stored[key] for key in ("sampler", "seed", "width", "height", "strength")] == [
-        "heun",
-        0,
-        48,
-        32,
-        0.5,
-    ]
-    assert [stored[key] for key in ("model", "image", "mask_image")] == [model, "given.png", "mask.png"]
-    with Image.open(path) as image:
-        assert image.size == (48, 32)
+    added = {"num_images_per_prompt", "prediction_type", "variant", "ema", "vae", "lora", "embedding"}
+    assert given.keys() | added == FIELDS.keys() - {"prompt", "latents"}, "the others: tests/checkpoints"
+    pictures = []
+    for names in ({}, SHORT):
+        words: list[object] = []
+        for name, value in given.items():
+            option = names.get(name, f"--{name.replace('_', '-')}")
+            words += [option, *(value if isinstance(value, list) else [value])]
+        pictures += minisd("generate", "a", *words, "--device", "cpu").paths
+    for path in pictures:
+        assert settings(path) == given | {"prompt": "a"}
+        with Image.open(path) as image:
+            assert image.size == (48, 32)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def test_a_size_is_a_side_or_two(minisd: Any, model: str) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig
     from stable_diffusion.data.coco import CocoImageLoader
     from stable_diffusion.errors import InputError
+    from stable_diffusion.generation.pipeline import Result
+    from stable_diffusion.generation.request import Request
     from stable_diffusion.model import DiffusionModel
     from stable_diffusion.runtime import Config
 
@@ -25,6 +27,8 @@ _HOMES = {
     "Guidance": "config",
     "InputError": "errors",
     "ModelConfig": "config",
+    "Request": "generation.request",
+    "Result": "generation.pipeline",
     "SamplerConfig": "config",
 }
 
@@ -35,6 +39,8 @@ __all__ = [
     "Guidance",
     "InputError",
     "ModelConfig",
+    "Request",
+    "Result",
     "SamplerConfig",
 ]
 
