@@ -14,7 +14,8 @@ def info(path: tyro.conf.Positional[Path | None] = None) -> None:
         path: A model folder, a single file, a LoRA, a hub name (owner/name), or a picture made here.
     """
     from stable_diffusion import images
-    from stable_diffusion.checkpoints.checkpoint import is_weights, packaged
+    from stable_diffusion.checkpoints.checkpoint import packaged
+    from stable_diffusion.checkpoints.files import is_weights
     from stable_diffusion.checkpoints.info import describe
 
     if path is not None and path.is_file() and not is_weights(path):
