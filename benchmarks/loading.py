@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stable_diffusion.checkpoints import Checkpoint
+from stable_diffusion.checkpoints import Checkpoint, diffusers
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import SD15
 from stable_diffusion.nn.text import TextEncoder
@@ -54,8 +54,8 @@ def write_folder(folder: Path) -> None:
         modules = (AutoencoderKL(SD15.vae), UNet(SD15.unet), TextEncoder(text))  # type: ignore[arg-type]
     vae, unet, encoder = map(random, modules)
     tokenizer = Tokenizer(packaged("clip-tokenizer"), "clip", 77)
-    checkpoint = Checkpoint(SD15, vae, unet, [encoder], [tokenizer.folder])
-    diffusers_export.write(folder, checkpoint, [tokenizer.files])
+    checkpoint = Checkpoint(SD15, vae, unet, [encoder], [tokenizer.folder], tokenizer_files=[tokenizer.files])
+    diffusers.write(folder, checkpoint)
 
 
 def ours(folder: Path) -> Any:

@@ -42,8 +42,9 @@ class DiffusionModel(nn.Module):
     """A latent diffusion model: ``vae``, ``unet``, ``text_encoder`` and ``scheduler`` behind one door.
 
     Args:
-        config: a preset's name (``mini``, ``sd15``, ``sd21``) or a configuration. The networks start from
-            random weights, but text encoders that the package carries from their own.
+        config: a configuration whose text encoders the package carries, or the name of such a preset (``mini``). The
+            networks start from random weights, the text encoders from their own. The presets ``sd15`` and ``sd21``
+            read a vocabulary from files: load those with ``from_pretrained``.
 
     Attributes:
         notes: what reading the files found out or left aside, in sentences.
@@ -178,8 +179,10 @@ class DiffusionModel(nn.Module):
         Raises:
             InputError: a damaged file, no LoRA, one for another model, or a name that is taken.
         """
-        parts = (self.adapters, self.unet, self.text_encoder, self.config)
-        return lora.load(*parts, Path(path), weight, name)
+        path = Path(path)
+        loras, count = lora.read(path, self.unet, self.text_encoder, self.config, weight)
+        self.adapters.add(path.stem if name is None else name, loras, weight)
+        return count
 
     def unload_lora(self, name: str) -> None:
         """Forgets a LoRA. Raises InputError for one that is fused, or not there."""

@@ -44,6 +44,11 @@ OTHER_ADAPTERS = {  # KohakuBlueleaf/LyCORIS, lycoris/modules
 }
 CONTEXT = r"attn2[._](processor\.)?to_[kv]$|^(lora_te_|text_encoder\.|text_model\.).*(q_proj|to_q)$"
 """A LoRA's modules that read the text's tokens, or make them."""
+OTHER_LORAS = {
+    r"^lora_te[12]_|^text_encoder_2\.": "SDXL",
+    r"(double|single|joint)_blocks|^(lora_)?transformer[._]": "a transformer such as Flux or SD 3",
+}
+"""LoRAs for other models, by patterns of their modules' names."""
 VERSIONS = {  # kohya-ss/sd-scripts, library/train_util.py and library/sai_model_spec.py
     "ss_base_model_version": {"sd_v1": 768, "sd_v2": 1024, "sdxl": 2048},
     "modelspec.architecture": {
@@ -52,13 +57,11 @@ VERSIONS = {  # kohya-ss/sd-scripts, library/train_util.py and library/sai_model
     "ss_v2": {"True": 1024},
 }
 
+TAESD = r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.|skip\.)?(weight|bias)$"
 DIFFUSERS_PART = "one part in diffusers' layout: give its folder"
 KINDS = {
     # Patterns of a tensor's name, and what to say to those who wanted another kind; the first that fits holds.
-    "lora": (
-        "|".join([*(f"{re.escape(ending)}$" for ending in ENDINGS), *OTHER_ADAPTERS]),
-        "a LoRA: use --lora",
-    ),
+    "lora": ("|".join([*(re.escape(end) + "$" for end in ENDINGS), *OTHER_ADAPTERS]), "a LoRA: use --lora"),
     "embedding": (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion: use --embedding"),
     "sdxl": (r"^conditioner\.embedders\.1\.model\.", "Stable Diffusion XL"),
     "sd3": (r"joint_blocks\.", "Stable Diffusion 3"),
@@ -69,11 +72,13 @@ KINDS = {
     "controlnet": (r"^control_model\.", "a ControlNet"),
     "diffusers vae": (r"^(encoder\.down_blocks|decoder\.up_blocks)\.", DIFFUSERS_PART),
     "diffusers part": (r"^(down_blocks|up_blocks)\.", DIFFUSERS_PART),
-    "taesd": (
-        r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.|skip\.)?(weight|bias)$",
-        "a light autoencoder (TAESD): use --vae",
-    ),
+    "taesd": (TAESD, "a light autoencoder (TAESD): use --vae"),
 }
+OTHER_PIPELINES = {
+    **{"StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux"},
+    **{"StableCascade": "Stable Cascade", "PixArt": "PixArt", "Kandinsky": "Kandinsky"},
+}
+"""By how the classes of diffusers' pipelines begin."""
 CHANNELS = {5: KINDS["depth"][1], 7: KINDS["upscaler"][1], 8: "InstructPix2Pix"}
 """Of a U-Net's input, where they are not Stable Diffusion's."""
 

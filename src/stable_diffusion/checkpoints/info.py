@@ -12,14 +12,7 @@ from torch import Tensor
 from stable_diffusion import checkpoints
 from stable_diffusion.checkpoints import Checkpoint, hub, single_file
 from stable_diffusion.checkpoints.diffusers import is_diffusers
-from stable_diffusion.checkpoints.families import (
-    WIDTHS,
-    kind,
-    long_name,
-    lora_part,
-    lora_widths,
-    misfit,
-)
+from stable_diffusion.checkpoints.families import WIDTHS, kind, long_name, lora_part, lora_widths, misfit
 from stable_diffusion.checkpoints.files import State, read_weights
 from stable_diffusion.config import ModelConfig, Styles
 
@@ -103,18 +96,16 @@ def _version(config: ModelConfig) -> str:
     if misfit(config) is not None or config.schedule.kind != "scaled_linear":
         return "of this project's own kind"
     width = config.unet.cross_attention_dim
-    inpainting = ", inpainting" if config.unet.in_channels == 9 else ""
-    known = width in WIDTHS
-    return (long_name(width) if known else f"of Stable Diffusion's kind, text width {width}") + inpainting
+    name = long_name(width) if width in WIDTHS else f"of Stable Diffusion's kind, text width {width}"
+    return name + ", inpainting" * (config.unet.in_channels == 9)
 
 
 def _lora(path: Path, tensors: State, metadata: dict[str, str]) -> Iterator[str]:
     parts = {name: lora_part(name) for name in tensors}
     down = {part[0]: tensors[name] for name, part in parts.items() if part and part[1] == "down"}
     ranks = sorted({int(tensor.shape[0]) for tensor in down.values()})
-    base = metadata.get("ss_base_model_version")
-    if base is None:
-        base = next(map(long_name, lora_widths(down, {})), "an unknown base model")
+    guess = next(map(long_name, lora_widths(down, {})), "an unknown base model")
+    base = metadata.get("ss_base_model_version", guess)
     if not down:
         yield f"{path.stem}: adapter that is no LoRA (LoHa, LoKr or OFT): not supported"
         return

@@ -16,55 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_diffusion.checkpoints.families import (
-    OTHER_ADAPTERS,
-    WIDTHS,
-    check_width,
-    lora_part,
-    lora_widths,
-    short_name,
-)
+from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.files import State, read_weights
 from stable_diffusion.checkpoints.single_file.names import unet_blocks
 from stable_diffusion.config import ModelConfig, UNetConfig
 from stable_diffusion.errors import InputError
-from stable_diffusion.nn.adapters import Adapters, Layer, LoRA, checked
+from stable_diffusion.nn.adapters import Layer, LoRA, checked
 from stable_diffusion.nn.text import PromptEncoder
 from stable_diffusion.nn.unet import UNet
 
-OTHER_MODELS = {
-    r"^lora_te[12]_|^text_encoder_2\.": "SDXL",
-    r"(double|single|joint)_blocks|^(lora_)?transformer[._]": "a transformer such as Flux or SD 3",
-}
 OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 PEFT_SETTINGS = "lora_adapter_metadata"
-
-
-def load(
-    adapters: Adapters, unet: UNet, text: PromptEncoder, config: ModelConfig,
-    path: Path, weight: float = 1.0, name: str | None = None,
-) -> str:  # fmt: skip
-    """Adds a file's low-rank changes to a model's adapters; says how many of its modules found their layer.
-
-    Warns where the model has a place for only a part.
-
-    Args:
-        adapters: the model's.
-        unet: the model's.
-        text: the model's, of which the CLIP encoder has adapters.
-        config: the model's.
-        path: the file.
-        weight: what the adapter acts with where a call says nothing.
-        name: the adapter's; None for the file's name without its ending.
-
-    Raises:
-        InputError: the file is damaged, no LoRA, for another model, or has no place here, or its name is taken.
-            Nothing is changed then.
-    """
-    name = path.stem if name is None else name
-    loras, count = read(path, unet, text, config, checked(name, weight))
-    adapters.add(name, loras, weight)
-    return count
 
 
 def read(
@@ -72,8 +34,13 @@ def read(
 ) -> tuple[dict[Layer, LoRA], str]:
     """A file's change of each layer, and how many of its modules found one, as a sentence.
 
-    Warns and raises as ``load`` does, also where `weight` would make the layers' weights infinite.
+    Warns where the model has a place for only a part. `weight` times each change is tried on its layer.
+
+    Raises:
+        InputError: the file is damaged, no LoRA, for another model, or has no place here, or `weight` is no number or
+            would make the layers' weights infinite.
     """
+    weight = checked(path.stem, weight)
     tensors, metadata = read_weights(path)
     modules, strange = _modules(path, tensors)
     check_base(path, modules, metadata, config)
@@ -94,7 +61,7 @@ def read(
         )
     result = f"{path.name}: {count} of {total} modules applied"
     if strange:
-        warnings.warn(f"{result}; not in this model: {examples}", stacklevel=4)
+        warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
     return found, result
 
 
@@ -103,10 +70,10 @@ def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], lis
     modules: dict[str, State] = {}
     strange = []
     for name, tensor in tensors.items():
-        for pattern, kind in OTHER_ADAPTERS.items():
+        for pattern, kind in families.OTHER_ADAPTERS.items():
             if re.search(pattern, name):
                 raise InputError(f"{path} holds {kind} ({name}): only LoRA and DoRA files can be applied")
-        part = lora_part(name)
+        part = families.lora_part(name)
         if part is None or not isinstance(tensor, Tensor):
             strange.append(name)
             continue
@@ -124,13 +91,15 @@ def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], lis
 def check_base(path: Path, modules: dict[str, State], metadata: dict[str, str], config: ModelConfig) -> None:
     """Raises InputError for a file that was made for another base model, as its names, shapes or metadata say."""
     ours = config.unet.cross_attention_dim
-    for pattern, kind in OTHER_MODELS.items():
+    for pattern, kind in families.OTHER_LORAS.items():
         if any(re.search(pattern, name) for name in modules):
-            raise InputError(f"{path} does not fit: this file is for {kind}, the model is {short_name(ours)}")
+            raise InputError(
+                f"{path} does not fit: this file is for {kind}, the model is {families.short_name(ours)}"
+            )
     downs = {name: parts["down"] for name, parts in modules.items()}
     # Many shapes are the same in all versions; what metadata say is of published ones alone.
-    for width in lora_widths(downs, metadata if ours in WIDTHS else {}):
-        check_width(path, width, ours)
+    for width in families.lora_widths(downs, metadata if ours in families.WIDTHS else {}):
+        families.check_width(path, width, ours)
         break
 
 

@@ -16,12 +16,7 @@ from pathlib import Path
 
 import torch
 
-from stable_diffusion.checkpoints.checkpoint import (
-    Checkpoint,
-    packaged,
-    published_text_state,
-    text_state,
-)
+from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged, published_text_state, text_state
 from stable_diffusion.checkpoints.files import State, read_tensors, write_tensors
 from stable_diffusion.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from stable_diffusion.errors import InputError
@@ -62,12 +57,8 @@ def read_text_encoder(folder: Path, config: TextEncoderConfig) -> State:
 
 def packaged_text_encoder(config: TextEncoderConfig) -> State:
     """The tensors of the text encoder that the package carries under that name; none where it is a tokenizer."""
-    path = _carried(config)
-    return read_text_encoder(path.parent, config) if path.is_file() else {}
-
-
-def _carried(config: TextEncoderConfig) -> Path:
-    return packaged(str(config.packaged)) / "model.safetensors"
+    folder = packaged(str(config.packaged))
+    return read_text_encoder(folder, config) if (folder / "model.safetensors").is_file() else {}
 
 
 def _is_carried(state: State, config: TextEncoderConfig) -> bool:

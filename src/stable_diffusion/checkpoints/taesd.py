@@ -97,9 +97,7 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings if str(settings.get("_class_name", "")).startswith("Autoencoder") else {}
 
 
-def load(
-    path: Path, own: AutoencoderKLConfig | AutoencoderTinyConfig, like: Placed
-) -> AutoencoderKL | AutoencoderTiny:
+def load(path: Path, model: ModelConfig, like: Placed) -> AutoencoderKL | AutoencoderTiny:
     """The autoencoder at `path`, for a model's latents, where one of its networks is and in its number format.
 
     Raises InputError as ``read_vae`` does, and for an autoencoder of other latents.

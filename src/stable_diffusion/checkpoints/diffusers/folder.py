@@ -10,28 +10,7 @@ import torch
 
 from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, published_text_state, text_state
-from stable_diffusion.checkpoints.diffusers.settings import (
-    UNET_KEYS,
-    VAE_KEYS,
-    VERSION,
-    autoencoder_config,
-    sampler_config,
-    schedule_config,
-    scheduler_settings,
-    text_encoder_config,
-    text_settings,
-    unet_config,
-    unet_settings,
-    vae_settings,
-)
-from stable_diffusion.checkpoints.diffusers.weights import (
-    WEIGHTS,
-    has_variant,
-    names_in,
-    read_part,
-    vae_state,
-    variants_there,
-)
+from stable_diffusion.checkpoints.diffusers import settings, weights
 from stable_diffusion.checkpoints.files import State, write_tensors
 from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig
 from stable_diffusion.errors import InputError, unknown_name
@@ -39,10 +18,6 @@ from stable_diffusion.files import read_json, replacing_folder, write_json
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
              "StableDiffusionInpaintPipelineLegacy")  # fmt: skip
-OTHER_FAMILIES = {
-    **{"StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux"},
-    **{"StableCascade": "Stable Cascade", "PixArt": "PixArt", "Kandinsky": "Kandinsky"},
-}
 LEFT_ASIDE = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -63,18 +38,20 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
             variant.
     """
     aside = _left_aside(folder)
-    text = text_encoder_config(_json(folder / "text_encoder" / "config.json", "max_position_embeddings"))
+    text = settings.text_encoder_config(
+        _json(folder / "text_encoder" / "config.json", "max_position_embeddings")
+    )
     schedule = _json(folder / "scheduler" / "scheduler_config.json", "_class_name")
-    unet_settings = _json(folder / "unet" / "config.json", *UNET_KEYS)
-    vae = autoencoder_config(_json(folder / "vae" / "config.json", *VAE_KEYS))
+    unet = _json(folder / "unet" / "config.json", *settings.UNET_KEYS)
+    vae = settings.autoencoder_config(_json(folder / "vae" / "config.json", *settings.VAE_KEYS))
     config = ModelConfig(
         name=folder.resolve().name,
-        sample_size=_number(unet_settings, "sample_size", 64) * vae.factor,
+        sample_size=_number(unet, "sample_size", 64) * vae.factor,
         vae=vae,
-        unet=unet_config(unet_settings),
+        unet=settings.unet_config(unet),
         text_encoders=(text,),
-        schedule=schedule_config(schedule),
-        sampler=sampler_config(schedule),
+        schedule=settings.schedule_config(schedule),
+        sampler=settings.sampler_config(schedule),
     )
     said = "says so" if "prediction_type" in schedule else "is silent, which is diffusers' word for it"
     notes = [f"The U-Net predicts {config.schedule.prediction_type}: scheduler/scheduler_config.json {said}."]
@@ -83,12 +60,16 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
     clips = schedule["_class_name"] in ("DDIMScheduler", "DDPMScheduler")
     if schedule.get("clip_sample", clips) or schedule.get("thresholding"):
         notes.append("Left aside: the scheduler's clipping of what it sees in the noise (clip_sample).")
-    states = {part: read_part(folder / part, stem, variant) for part, stem in WEIGHTS.items()}
-    if variant is not None and not any(has_variant(names_in(folder / part), variant) for part in WEIGHTS):
-        raise InputError(f"{folder} has no files of the variant {variant!r}: {variants_there(folder)}")
+    states = {part: weights.read_part(folder / part, stem, variant) for part, stem in weights.WEIGHTS.items()}
+    if variant is not None and not any(
+        weights.has_variant(weights.names_in(folder / part), variant) for part in weights.WEIGHTS
+    ):
+        raise InputError(
+            f"{folder} has no files of the variant {variant!r}: {weights.variants_there(folder)}"
+        )
     return Checkpoint(
         config,
-        vae=vae_state(states["vae"]),
+        vae=weights.vae_state(states["vae"]),
         unet=states["unet"],
         text_encoders=[text_state(states["text_encoder"], text)],
         tokenizers=[folder / "tokenizer"],
@@ -100,7 +81,7 @@ def _left_aside(folder: Path) -> list[str]:
     """The parts that are not read. Raises InputError for pipelines of other families."""
     index = _json(folder / "model_index.json")
     name = str(index.get("_class_name", PIPELINES[0]))
-    for prefix, family in OTHER_FAMILIES.items():
+    for prefix, family in families.OTHER_PIPELINES.items():
         if name.startswith(prefix):
             raise InputError(
                 f"{folder} is a {family} model ({name}): not supported, Stable Diffusion 1.x and 2.x are"
@@ -123,16 +104,16 @@ def _is_there(index: dict[str, Any], part: str) -> bool:
 
 def _json(path: Path, *needed: str) -> dict[str, Any]:
     """The settings in a file, which must have those that are needed."""
-    settings = read_json(path)
-    if missing := [key for key in needed if key not in settings]:
+    found = read_json(path)
+    if missing := [key for key in needed if key not in found]:
         raise InputError(
             f"{path} does not say {', '.join(missing)}: it is no configuration of Stable Diffusion 1.x or 2.x"
         )
-    return settings
+    return found
 
 
-def _number(settings: dict[str, Any], key: str, default: int) -> int:
-    value = settings.get(key, default)
+def _number(found: dict[str, Any], key: str, default: int) -> int:
+    value = found.get(key, default)
     if type(value) is not int or value < 1:
         raise InputError(f"{key} must be a whole number, at least 1, got {value!r}")
     return value
@@ -174,22 +155,22 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
     if not written:
         raise InputError(f"diffusers has no place for any part of {config.name!r}: {reason}")
     with replacing_folder(folder) as building:
-        settings = {"scheduler/scheduler_config.json": scheduler_settings(config)}
-        weights = {}
+        texts = {"scheduler/scheduler_config.json": settings.scheduler_settings(config)}
+        states = {}
         if text:
-            settings["unet/config.json"], weights["unet"] = unet_settings(config), checkpoint.unet
+            texts["unet/config.json"], states["unet"] = settings.unet_settings(config), checkpoint.unet
         if kl:
-            settings["vae/config.json"], weights["vae"] = vae_settings(config), checkpoint.vae
+            texts["vae/config.json"], states["vae"] = settings.vae_settings(config), checkpoint.vae
         if reason is None:
             (encoder,) = config.text_encoders
             kept = _without_skipped_layers(checkpoint.text_encoders[0], encoder)
-            weights["text_encoder"] = published_text_state(kept, encoder)
-            settings["text_encoder/config.json"] = text_settings(encoder)
-            settings["model_index.json"] = pipeline_index(config)
+            states["text_encoder"] = published_text_state(kept, encoder)
+            texts["text_encoder/config.json"] = settings.text_settings(encoder)
+            texts["model_index.json"] = pipeline_index(config)
             _write_tokenizer(building / "tokenizer", checkpoint.tokenizer_files[0], encoder)
-        for part, state in weights.items():
-            write_tensors(building / part / f"{WEIGHTS[part]}.safetensors", state, dtype)
-        for name, content in settings.items():
+        for part, state in states.items():
+            write_tensors(building / part / f"{weights.WEIGHTS[part]}.safetensors", state, dtype)
+        for name, content in texts.items():
             write_json(building / name, content)
     notes = []
     if reason is not None:
@@ -214,10 +195,10 @@ def pipeline_index(config: ModelConfig) -> dict[str, Any]:
     inpaints = config.unet.in_channels == 2 * config.vae.latent_channels + 1
     return {
         "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
-        "_diffusers_version": VERSION,
+        "_diffusers_version": settings.VERSION,
         **{part: [None, None] for part in LEFT_ASIDE},
         "requires_safety_checker": False,
-        "scheduler": ["diffusers", scheduler_settings(config)["_class_name"]],
+        "scheduler": ["diffusers", settings.scheduler_settings(config)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -237,6 +218,6 @@ def _write_tokenizer(folder: Path, files: list[Path], config: TextEncoderConfig)
         shutil.copyfile(path, folder / path.name)
     if not (folder / "tokenizer_config.json").exists():
         end, begin = "<|endoftext|>", "<|startoftext|>"
-        settings: dict[str, Any] = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": end}
-        settings |= {"model_max_length": config.context_length, "tokenizer_class": "CLIPTokenizer"}
-        write_json(folder / "tokenizer_config.json", settings)
+        tokens = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": end}
+        form = {"model_max_length": config.context_length, "tokenizer_class": "CLIPTokenizer"}
+        write_json(folder / "tokenizer_config.json", tokens | form)

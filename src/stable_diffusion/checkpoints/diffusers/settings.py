@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from stable_diffusion.config import (
@@ -23,10 +23,21 @@ VERSION = "0.42.1"
 
 # What a configuration must say; for the rest diffusers' defaults hold where it is silent.
 VAE_KEYS = ("in_channels", "latent_channels", "block_out_channels", "layers_per_block")
-UNET_KEYS = (
-    *("in_channels", "out_channels", "block_out_channels", "down_block_types"),
-    *("layers_per_block", "cross_attention_dim", "attention_head_dim"),
+UNET_SAME = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
+UNET_KEYS = (*UNET_SAME, "down_block_types", "attention_head_dim")
+
+# What else has the same name there and here.
+VAE_OPTIONAL = ("norm_num_groups", "scaling_factor")
+UNET_OPTIONAL = ("norm_num_groups", "use_linear_projection", "upcast_attention")
+TEXT_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "max_position_embeddings", "layer_norm_eps"),
 )
+# With diffusers' own defaults, which hold where a file is silent; that of set_alpha_to_one is the scheduler's.
+SCHEDULE_SAME: dict[str, Any] = {
+    **{"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0},
+    **{"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "set_alpha_to_one": None},
+}
 
 # What our networks are built for; another value is a network that they are not.
 UNET_FIXED: dict[str, Any] = {
@@ -38,12 +49,8 @@ UNET_FIXED: dict[str, Any] = {
     **dict.fromkeys(("time_cond_proj_dim", "encoder_hid_dim_type", "time_embedding_act_fn")),
 }
 VAE_FIXED: dict[str, Any] = {
-    **{
-        "act_fn": "silu",
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "mid_block_add_attention": True,
-    },
+    **{"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True},
+    **{"mid_block_add_attention": True},
     **dict.fromkeys(("shift_factor", "latents_mean", "latents_std")),
 }
 
@@ -70,21 +77,12 @@ def unet_config(settings: dict[str, Any]) -> UNetConfig:
             f" got {settings['up_block_types']!r}"
         )
     heads = settings.get("num_attention_heads") or settings["attention_head_dim"]  # the published misnomer
-    return from_dict(
-        UNetConfig,
-        {
-            "in_channels": settings["in_channels"],
-            "out_channels": settings["out_channels"],
-            "block_out_channels": widths,
-            "layers_per_block": settings["layers_per_block"],
-            "attention_levels": [kind == "CrossAttnDownBlock2D" for kind in kinds],
-            "num_attention_heads": heads if isinstance(heads, list) else [heads] * len(widths),
-            "cross_attention_dim": settings["cross_attention_dim"],
-            "norm_num_groups": settings.get("norm_num_groups", 32),
-            "use_linear_projection": settings.get("use_linear_projection") or False,
-            "upcast_attention": settings.get("upcast_attention") or False,
-        },
-    )
+    same = {key: settings[key] for key in UNET_SAME} | {
+        key: settings[key] for key in UNET_OPTIONAL if settings.get(key) is not None
+    }
+    levels = [kind == "CrossAttnDownBlock2D" for kind in kinds]
+    heads = heads if isinstance(heads, list) else [heads] * len(widths)
+    return from_dict(UNetConfig, {**same, "attention_levels": levels, "num_attention_heads": heads})
 
 
 def unet_settings(config: ModelConfig) -> dict[str, Any]:
@@ -97,17 +95,10 @@ def unet_settings(config: ModelConfig) -> dict[str, Any]:
         "_diffusers_version": VERSION,
         **{key: value for key, value in UNET_FIXED.items() if value is not None},
         "sample_size": config.sample_size // config.vae.factor,
-        "in_channels": unet.in_channels,
-        "out_channels": unet.out_channels,
-        "block_out_channels": list(unet.block_out_channels),
+        **_same(unet, (*UNET_SAME, *UNET_OPTIONAL)),
         "down_block_types": down,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
-        "layers_per_block": unet.layers_per_block,
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),  # the published misnomer
-        "cross_attention_dim": unet.cross_attention_dim,
-        "norm_num_groups": unet.norm_num_groups,
-        "use_linear_projection": unet.use_linear_projection,
-        "upcast_attention": unet.upcast_attention,
     }
     if unet.num_class_embeds is not None:
         settings["num_class_embeds"] = unet.num_class_embeds
@@ -120,8 +111,8 @@ def unet_settings(config: ModelConfig) -> dict[str, Any]:
 def autoencoder_config(settings: dict[str, Any]) -> AutoencoderKLConfig:
     """Our configuration for an ``AutoencoderKL``'s ``config.json``."""
     _check_fixed("vae/config.json", settings, VAE_FIXED)
-    kept = (*VAE_KEYS, "norm_num_groups", "scaling_factor")
-    return from_dict(AutoencoderKLConfig, {key: settings[key] for key in kept if key in settings})
+    kept = {key: settings[key] for key in (*VAE_KEYS, *VAE_OPTIONAL) if key in settings}
+    return from_dict(AutoencoderKLConfig, kept)
 
 
 def vae_settings(config: ModelConfig) -> dict[str, Any]:
@@ -133,36 +124,27 @@ def vae_settings(config: ModelConfig) -> dict[str, Any]:
         "_class_name": "AutoencoderKL",
         "_diffusers_version": VERSION,
         "act_fn": "silu",
-        "block_out_channels": list(vae.block_out_channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": vae.in_channels,
-        "latent_channels": vae.latent_channels,
-        "layers_per_block": vae.layers_per_block,
-        "norm_num_groups": vae.norm_num_groups,
+        **_same(vae, (*VAE_KEYS, *VAE_OPTIONAL)),
         "out_channels": vae.in_channels,
         "sample_size": config.sample_size,
-        "scaling_factor": vae.scaling_factor,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
 
 
 def text_encoder_config(settings: dict[str, Any]) -> TextEncoderConfig:
     """Our configuration for a ``CLIPTextModel``'s ``config.json``."""
-    fields = to_dict(TextEncoderConfig())
-    # Of theirs only: these names are ours, and no file of theirs means them.
-    own = ("architecture", "context_length", "skip_last_layers", "trainable", "packaged")
-    same = {key: settings[key] for key in fields.keys() & settings.keys() if key not in own}
+    same = {key: settings[key] for key in TEXT_SAME if key in settings}
     return from_dict(TextEncoderConfig, {**same, "context_length": settings["max_position_embeddings"]})
 
 
 def text_settings(config: TextEncoderConfig) -> dict[str, Any]:
     """CLIP's ``config.json``: the inverse of ``text_encoder_config``. Layers that are skipped are not there."""
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")
     ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        **{key: getattr(config, key) for key in (*same, "max_position_embeddings", "layer_norm_eps")},
+        **_same(config, TEXT_SAME),
         "num_hidden_layers": config.num_hidden_layers - config.skip_last_layers,
         "projection_dim": config.hidden_size,
         **ends,  # as published: no token numbers
@@ -171,36 +153,17 @@ def text_settings(config: TextEncoderConfig) -> dict[str, Any]:
 
 def schedule_config(settings: dict[str, Any]) -> ScheduleConfig:
     """Our configuration of the forward process for a ``scheduler_config.json``."""
+    found = SCHEDULE_SAME | {"set_alpha_to_one": settings["_class_name"] == "DDIMScheduler"}
+    found |= {key: settings[key] for key in SCHEDULE_SAME if key in settings}
     if settings.get("use_flow_sigmas"):
-        return from_dict(
-            ScheduleConfig,
-            {
-                "kind": "flow",
-                "num_train_timesteps": settings.get("num_train_timesteps", 1000),
-                "shift": settings.get("flow_shift", 1.0),
-                "prediction_type": settings.get("prediction_type", "epsilon"),
-            },
-        )
+        flow = {key: found[key] for key in ("num_train_timesteps", "prediction_type")}
+        return from_dict(ScheduleConfig, {"kind": "flow", "shift": settings.get("flow_shift", 1.0), **flow})
     if settings.get("trained_betas") is not None:
         raise InputError("scheduler_config.json: trained_betas are not supported, a named beta_schedule is")
     beta_schedule = str(settings.get("beta_schedule", "linear"))
     if beta_schedule not in BETA_SCHEDULES:
         raise unknown_name("beta_schedule", beta_schedule, BETA_SCHEDULES)
-    # Diffusers' own defaults where the file is silent; that of set_alpha_to_one depends on the scheduler.
-    alpha_to_one = settings.get("set_alpha_to_one", settings["_class_name"] == "DDIMScheduler")
-    return from_dict(
-        ScheduleConfig,
-        {
-            "kind": BETA_SCHEDULES[beta_schedule],
-            "num_train_timesteps": settings.get("num_train_timesteps", 1000),
-            "beta_start": settings.get("beta_start", 0.0001),
-            "beta_end": settings.get("beta_end", 0.02),
-            "rescale_betas_zero_snr": settings.get("rescale_betas_zero_snr", False),
-            "prediction_type": settings.get("prediction_type", "epsilon"),
-            "steps_offset": settings.get("steps_offset", 0),
-            "set_alpha_to_one": alpha_to_one,
-        },
-    )
+    return from_dict(ScheduleConfig, {"kind": BETA_SCHEDULES[beta_schedule], **found})
 
 
 def sampler_config(settings: dict[str, Any]) -> SamplerConfig:
@@ -222,40 +185,35 @@ def scheduler_settings(config: ModelConfig) -> dict[str, Any]:
     """The ``scheduler_config.json``: the inverse of ``schedule_config`` and ``sampler_config``."""
     schedule, sampler = config.schedule, config.sampler
     name = sampler_name(sampler.name)
-    common: dict[str, Any] = {
-        "_diffusers_version": VERSION,
-        "num_train_timesteps": schedule.num_train_timesteps,
-        "prediction_type": schedule.prediction_type,
-    }
+    same = {"_diffusers_version": VERSION, **_same(schedule, SCHEDULE_SAME)}
     if schedule.kind == "flow":  # DPM-Solver++ of the first order is Euler's step
         return {
             "_class_name": "DPMSolverMultistepScheduler",
-            **common,
+            **{key: same[key] for key in ("_diffusers_version", "num_train_timesteps", "prediction_type")},
             "flow_shift": schedule.shift,
             "steps_offset": 1,  # which its pipeline asks for
             "solver_order": 1 if name in ("euler", "ddim") else 2,
             "use_flow_sigmas": True,
         }
+    if not schedule.rescale_betas_zero_snr:
+        del same["rescale_betas_zero_snr"]
+    beta_schedule = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[schedule.kind]
     settings: dict[str, Any] = {
         "_class_name": SAMPLERS[name].diffusers,
         **SAMPLERS[name].diffusers_settings,
-        **common,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[schedule.kind],
-        "beta_start": schedule.beta_start,
-        "clip_sample": False,
-        "set_alpha_to_one": schedule.set_alpha_to_one,
-        "skip_prk_steps": True,
-        "steps_offset": schedule.steps_offset,
-        "trained_betas": None,
+        **same,
+        **{"beta_schedule": beta_schedule, "trained_betas": None},
+        **{"clip_sample": False, "skip_prk_steps": True},
     }
-    if schedule.rescale_betas_zero_snr:
-        settings["rescale_betas_zero_snr"] = True
     if sampler.spacing is not None:
         settings |= SPACINGS[sampler.spacing].diffusers
     if name == "ddpm" and sampler.variance == "large":
         settings["variance_type"] = "fixed_large"
     return settings
+
+
+def _same(config: object, keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in to_dict(config).items() if key in keys}
 
 
 def _check_fixed(file: str, settings: dict[str, Any], fixed: dict[str, Any]) -> None:

@@ -11,16 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from stable_diffusion.checkpoints.families import (
-    CHANNELS,
-    CLIP,
-    OPEN_CLIP,
-    UNET,
-    VAE,
-    WIDTHS,
-    long_name,
-    other,
-)
+from stable_diffusion.checkpoints import families
+from stable_diffusion.checkpoints.families import CLIP, OPEN_CLIP, UNET, VAE
 from stable_diffusion.checkpoints.files import State
 from stable_diffusion.config import (
     CLIP_H,
@@ -54,11 +46,7 @@ class File(NamedTuple):
 
     def part(self, prefix: str) -> State:
         """The tensors of one part, without the prefix."""
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def model_config(file: File, stored: ModelConfig | None, asked: str | None) -> tuple[ModelConfig, str]:
@@ -129,12 +117,12 @@ def unet_config(file: File) -> UNetConfig:
         raise InputError(f"{file.path} holds no whole U-Net: it has {n - 1} input blocks")
     channels = _axis(state, r"input_blocks\.0\.0\.weight$", 1, 4)
     context = _axis(state, r"attn2\.to_k\.weight$", 1, 768)
-    if channels in CHANNELS:
-        raise other(file.path, CHANNELS[channels])
-    if context in WIDTHS and context > 1024:
-        raise other(file.path, long_name(context))
+    if channels in families.CHANNELS:
+        raise families.other(file.path, families.CHANNELS[channels])
+    if context in families.WIDTHS and context > 1024:
+        raise families.other(file.path, families.long_name(context))
     if any(name.startswith("label_emb.") for name in state):
-        raise other(file.path, "a U-Net with a class embedding (unCLIP, x4 upscaler)")
+        raise families.other(file.path, "a U-Net with a class embedding (unCLIP, x4 upscaler)")
     widths = tuple(level[0][0] for level in levels)
     linear = any(name.endswith("proj_in.weight") and t.ndim == 2 for name, t in state.items())
     return UNetConfig(

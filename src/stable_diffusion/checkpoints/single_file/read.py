@@ -10,35 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged
-from stable_diffusion.checkpoints.families import (
-    CLIP,
-    EMA,
-    KINDS,
-    OPEN_CLIP,
-    UNET,
-    VAE,
-    kind,
-    other,
-    whole,
-)
+from stable_diffusion.checkpoints.families import CLIP, EMA, OPEN_CLIP, UNET, VAE
 from stable_diffusion.checkpoints.files import State, building, count, mismatch, read_weights
+from stable_diffusion.checkpoints.single_file import names
 from stable_diffusion.checkpoints.single_file.infer import File, model_config, unet_config, vae_config
-from stable_diffusion.checkpoints.single_file.names import (
-    in_openclip_layout,
-    rename,
-    text_blocks,
-    unet_blocks,
-    vae_blocks,
-)
 from stable_diffusion.checkpoints.single_file.write import CONFIG, check_fits
-from stable_diffusion.config import (
-    AutoencoderKLConfig,
-    ModelConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    from_dict,
-)
+from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, UNetConfig, from_dict
 from stable_diffusion.errors import InputError
 from stable_diffusion.nn.text import TextEncoder
 from stable_diffusion.nn.unet import UNet
@@ -84,7 +63,7 @@ def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -
         unet=_unet_state(file, config.unet, ema),
         text_encoders=[_text_state(file, text)],
         # OpenCLIP's pads with "!": a folder of the same vocabulary whose special_tokens_map.json says so.
-        tokenizers=[packaged("clip-tokenizer-2" if in_openclip_layout(text) else "clip-tokenizer")],
+        tokenizers=[packaged("clip-tokenizer-2" if names.in_openclip_layout(text) else "clip-tokenizer")],
         notes=tuple(notes),
     )
 
@@ -112,10 +91,12 @@ def _load(path: Path) -> File:
     step = root.get("global_step")
     for _ in range(3):  # it may nest, but a pickle may also hold itself
         root = root["state_dict"] if isinstance(root.get("state_dict"), dict) else root
-    found = kind(root)
-    if found in KINDS:
-        raise other(path, KINDS[found][1])
-    tensors = {whole(k): t.detach() for k, t in root.items() if isinstance(k, str) and isinstance(t, Tensor)}
+    found = families.kind(root)
+    if found in families.KINDS:
+        raise families.other(path, families.KINDS[found][1])
+    tensors = {
+        families.whole(k): t.detach() for k, t in root.items() if isinstance(k, str) and isinstance(t, Tensor)
+    }
     if found is None:
         raise InputError(f"{path} has {len(tensors)} tensors, none of Stable Diffusion 1.x or 2.x")
     return File(path, tensors, metadata, step)
@@ -141,32 +122,33 @@ def _stored_config(file: File) -> ModelConfig | None:
 
 def _unet_state(file: File, config: UNetConfig, ema: bool) -> State:
     module = _built(file, UNet, config)
-    table, state = unet_blocks(config), file.part(UNET)
+    table, state = names.unet_blocks(config), file.part(UNET)
     if ema:
         averaged = file.part(EMA)
         if not averaged:
             raise InputError(f"{file.path} holds no averaged (EMA) weights: read its plain ones")
-        names = {
-            name.replace(".", ""): name for name in (rename(ours, table) for ours in module.state_dict())
+        flat_names = {
+            name.replace(".", ""): name
+            for name in (names.rename(ours, table) for ours in module.state_dict())
         }
-        state = {names.get(flat, flat): tensor for flat, tensor in averaged.items()}
+        state = {flat_names.get(flat, flat): tensor for flat, tensor in averaged.items()}
     return _fitted(file, "U-Net", module, table, state)
 
 
 def _vae_state(file: File, config: AutoencoderKLConfig) -> State:
     module = _built(file, AutoencoderKL, config)
     state = {k: t for k, t in file.part(VAE).items() if not UNUSED.search(VAE + k)}
-    return _fitted(file, "autoencoder", module, vae_blocks(config), state)
+    return _fitted(file, "autoencoder", module, names.vae_blocks(config), state)
 
 
 def _text_state(file: File, config: TextEncoderConfig) -> State:
     module = _built(file, TextEncoder, config)
-    prefix = OPEN_CLIP if in_openclip_layout(config) else CLIP
+    prefix = OPEN_CLIP if names.in_openclip_layout(config) else CLIP
     state = {k: t for k, t in file.part(prefix).items() if not UNUSED.search(prefix + k)}
-    if in_openclip_layout(config):  # the last layer, which the U-Net does not read
+    if names.in_openclip_layout(config):  # the last layer, which the U-Net does not read
         beyond = f"transformer.resblocks.{config.num_hidden_layers}."
         state = {k: t for k, t in _split(state).items() if not k.startswith(beyond)}
-    return _fitted(file, "text encoder", module, text_blocks(config), state)
+    return _fitted(file, "text encoder", module, names.text_blocks(config), state)
 
 
 def _built(file: File, cls: Callable[[Any], nn.Module], config: object) -> nn.Module:
@@ -176,7 +158,7 @@ def _built(file: File, cls: Callable[[Any], nn.Module], config: object) -> nn.Mo
 
 def _fitted(file: File, part: str, module: nn.Module, table: dict[str, str], state: State) -> State:
     """The state under the module's names. Raises InputError where names or shapes are others."""
-    wanted = {rename(ours, table): tensor for ours, tensor in module.state_dict().items()}
+    wanted = {names.rename(ours, table): tensor for ours, tensor in module.state_dict().items()}
     # Attention is a 1x1 convolution there.
     found = {
         name: t.flatten(1) if t.ndim == 4 and name in wanted and wanted[name].ndim == 2 else t
@@ -184,7 +166,7 @@ def _fitted(file: File, part: str, module: nn.Module, table: dict[str, str], sta
     }
     if reason := mismatch(wanted, found):
         raise InputError(f"{file.path} does not fit: of the {part}, {reason}")
-    return {ours: found[rename(ours, table)] for ours in module.state_dict()}
+    return {ours: found[names.rename(ours, table)] for ours in module.state_dict()}
 
 
 def _split(state: State) -> State:

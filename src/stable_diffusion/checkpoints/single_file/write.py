@@ -11,13 +11,7 @@ from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.checkpoint import Checkpoint
 from stable_diffusion.checkpoints.families import CLIP, OPEN_CLIP, UNET, VAE
 from stable_diffusion.checkpoints.files import State, write_tensors
-from stable_diffusion.checkpoints.single_file.names import (
-    in_openclip_layout,
-    renamed,
-    text_blocks,
-    unet_blocks,
-    vae_blocks,
-)
+from stable_diffusion.checkpoints.single_file import names
 from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, to_dict
 from stable_diffusion.errors import InputError
 
@@ -45,12 +39,14 @@ def write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) 
 def to_single(config: ModelConfig, unet: State, vae: State, texts: list[State]) -> State:
     """The parts' tensors under the names of a single file. Raises InputError where they have no place there."""
     vae_config, text_config = check_fits(config)
-    openclip = in_openclip_layout(text_config)
-    tensors = renamed(unet, unet_blocks(config.unet), UNET) | renamed(vae, vae_blocks(vae_config), VAE)
+    openclip = names.in_openclip_layout(text_config)
+    tensors = names.renamed(unet, names.unet_blocks(config.unet), UNET) | names.renamed(
+        vae, names.vae_blocks(vae_config), VAE
+    )
     for name, tensor in tensors.items():
         if ".mid.attn_1." in name and tensor.ndim == 2:
             tensors[name] = tensor[:, :, None, None]
-    text = renamed(texts[0], text_blocks(text_config), "")
+    text = names.renamed(texts[0], names.text_blocks(text_config), "")
     if openclip:
         text = _unused_head(_fused(text), text_config.num_hidden_layers - text_config.skip_last_layers)
     else:
@@ -67,7 +63,7 @@ def check_fits(config: ModelConfig) -> tuple[AutoencoderKLConfig, TextEncoderCon
             "its autoencoder's scaling factor is not 0.18215": vae.scaling_factor == 0.18215,
             "its text encoder has another vocabulary": text[0].vocab_size == 49408,
             "its U-Net reads other than the text encoder's usual layer": (
-                text[0].skip_last_layers <= in_openclip_layout(text[0])
+                text[0].skip_last_layers <= names.in_openclip_layout(text[0])
             ),
             "it is trained for another process than Stable Diffusion's, with eps or v": process
             in (("scaled_linear", "epsilon"), ("scaled_linear", "v_prediction")),
@@ -103,7 +99,7 @@ def _unused_head(state: State, layers: int) -> State:
 def _metadata(config: ModelConfig) -> dict[str, str]:
     """The header's metadata: modelspec's keys, and the configuration."""
     v = config.schedule.prediction_type == "v_prediction"
-    openclip = in_openclip_layout(config.text_encoders[0])
+    openclip = names.in_openclip_layout(config.text_encoders[0])
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"stable-diffusion-v{('2-768-v' if v else '2-512') if openclip else 1}",
