@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stable_diffusion.checkpoints import Checkpoint, diffusers_export
+from stable_diffusion.checkpoints import Checkpoint, diffusers
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import SD15, ModelConfig
 from stable_diffusion.nn.text import TextEncoder
@@ -72,8 +72,10 @@ def write_folder(folder: Path, config: ModelConfig) -> None:
         modules = (AutoencoderKL(config.vae), UNet(config.unet), TextEncoder(text))  # type: ignore[arg-type]
     vae, unet, encoder = map(random, modules)
     tokenizer = Tokenizer(packaged("clip-tokenizer"), "clip", 77)
-    checkpoint = Checkpoint(config, vae, unet, [encoder], [tokenizer.folder])
-    diffusers_export.write(folder, checkpoint, [tokenizer.files])
+    checkpoint = Checkpoint(
+        config, vae, unet, [encoder], [tokenizer.folder], tokenizer_files=[tokenizer.files]
+    )
+    diffusers.write(folder, checkpoint)
 
 
 def ours(folder: Path) -> Any:

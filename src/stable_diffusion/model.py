@@ -16,21 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stable_diffusion import checkpoints, images
-from stable_diffusion.checkpoints import (
-    Checkpoint,
-    compvis,
-    diffusers_export,
-    embeddings,
-    lora,
-    native,
-    taesd,
-)
+from stable_diffusion.checkpoints import Checkpoint, embeddings, lora, native, taesd
 from stable_diffusion.checkpoints.checkpoint import packaged
+from stable_diffusion.checkpoints.files import building
 from stable_diffusion.compiled import serve
 from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.diffusion.schedule import Schedule
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.errors import InputError
 from stable_diffusion.generation import pipeline
 from stable_diffusion.generation.denoise import Network, UNetNetwork
 from stable_diffusion.generation.request import Request, check_size
@@ -50,8 +43,9 @@ class DiffusionModel(nn.Module):
     """A latent diffusion model: ``vae``, ``unet``, ``text_encoder`` and ``scheduler`` behind one door.
 
     Args:
-        config: a preset's name (``mini``, ``sd15``, ``sd21``) or a configuration. The networks start from
-            random weights, but text encoders that the package carries from their own.
+        config: a configuration whose text encoders the package carries, or the name of such a preset (``mini``). The
+            networks start from random weights, the text encoders from their own. The presets ``sd15`` and ``sd21``
+            read a vocabulary from files: load those with ``from_pretrained``.
 
     Attributes:
         notes: what reading the files found out or left aside, in sentences.
@@ -126,24 +120,9 @@ class DiffusionModel(nn.Module):
         model.config = checkpoint.config
         model.notes = checkpoint.notes
         model.scheduler = Schedule(model.config.schedule)
-        try:
-            with torch.device(
-                "meta"
-            ):  # no memory, no random numbers for weights that are about to be replaced
-                model._build(checkpoint.tokenizers)
-        except InputError:
-            raise
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise InputError(f"no network has the configuration of {model.config.name!r} ({error})") from None
-        parts: list[tuple[str, nn.Module, dict[str, Tensor]]] = [
-            ("vae", model.vae, checkpoint.vae),
-            ("unet", model.unet, checkpoint.unet),
-            ("text_projection", model.text_encoder.projections, checkpoint.projections),
-        ]
-        for i, state in enumerate(checkpoint.text_encoders):
-            parts.append((f"text_encoder_{i + 1}", model.text_encoder.encoders[i], state))
-        for name, module, state in parts:
-            _assign(name, module, state, dtype)
+        with building(f"no network has the configuration of {model.config.name!r}"):
+            model._build(checkpoint.tokenizers)
+        checkpoint.fill(model.vae, model.unet, model.text_encoder, dtype)
         return model
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -158,7 +137,7 @@ class DiffusionModel(nn.Module):
         Raises:
             InputError: there is something else at `path`.
         """
-        native.write(Path(path), *self._to_checkpoint(), dtype)
+        native.write(Path(path), self._to_checkpoint(), dtype)
 
     def export(
         self,
@@ -181,18 +160,8 @@ class DiffusionModel(nn.Module):
         Raises:
             InputError: there is something at `path`, or the format cannot hold the model, nor a part of it.
         """
-        if format not in ("diffusers", "single-file"):
-            raise unknown_name("format", format, ("diffusers", "single-file"))
-        checkpoint, tokenizer_files = self._to_checkpoint()
-        if format == "diffusers":
-            for note in diffusers_export.write(Path(path), checkpoint, tokenizer_files, dtype):
-                warnings.warn(note, stacklevel=2)
-        elif Path(path).exists():
-            raise InputError(f"{path} exists: choose another name")
-        elif (reason := diffusers_export.misfit(self.config)) is not None:
-            raise InputError(f"a single file cannot hold the model {self.config.name!r}: {reason}")
-        else:
-            compvis.write(Path(path), checkpoint, dtype)
+        for note in checkpoints.export(Path(path), self._to_checkpoint(), format, dtype):
+            warnings.warn(note, stacklevel=2)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
         """Lets a LoRA file of kohya's scripts or of diffusers/PEFT act on the U-Net and the CLIP text encoder.
@@ -211,8 +180,10 @@ class DiffusionModel(nn.Module):
         Raises:
             InputError: a damaged file, no LoRA, one for another model, or a name that is taken.
         """
-        parts = (self.adapters, self.unet, self.text_encoder, self.config)
-        return lora.load(*parts, Path(path), weight, name)
+        path = Path(path)
+        loras, count = lora.read(path, self.unet, self.text_encoder, self.config, weight)
+        self.adapters.add(path.stem if name is None else name, loras, weight)
+        return count
 
     def unload_lora(self, name: str) -> None:
         """Forgets a LoRA. Raises InputError for one that is fused, or not there."""
@@ -249,37 +220,21 @@ class DiffusionModel(nn.Module):
         Raises:
             InputError: no such autoencoder there, or one of other latents; the model keeps its own then.
         """
-        config, state = taesd.read_vae(Path(path))
-        own = self.config.vae
-        if config.latent_channels != own.latent_channels:
-            raise InputError(
-                f"the autoencoder {path} has {config.latent_channels} latent channels,"
-                f" the model {self.config.name!r} {own.latent_channels}"
-            )
-        with torch.device("meta"):
-            vae = autoencoder(config)
-        _assign("vae", vae, state, self.vae.dtype)
-        vae = vae.to(self.vae.device).train(self.vae.training)
+        vae = taesd.load(Path(path), self.config, self.unet)
         if preview:
             self._preview = (vae,)  # in a tuple: no part of the model's state
             return
-        self.vae = vae
-        size = self.config.sample_size // own.factor * config.factor  # the U-Net keeps its size of latents
-        self.config = dataclasses.replace(self.config, vae=config, sample_size=size)
+        self.vae = vae.train(self.vae.training)
+        size = (
+            self.config.sample_size // self.config.vae.factor * vae.config.factor
+        )  # the U-Net keeps its size of latents
+        self.config = dataclasses.replace(self.config, vae=vae.config, sample_size=size)
 
-    def _to_checkpoint(self) -> tuple[Checkpoint, list[list[Path]]]:
-        """The model as it is written, and the files of its tokenizers. Warns where there are LoRAs."""
+    def _to_checkpoint(self) -> Checkpoint:
+        """The model as it is written. Warns where there are LoRAs."""
         if note := self.adapters.note():
             warnings.warn(note, stacklevel=3)
-        checkpoint = Checkpoint(
-            config=self.config,
-            vae=self.vae.state_dict(),
-            unet=self.unet.state_dict(),
-            text_encoders=[encoder.state_dict() for encoder in self.text_encoder.encoders],
-            tokenizers=[tokenizer.folder for tokenizer in self.text_encoder.tokenizers],
-            projections=self.text_encoder.projections.state_dict(),
-        )
-        return checkpoint, [tokenizer.files for tokenizer in self.text_encoder.tokenizers]
+        return Checkpoint.of(self.config, self.vae, self.unet, self.text_encoder)
 
     def forward(
         self,
@@ -484,21 +439,3 @@ class DiffusionModel(nn.Module):
 
 
 serve(DiffusionModel)
-
-
-def _assign(name: str, module: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Makes `state` the module's weights, and empties it. Raises InputError where names or shapes do not fit."""
-    wanted = module.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = [key for key in sorted(wanted.keys() & state.keys()) if wanted[key].shape != state[key].shape]
-    for problem, keys in (("missing", missing), ("not expected", extra), ("of another shape", wrong)):
-        if keys:
-            raise InputError(
-                f"the weights of {name} do not fit its configuration: {len(keys)} of {len(wanted)} tensors are"
-                f" {problem} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-            )
-    trainable = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
-    # One by one, each taken from `state`: both formats of all weights are never in memory.
-    module.load_state_dict({key: state.pop(key).to(dtype) for key in list(state)}, assign=True)
-    for key, parameter in module.named_parameters():
-        parameter.requires_grad_(trainable[key])

@@ -390,7 +390,7 @@ def test_a_truncated_file_is_refused(name: str, folders: dict[str, Path], tmp_pa
         ),
         ("unet/config.json", "block_out_channels", [32, 48, 96], "of another shape"),
         ("unet/config.json", "layers_per_block", 3, "are missing"),
-        ("unet/config.json", "layers_per_block", 1, "not expected"),
+        ("unet/config.json", "layers_per_block", 1, "are unexpected"),
         ("scheduler/scheduler_config.json", "_class_name", "KarrasVeScheduler", "KarrasVeScheduler"),
         ("scheduler/scheduler_config.json", "beta_schedule", "sigmoid", "sigmoid"),
         ("scheduler/scheduler_config.json", "prediction_type", "x0", "x0"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints import read
-from stable_diffusion.checkpoints.diffusers import choose_weights
+from stable_diffusion.checkpoints.diffusers.weights import choose_weights
 from tests.checkpoints import sd
 from tests.nn.reference import quietly
 

@@ -16,9 +16,13 @@ import transformers
 from torch import Tensor
 
 from stable_diffusion import DiffusionModel, InputError
-from stable_diffusion.checkpoints import native
-from stable_diffusion.checkpoints.diffusers import sampler_config, schedule_config
-from stable_diffusion.checkpoints.diffusers_export import misfit, scheduler_settings
+from stable_diffusion.checkpoints import files as weight_files
+from stable_diffusion.checkpoints.diffusers.folder import misfit
+from stable_diffusion.checkpoints.diffusers.settings import (
+    sampler_config,
+    schedule_config,
+    scheduler_settings,
+)
 from stable_diffusion.cli import main
 from stable_diffusion.config import MINILM, SD15, SD21, ModelConfig, SamplerConfig, ScheduleConfig
 from stable_diffusion.diffusion.names import SAMPLERS
@@ -164,7 +168,7 @@ def test_a_model_of_bert_goes_by_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "reason", "there"),
     [
-        (TINY, "its light autoencoder is none of diffusers'", {"unet", "scheduler"}),
+        (TINY, "its light autoencoder is not Stable Diffusion's", {"unet", "scheduler"}),
         (replace(CLIP, vae=VQ), "its autoencoder has a codebook", {"unet", "scheduler"}),
         (replace(UNCONDITIONAL, vae=KL), "it has no text encoders", {"vae", "scheduler"}),
     ],
@@ -253,7 +257,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     with pytest.raises(InputError, match="unknown format 'onnx'"):
         network.export(tmp_path / "new", format="onnx")  # type: ignore[arg-type]
     calls = 0
-    save = native.save_file
+    save = weight_files.save_file
 
     def failing(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -262,7 +266,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
             raise OSError(28, "No space left on device")
         save(*args, **kwargs)
 
-    monkeypatch.setattr(native, "save_file", failing)
+    monkeypatch.setattr(weight_files, "save_file", failing)
     with pytest.raises(OSError, match="No space"):
         network.export(tmp_path / "new")
     assert files(tmp_path) == {"file", "folder", "one.safetensors"}

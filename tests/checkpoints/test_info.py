@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_diffusion import DiffusionModel, InputError
-from stable_diffusion.checkpoints.checkpoint import is_weights
+from stable_diffusion.checkpoints.files import is_weights
 from stable_diffusion.checkpoints.info import describe
 from stable_diffusion.cli import main
 from stable_diffusion.config import SD15, SD21, Styles

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stable_diffusion import DiffusionModel, InputError, cli
 from stable_diffusion.checkpoints import lora
 from stable_diffusion.checkpoints.checkpoint import packaged
+from stable_diffusion.checkpoints.files import read_weights
 from stable_diffusion.config import SD15, SD21, TAESD, ModelConfig
 from stable_diffusion.generation.metadata import read_settings
 from stable_diffusion.nn import tokenizer
@@ -539,7 +540,7 @@ def test_what_cannot_be_applied_is_refused_and_changes_nothing(
 def test_shapes_or_metadata_tell_the_base_model(tmp_path: Path) -> None:
     """Self-attention has the same shapes in 1.x and 2.x."""
     name = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
-    tensors, _ = lora.read_weights(written(one(320, 320, name), tmp_path / "a"))
+    tensors, _ = read_weights(written(one(320, 320, name), tmp_path / "a"))
     modules, _ = lora._modules(Path("a"), tensors)
     for metadata in ({"ss_base_model_version": "sd_v2_v"}, {"modelspec.architecture": "stable-diffusion-v2-768-v"},
                      {"ss_v2": "True"}):  # fmt: skip

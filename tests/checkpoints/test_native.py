@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_diffusion import DiffusionModel, InputError
+from stable_diffusion.checkpoints import files as weight_files
 from stable_diffusion.checkpoints import native
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import MINILM, PRESETS, ModelConfig, from_dict, to_dict
@@ -206,7 +207,7 @@ def test_a_write_that_fails_leaves_the_older_model_and_nothing_else(
         save_file(*args, **kwargs)  # type: ignore[arg-type]
 
     if calls < 3:
-        monkeypatch.setattr(native, "save_file", failing)
+        monkeypatch.setattr(weight_files, "save_file", failing)
     else:
         monkeypatch.setattr(native, "to_dict", lambda config: {"not JSON": {1, 2}})
     with pytest.raises((OSError, InputError, TypeError)):
@@ -229,8 +230,8 @@ def test_a_failure_while_the_new_model_takes_the_place_leaves_the_older_one(
 
     def replace_or_fail(self: Path, target: Path) -> Path:
         nonlocal calls
-        calls += 1
-        if calls == failing + 1:
+        calls += self.is_dir()  # not the files inside, which take their places before
+        if self.is_dir() and calls == failing + 1:
             raise PermissionError(13, "in use")
         return rename(self, target)
 
@@ -320,18 +321,18 @@ def test_tensors_that_do_not_fit_are_counted_and_three_are_named(copy: Path) -> 
     state = load_file(path)
     names = sorted(state)
     save_file({name: state[name] for name in names[4:]}, path)
-    message = f"unet do not fit its configuration: 4 of {len(names)} tensors are missing"
+    message = rf"unet do not fit its configuration: 4 of {len(names)} tensors \(.*\) are missing"
     with pytest.raises(InputError, match=message) as caught:
         DiffusionModel.from_pretrained(copy)
     assert f"({', '.join(names[:3])}, …)" in str(caught.value)
     assert names[3] not in str(caught.value)
 
     save_file(state | {"lora.up": torch.zeros(1), "lora.down": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match=r"2 of \d+ tensors are not expected \(lora.down, lora.up\)"):
+    with pytest.raises(InputError, match=r"2 of \d+ tensors \(lora.down, lora.up\) are unexpected"):
         DiffusionModel.from_pretrained(copy)
 
     save_file(state | {"conv_in.weight": torch.zeros(3, 3)}, path)
-    with pytest.raises(InputError, match=r"1 of \d+ tensors are of another shape \(conv_in.weight\)"):
+    with pytest.raises(InputError, match=r"1 of \d+ tensors \(conv_in.weight\) are of another shape"):
         DiffusionModel.from_pretrained(copy)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from stable_diffusion.checkpoints import compvis, pickles
+from stable_diffusion.checkpoints import pickles, single_file
 from stable_diffusion.errors import InputError
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}
@@ -196,4 +196,4 @@ def test_a_file_that_holds_itself_comes_to_an_end(tmp_path: Path) -> None:
     torch.save(root, tmp_path / "a.ckpt")
     assert pickles.read(tmp_path / "a.ckpt").keys() == {"a", "state_dict", "list"}
     with pytest.raises(InputError, match=r"none of Stable Diffusion|textual inversion"):
-        compvis.read(tmp_path / "a.ckpt")
+        single_file.read(tmp_path / "a.ckpt")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from stable_diffusion.checkpoints import compvis, diffusers, hub, native
-from stable_diffusion.checkpoints.checkpoint import Checkpoint, is_weights
-from stable_diffusion.config import ScheduleConfig, from_dict
-from stable_diffusion.errors import InputError
+import torch
 
-__all__ = ["Checkpoint", "read"]
+from stable_diffusion.checkpoints import diffusers, hub, native, single_file
+from stable_diffusion.checkpoints.checkpoint import Checkpoint
+from stable_diffusion.checkpoints.files import is_weights
+from stable_diffusion.config import ScheduleConfig, from_dict
+from stable_diffusion.errors import InputError, unknown_name
+
+__all__ = ["Checkpoint", "export", "read"]
 
 
 def read(
@@ -36,8 +39,8 @@ def read(
         checkpoint = diffusers.read(path, variant=variant)
     elif native.is_native(path):
         checkpoint = native.read(path)
-    elif compvis.is_single_file(path) and is_weights(path):
-        return compvis.read(path, prediction_type=prediction_type, ema=ema)
+    elif path.is_file() and is_weights(path):
+        return single_file.read(path, prediction_type=prediction_type, ema=ema)
     else:
         raise InputError(
             f"{path} is no model folder: it has neither config.json (ours) nor model_index.json (diffusers)"
@@ -53,3 +56,15 @@ def read(
         config=replace(checkpoint.config, schedule=schedule),
         notes=(f"The U-Net predicts {prediction_type}: it was asked for.", *others),
     )
+
+
+def export(path: Path, checkpoint: Checkpoint, format: str, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Writes a model for other programs, as ``DiffusionModel.export`` says; returns notes for the user."""
+    if format not in ("diffusers", "single-file"):
+        raise unknown_name("format", format, ("diffusers", "single-file"))
+    if format == "diffusers":
+        return diffusers.write(path, checkpoint, dtype)
+    if path.exists():
+        raise InputError(f"{path} exists: choose another name")
+    single_file.write(path, checkpoint, dtype)
+    return ()

@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+import torch
+from torch import nn
 
+from stable_diffusion.checkpoints.files import State, assign
 from stable_diffusion.config import ModelConfig, TextEncoderConfig
-from stable_diffusion.errors import InputError
-from stable_diffusion.nn.text import BERT_NAMES
-
-State = dict[str, Tensor]
+from stable_diffusion.nn.text import BERT_NAMES, PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -32,27 +29,32 @@ class Checkpoint:
     """The prompt encoder's projections, where it has them."""
     notes: tuple[str, ...] = ()
     """What a reader found out or left aside, in sentences for the user."""
+    tokenizer_files: list[list[Path]] = field(default_factory=list)
+    """Each tokenizer's files, where the checkpoint is to be written."""
 
+    @classmethod
+    def of(cls, config: ModelConfig, vae: nn.Module, unet: nn.Module, text: PromptEncoder) -> Checkpoint:
+        """The checkpoint of a model's parts, to be written."""
+        return cls(
+            config,
+            vae.state_dict(),
+            unet.state_dict(),
+            [encoder.state_dict() for encoder in text.encoders],
+            [tokenizer.folder for tokenizer in text.tokenizers],
+            text.projections.state_dict(),
+            tokenizer_files=[tokenizer.files for tokenizer in text.tokenizers],
+        )
 
-def read_tensors(path: Path) -> State:
-    """The tensors of a safetensors file. Raises InputError where it is missing, truncated or of another kind."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: a model folder needs it")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}): copy or download it again"
-        ) from None
+    def fill(self, vae: nn.Module, unet: nn.Module, text: PromptEncoder, dtype: torch.dtype) -> None:
+        """Makes the tensors, which are taken out of the checkpoint, the weights of a model's parts.
 
-
-def is_weights(path: Path) -> bool:
-    """Whether a file is called as weights are, or begins as safetensors or PyTorch's pickles do."""
-    if path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        return True
-    with path.open("rb") as file:
-        start = file.read(9)
-    return start[:2] in (b"PK", b"\x80\x02") or start[8:] == b"{"
+        Raises InputError where names or shapes do not fit.
+        """
+        assign("vae", vae, self.vae, dtype)
+        assign("unet", unet, self.unet, dtype)
+        assign("text_projection", text.projections, self.projections, dtype)
+        for i, state in enumerate(self.text_encoders):
+            assign(f"text_encoder_{i + 1}", text.encoders[i], state, dtype)
 
 
 def packaged(name: str) -> Path:

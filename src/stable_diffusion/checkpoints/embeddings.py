@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stable_diffusion.checkpoints.checkpoint import State
-from stable_diffusion.checkpoints.lora import ENDINGS, family
-from stable_diffusion.checkpoints.weights import read_weights
+from stable_diffusion.checkpoints.families import check_width, lora_part
+from stable_diffusion.checkpoints.files import State, read_weights
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError
 from stable_diffusion.nn.text import PromptEncoder, TextEncoder
@@ -54,10 +53,7 @@ def add(text: PromptEncoder, config: ModelConfig, path: Path, token: str | None 
     assert isinstance(encoder, TextEncoder)
     width = config.text_encoders[indices[0]].hidden_size
     for vectors in words.values():
-        if vectors.shape[1] != width:
-            raise InputError(
-                f"{path} does not fit: this file is for {family(vectors.shape[1])}, the model is {family(width)}"
-            )
+        check_width(path, vectors.shape[1], width)
     table = encoder.embeddings.token_embedding
     first = table.num_embeddings + (len(table.added) if isinstance(table, ExtendedEmbedding) else 0)
     rows = {}
@@ -84,7 +80,7 @@ def read(path: Path, token: str | None = None) -> State:
         raise InputError(f"{path} does not fit: this textual inversion is for SDXL")
     elif found.keys() in ({"emb_params"}, {""}):
         found = {path.stem: next(iter(found.values()))}
-    sound = not any(str(name).endswith(tuple(ENDINGS)) for name in found) and all(
+    sound = not any(lora_part(str(name)) for name in found) and all(
         isinstance(v, Tensor) and v.is_floating_point() and v.ndim in (1, 2) for v in found.values()
     )
     if not sound or not found or len(found) > 100:

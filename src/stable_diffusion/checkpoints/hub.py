@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path, PurePosixPath
 
-from stable_diffusion.checkpoints.diffusers import WEIGHTS, choose_weights
+from stable_diffusion.checkpoints.diffusers.weights import WEIGHTS, choose_weights
 from stable_diffusion.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -16,72 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_diffusion.checkpoints.checkpoint import State
-from stable_diffusion.checkpoints.compvis_names import unet_blocks
-from stable_diffusion.checkpoints.weights import read_weights
+from stable_diffusion.checkpoints import families
+from stable_diffusion.checkpoints.files import State, read_weights
+from stable_diffusion.checkpoints.single_file.names import unet_blocks
 from stable_diffusion.config import ModelConfig, UNetConfig
 from stable_diffusion.errors import InputError
-from stable_diffusion.nn.adapters import Adapters, Layer, LoRA, checked
+from stable_diffusion.nn.adapters import Layer, LoRA, checked
 from stable_diffusion.nn.text import PromptEncoder
 from stable_diffusion.nn.unet import UNet
 
-ENDINGS = {
-    # How tensors' names end, and what they are: kohya and LyCORIS, PEFT, diffusers of 2023, diffusers before.
-    **{".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid"},
-    **{".alpha": "alpha", ".dora_scale": "dora_scale"},
-    **{".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_magnitude_vector": "magnitude"},
-    **{".lora_A.default.weight": "down", ".lora_B.default.weight": "up"},
-    **{".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector.default.weight": "magnitude"},
-    **{".lora.down.weight": "down", ".lora.up.weight": "up"},
-    **{".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up"},
-    **{"_lora.down.weight": "down", "_lora.up.weight": "up"},
-}
-OTHER_KINDS = {  # KohakuBlueleaf/LyCORIS, lycoris/modules
-    **{r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT", r"\.on_input$": "IA3"},
-    **{r"\.[ab][12]\.weight$": "GLoRA", r"\.diff(_b)?$": "whole weights", r"\.[wb]_norm$": "whole norms"},
-}
-OTHER_MODELS = {
-    r"^lora_te[12]_|^text_encoder_2\.": "SDXL",
-    r"(double|single|joint)_blocks|^(lora_)?transformer[._]": "a transformer such as Flux or SD 3",
-}
-CONTEXT = r"attn2[._](processor\.)?to_[kv]$|^(lora_te_|text_encoder\.|text_model\.).*(q_proj|to_q)$"
-WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-VERSIONS = {  # kohya-ss/sd-scripts, library/train_util.py and library/sai_model_spec.py
-    "ss_base_model_version": {"sd_v1": 768, "sd_v2": 1024, "sdxl": 2048},
-    "modelspec.architecture": {
-        f"stable-diffusion-{v}": w for v, w in (("v1", 768), ("v2", 1024), ("xl", 2048))
-    },
-    "ss_v2": {"True": 1024},
-}
 OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 PEFT_SETTINGS = "lora_adapter_metadata"
-
-
-def load(
-    adapters: Adapters, unet: UNet, text: PromptEncoder, config: ModelConfig,
-    path: Path, weight: float = 1.0, name: str | None = None,
-) -> str:  # fmt: skip
-    """Adds a file's low-rank changes to a model's adapters; says how many of its modules found their layer.
-
-    Warns where the model has a place for only a part.
-
-    Args:
-        adapters: the model's.
-        unet: the model's.
-        text: the model's, of which the CLIP encoder has adapters.
-        config: the model's.
-        path: the file.
-        weight: what the adapter acts with where a call says nothing.
-        name: the adapter's; None for the file's name without its ending.
-
-    Raises:
-        InputError: the file is damaged, no LoRA, for another model, or has no place here, or its name is taken.
-            Nothing is changed then.
-    """
-    name = path.stem if name is None else name
-    loras, count = read(path, unet, text, config, checked(name, weight))
-    adapters.add(name, loras, weight)
-    return count
 
 
 def read(
@@ -89,8 +34,13 @@ def read(
 ) -> tuple[dict[Layer, LoRA], str]:
     """A file's change of each layer, and how many of its modules found one, as a sentence.
 
-    Warns and raises as ``load`` does, also where `weight` would make the layers' weights infinite.
+    Warns where the model has a place for only a part. `weight` times each change is tried on its layer.
+
+    Raises:
+        InputError: the file is damaged, no LoRA, for another model, or has no place here, or `weight` is no number or
+            would make the layers' weights infinite.
     """
+    weight = checked(path.stem, weight)
     tensors, metadata = read_weights(path)
     modules, strange = _modules(path, tensors)
     check_base(path, modules, metadata, config)
@@ -111,15 +61,8 @@ def read(
         )
     result = f"{path.name}: {count} of {total} modules applied"
     if strange:
-        warnings.warn(f"{result}; not in this model: {examples}", stacklevel=4)
+        warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
     return found, result
-
-
-def family(width: int | None) -> str:
-    """A Stable Diffusion by the width of the text tokens that it reads, as users call it."""
-    if width is None:
-        return "a model without text"
-    return f"{WIDTHS[width]} ({width})" if width in WIDTHS else f"a model of width {width}"
 
 
 def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], list[str]]:
@@ -127,16 +70,16 @@ def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], lis
     modules: dict[str, State] = {}
     strange = []
     for name, tensor in tensors.items():
-        for pattern, kind in OTHER_KINDS.items():
+        for pattern, kind in families.OTHER_ADAPTERS.items():
             if re.search(pattern, name):
                 raise InputError(f"{path} holds {kind} ({name}): only LoRA and DoRA files can be applied")
-        ending = next((end for end in ENDINGS if name.endswith(end)), None)
-        if ending is None or not isinstance(tensor, Tensor):
+        part = families.lora_part(name)
+        if part is None or not isinstance(tensor, Tensor):
             strange.append(name)
             continue
         if not tensor.numel() or not torch.isfinite(tensor.float()).all():
             raise InputError(f"{path} holds nothing, NaN or infinity in {name}: the file is damaged")
-        modules.setdefault(name.removesuffix(ending), {})[ENDINGS[ending]] = tensor
+        modules.setdefault(part[0], {})[part[1]] = tensor
     for name, parts in modules.items():
         if missing := {"up", "down"} - parts.keys():
             raise InputError(f"{path} is incomplete: {name} has no {' and no '.join(sorted(missing))} matrix")
@@ -148,17 +91,16 @@ def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], lis
 def check_base(path: Path, modules: dict[str, State], metadata: dict[str, str], config: ModelConfig) -> None:
     """Raises InputError for a file that was made for another base model, as its names, shapes or metadata say."""
     ours = config.unet.cross_attention_dim
-    for pattern, kind in OTHER_MODELS.items():
+    for pattern, kind in families.OTHER_LORAS.items():
         if any(re.search(pattern, name) for name in modules):
-            raise InputError(f"{path} does not fit: this file is for {kind}, the model is {family(ours)}")
-    widths = [parts["down"].shape[1] for name, parts in modules.items() if re.search(CONTEXT, name)]
-    for key, versions in VERSIONS.items():  # many shapes are the same in all versions
-        said = [width for start, width in versions.items() if metadata.get(key, "").startswith(start)]
-        widths += said if ours in WIDTHS else []
-    if widths and widths[0] != ours:
-        raise InputError(
-            f"{path} does not fit: this file is for {family(widths[0])}, the model is {family(ours)}"
-        )
+            raise InputError(
+                f"{path} does not fit: this file is for {kind}, the model is {families.short_name(ours)}"
+            )
+    downs = {name: parts["down"] for name, parts in modules.items()}
+    # Many shapes are the same in all versions; what metadata say is of published ones alone.
+    for width in families.lora_widths(downs, metadata if ours in families.WIDTHS else {}):
+        families.check_width(path, width, ours)
+        break
 
 
 def _table(unet: UNet, text: PromptEncoder, config: ModelConfig) -> dict[str, Layer]:

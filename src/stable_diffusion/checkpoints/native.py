@@ -11,26 +11,16 @@ A frozen text encoder that the package carries is not written again: the configu
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from stable_diffusion.checkpoints.checkpoint import (
-    Checkpoint,
-    State,
-    packaged,
-    published_text_state,
-    read_tensors,
-    text_state,
-)
+from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged, published_text_state, text_state
+from stable_diffusion.checkpoints.files import State, read_tensors, write_tensors
 from stable_diffusion.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import read_json, replacing_folder, write_json
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -44,15 +34,7 @@ def is_native(folder: Path) -> bool:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in one of our folders. Raises InputError for a damaged or incomplete one."""
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{folder / 'config.json'} is not JSON ({error}): copy the model folder again"
-        ) from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{folder / 'config.json'} must hold a JSON object: copy the model folder again")
-    config = from_dict(ModelConfig, settings)
+    config = from_dict(ModelConfig, read_json(folder / "config.json"))
     states, tokenizers = [], []
     for i, text_config in enumerate(config.text_encoders):
         path = folder / _numbered("text_encoder", i)
@@ -75,12 +57,8 @@ def read_text_encoder(folder: Path, config: TextEncoderConfig) -> State:
 
 def packaged_text_encoder(config: TextEncoderConfig) -> State:
     """The tensors of the text encoder that the package carries under that name; none where it is a tokenizer."""
-    path = _carried(config)
-    return read_text_encoder(path.parent, config) if path.is_file() else {}
-
-
-def _carried(config: TextEncoderConfig) -> Path:
-    return packaged(str(config.packaged)) / "model.safetensors"
+    folder = packaged(str(config.packaged))
+    return read_text_encoder(folder, config) if (folder / "model.safetensors").is_file() else {}
 
 
 def _is_carried(state: State, config: TextEncoderConfig) -> bool:
@@ -91,15 +69,12 @@ def _is_carried(state: State, config: TextEncoderConfig) -> bool:
     )
 
 
-def write(
-    folder: Path, checkpoint: Checkpoint, tokenizer_files: list[list[Path]], dtype: torch.dtype | None = None
-) -> None:
+def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """Writes a model folder beside its final name, then puts it in place; an older model there is replaced.
 
     Args:
         folder: the model folder.
         checkpoint: what to write.
-        tokenizer_files: the files of each text encoder's tokenizer.
         dtype: number format of the file; None keeps the tensors'.
 
     Raises:
@@ -107,7 +82,7 @@ def write(
     """
     if folder.exists() and not _is_replaceable(folder):
         raise InputError(f"{folder} exists and is no model folder of this project: choose another name")
-    with beside(folder) as building:
+    with replacing_folder(folder) as building:
         write_tensors(building / UNET, checkpoint.unet, dtype)
         write_tensors(building / VAE, checkpoint.vae, dtype)
         if checkpoint.projections:
@@ -119,53 +94,9 @@ def write(
             write_tensors(building / _numbered("text_encoder", i) / "model.safetensors", state, dtype)
             target = building / _numbered("tokenizer", i)
             target.mkdir()
-            for path in tokenizer_files[i]:
+            for path in checkpoint.tokenizer_files[i]:
                 shutil.copyfile(path, target / path.name)
-        text = json.dumps(to_dict(checkpoint.config), indent=2, ensure_ascii=False)
-        (building / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, to be filled with parts, which takes its place unless an error is raised."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield building
-        # What others may read is for the umask to say; temporary folders and safetensors leave them nothing.
-        building.chmod(next(path for path in building.iterdir() if path.is_dir()).stat().st_mode)
-        for path in building.rglob("*.safetensors"):
-            path.chmod(next(building.rglob("*.json")).stat().st_mode)
-        _put_in_place(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def write_tensors(path: Path, state: State, dtype: torch.dtype | None) -> None:
-    """Writes a new safetensors file, and the folder that it is in. None keeps the tensors' number format."""
-    path.parent.mkdir(parents=True)
-    tensors = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in state.items()
-    }
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _put_in_place(building: Path, folder: Path) -> None:
-    if not folder.exists():
-        building.replace(folder)
-        return
-    older = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    aside = older / "model"
-    try:
-        folder.replace(aside)
-        building.replace(folder)
-    except BaseException:
-        if aside.exists() and not folder.exists():
-            aside.replace(folder)
-        older.rmdir()
-        raise
-    shutil.rmtree(older)
+        write_json(building / "config.json", to_dict(checkpoint.config))
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -173,10 +104,9 @@ def _is_replaceable(folder: Path) -> bool:
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder.is_dir()
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return is_native(folder) and {"unet", "vae"} <= read_json(folder / "config.json").keys()
+    except InputError:
         return False
-    return is_native(folder) and isinstance(settings, dict) and {"unet", "vae"} <= settings.keys()
 
 
 def _numbered(name: str, index: int) -> str:

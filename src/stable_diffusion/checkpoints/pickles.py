@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stable_diffusion.errors import InputError
 
+ZIP, PICKLE = STARTS = (b"PK\x03\x04", b"\x80")
+"""How files of PyTorch begin: a zip archive, or a pickle by itself."""
 DAMAGED = "is truncated, damaged or no file of weights: copy or download it again"
 
 
@@ -75,10 +77,10 @@ def read(path: Path) -> dict[str, Any]:
         start = file.read(4)
     if not start:
         raise InputError(f"{path} is empty: copy or download it again")
-    zipped = start == b"PK\x03\x04"
+    zipped = start == ZIP
     if zipped:
         _check_archive(path)
-    elif start[:1] != b"\x80":
+    elif not start.startswith(STARTS):
         raise InputError(f"{path} is no file of PyTorch (it begins with {start!r}): give a file of weights")
     try:
         with torch.serialization.safe_globals(STAND_INS):

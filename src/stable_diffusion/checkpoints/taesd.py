@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from stable_diffusion.checkpoints import compvis, diffusers
-from stable_diffusion.checkpoints.checkpoint import State
-from stable_diffusion.checkpoints.weights import read_weights
-from stable_diffusion.config import TAESD, AutoencoderKLConfig, AutoencoderTinyConfig
+from stable_diffusion.checkpoints import single_file
+from stable_diffusion.checkpoints.diffusers.settings import autoencoder_config
+from stable_diffusion.checkpoints.diffusers.weights import vae_state
+from stable_diffusion.checkpoints.families import kind
+from stable_diffusion.checkpoints.files import State, assign, building, read_weights
+from stable_diffusion.config import TAESD, AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import read_json
+from stable_diffusion.nn.blocks import Placed
+from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 
 WEIGHTS = [
     f"diffusion_pytorch_model{variant}.{ending}"
@@ -41,15 +45,15 @@ def read_vae(path: Path) -> tuple[AutoencoderKLConfig | AutoencoderTinyConfig, S
                 return read_vae(folder / name)
         raise InputError(f"{path} has no autoencoder: it needs {WEIGHTS[0]} or {PAIRS[0]}")
     tensors = _tensors(path)
-    if tensors and all(name.partition(".")[0].isdecimal() for name in tensors):
+    found = kind(tensors)
+    if found not in ("taesd", "diffusers vae"):
+        return single_file.read_vae(path)
+    if found == "taesd" and all(name.partition(".")[0].isdecimal() for name in tensors):
         return TAESD, _pair(path)
     settings = _settings(path.with_name("config.json"))
-    if any(name.startswith(("encoder.layers.", "decoder.layers.")) for name in tensors):
+    if found == "taesd":
         return tiny_config(path, settings), tensors
-    if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in tensors):
-        config = diffusers.autoencoder_config(settings) if settings else AutoencoderKLConfig()
-        return config, diffusers.vae_state(tensors)
-    return compvis.read_vae(path)
+    return autoencoder_config(settings) if settings else AutoencoderKLConfig(), vae_state(tensors)
 
 
 def tiny_config(path: Path, settings: dict[str, Any]) -> AutoencoderTinyConfig:
@@ -89,12 +93,22 @@ def _tensors(path: Path) -> State:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings in a file beside the weights; none where there is no such file, or it is another part's."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} must hold a JSON object, got a {type(settings).__name__}")
+    settings = read_json(path) if path.is_file() else {}
     return settings if str(settings.get("_class_name", "")).startswith("Autoencoder") else {}
+
+
+def load(path: Path, model: ModelConfig, like: Placed) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder at `path`, for a model's latents, where one of its networks is and in its number format.
+
+    Raises InputError as ``read_vae`` does, and for an autoencoder of other latents.
+    """
+    config, state = read_vae(path)
+    if config.latent_channels != model.vae.latent_channels:
+        raise InputError(
+            f"the autoencoder {path} has {config.latent_channels} latent channels,"
+            f" the model {model.name!r} {model.vae.latent_channels}"
+        )
+    with building(f"{path} describes an autoencoder that cannot be built"):
+        vae = autoencoder(config)
+    assign("vae", vae, state, like.dtype)
+    return vae.to(like.device).eval()

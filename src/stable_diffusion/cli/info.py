@@ -13,7 +13,8 @@ def info(path: tyro.conf.Positional[Path | None] = None) -> None:
     Args:
         path: A model folder, a single file, a LoRA, a hub name (owner/name), or a picture made here.
     """
-    from stable_diffusion.checkpoints.checkpoint import is_weights, packaged
+    from stable_diffusion.checkpoints.checkpoint import packaged
+    from stable_diffusion.checkpoints.files import is_weights
     from stable_diffusion.checkpoints.info import describe
     from stable_diffusion.generation.metadata import read_settings
 

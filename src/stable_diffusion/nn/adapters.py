@@ -61,8 +61,8 @@ class LoRA(nn.Module):
         if self.mid is None:
             hidden = _run(layer, x, down)
         else:
-            hidden = _run(layer, _pointwise(layer, x, down), self.mid.to(x.dtype))
-        return _pointwise(layer, weight * self.scale * hidden, self.up.to(x.dtype))
+            hidden = _run(layer, _pointwise(x, down, layer), self.mid.to(x.dtype))
+        return _pointwise(weight * self.scale * hidden, self.up.to(x.dtype), layer)
 
     @torch.no_grad()
     def merged(self, original: Tensor, weight: float) -> Tensor:
@@ -100,10 +100,10 @@ def _run(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.conv2d(x, _kernel(weight), bias, layer.stride, layer.padding, layer.dilation)
 
 
-def _pointwise(layer: Layer, x: Tensor, matrix: Tensor) -> Tensor:
-    if isinstance(layer, nn.Linear) or x.ndim == 3:
-        return F.linear(x, matrix.flatten(1))
-    return F.conv2d(x, _kernel(matrix.flatten(1)))
+def _pointwise(x: Tensor, matrix: Tensor, layer: Layer) -> Tensor:
+    """A 1x1 convolution of what the layer reads."""
+    tokens = isinstance(layer, nn.Linear) or x.ndim == 3
+    return F.linear(x, matrix.flatten(1)) if tokens else F.conv2d(x, _kernel(matrix.flatten(1)))
 
 
 class _Place(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stable_diffusion.checkpoints.checkpoint import State
+from stable_diffusion.checkpoints.files import State
 from stable_diffusion.config import AutoencoderKLConfig, TextEncoderConfig, UNetConfig
 
 RESNET = {
@@ -60,7 +60,7 @@ def vae_blocks(config: AutoencoderKLConfig) -> dict[str, str]:
 
 def text_blocks(config: TextEncoderConfig) -> dict[str, str]:
     """Our names of the text encoder's blocks, and OpenCLIP's; CLIP's are the same."""
-    if not is_second(config):
+    if not in_openclip_layout(config):
         return {}
     layers = {f"encoder.layers.{k}": f"transformer.resblocks.{k}" for k in range(config.num_hidden_layers)}
     return {
@@ -90,6 +90,9 @@ def products(blocks: dict[str, str], leaves: dict[str, str]) -> dict[str, str]:
     return {f"{a}.{x}": f"{b}.{y}" for a, b in blocks.items() for x, y in leaves.items()}
 
 
-def is_second(config: TextEncoderConfig) -> bool:
-    """Whether a text encoder is OpenCLIP's, which has GELU as it stands; CLIP's has the quick one."""
+def in_openclip_layout(config: TextEncoderConfig) -> bool:
+    """Whether single files have a text encoder in OpenCLIP's layout, from which readers conclude that it has GELU.
+
+    From CLIP's layout they conclude quick GELU; nothing else in a file tells the activation.
+    """
     return config.hidden_act == "gelu"
