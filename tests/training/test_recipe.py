@@ -152,7 +152,7 @@ def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
             r"both \[\[stage\]\] and \[model.training\]",
         ),
         ("[[stage]]\nkind = 'denoisr'", r"unknown stage kind 'denoisr': did you mean 'denoiser'\?"),
-        ("[[stage]]\nepochs = 1", r"unknown stage kind 'None'"),
+        ("[[stage]]\nepochs = 1", r"unknown stage kind None"),
         ("[stage]\nkind = 'denoiser'", r"written as \[\[stage\]\]"),
         ("seed = 1.5", r"seed must be of type int, got 1\.5"),
         ("[[stage]]\nkind = 'decoder'\n[stage.discriminator]\nema_decay = 0.9", r"'ema_decay'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def train_stage(
     autocast: torch.dtype | None,
     process: int = 0,
     processes: int = 1,
-) -> Iterator[TrainStep | Replan]:
+) -> Generator[TrainStep | Replan, None, None]:
     """Trains the players of a stage to the last step of `pace`, and leaves their averages in it.
 
     Args:

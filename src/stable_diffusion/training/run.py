@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -148,15 +149,16 @@ def train_model(
                 process=state.process_index,
                 processes=state.num_processes,
             )
-            for event in itertools.chain(filter(None, changes), training):
-                if isinstance(event, Replan):
-                    planned |= {"steps": event.steps, "seconds": event.seconds}
-                if state.is_main_process:
-                    log(event)
-                    late = record.spent() - record.content["spent"] > loop.SAVE_SECONDS
-                    if isinstance(event, Replan) or late:
-                        record.write()
-                yield event
+            with contextlib.closing(training):  # saves before the stage is finished
+                for event in itertools.chain(filter(None, changes), training):
+                    if isinstance(event, Replan):
+                        planned |= {"steps": event.steps, "seconds": event.seconds}
+                    if state.is_main_process:
+                        log(event)
+                        late = record.spent() - record.content["spent"] > loop.SAVE_SECONDS
+                        if isinstance(event, Replan) or late:
+                            record.write()
+                    yield event
             done = True
         finally:
             stage.finish(done)
