@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from stable_diffusion.errors import InputError
 from stable_diffusion.training import loop, state
 from stable_diffusion.training.draw import Draw, Samples
-from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.events import Replan, TrainStep
 from stable_diffusion.training.loop import MOST_SKIPPED, make_batches, train_stage
 from stable_diffusion.training.pace import Pace
-from stable_diffusion.training.stage import Player, StageSettings, only_player
+from stable_diffusion.training.stage import OptimizerSettings, Player, StageSettings, only_player
 from tests.training.record import copied, differing
 
 SETTINGS = StageSettings(kind="toy", batch_size=6, learning_rate=0.1, warmup_steps=2, ema_decay=0.5)
@@ -347,3 +347,115 @@ def test_the_mode_is_evaluation_again_however_it_ends(tmp_path: Path) -> None:
     assert stage.training
     steps.close()  # type: ignore[attr-defined]
     assert not stage.training
+
+
+# Parts of a batch.
+
+
+@pytest.mark.parametrize("parts", [2, 4, 6])
+def test_micro_batches_are_the_batch_up_to_rounding(tmp_path: Path, parts: int) -> None:
+    """Four do not divide six: parts count by their size."""
+    whole, split = Toy(), Toy(replace(SETTINGS, gradient_accumulation_steps=parts))
+    expected, found = list(train(whole, tmp_path / "a")), list(train(split, tmp_path / "b"))
+    assert sorted(whole.seen) == sorted(split.seen)
+    for a, b in zip(expected, found, strict=True):
+        assert b.losses == pytest.approx(a.losses, rel=1e-4) and a.learning_rates == b.learning_rates
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_each_player_has_its_rate_its_clip_and_its_average(tmp_path: Path) -> None:
+    slow = OptimizerSettings(learning_rate=0.01, schedule="constant", warmup_steps=0, max_grad_norm=1e-12)
+
+    class Two(Toy):
+        def players(self) -> dict[str, Player]:
+            return {
+                "matrix": Player(self.settings, {"layer.weight": self.layer.weight}, 0.5),
+                "bias": Player(slow, {"layer.bias": self.layer.bias}, None),
+            }
+
+    stage = Two()
+    steps = list(train(stage, tmp_path / "c"))
+    assert [step.learning_rates["bias"] for step in steps] == [0.01] * 20
+    assert [step.learning_rate for step in steps] == [SETTINGS.rate(i, 20) for i in range(20)]
+    kept = load_file(tmp_path / "c")
+    assert "average.layer.bias" not in kept and "average.layer.weight" in kept
+    assert torch.equal(stage.layer.bias, kept["weights.layer.bias"])
+    # Clipped to next to nothing, its moments are too; Adam's eps then makes small steps of it.
+    assert kept["optimizer.exp_avg.layer.bias"].abs().max() < 1e-11
+    assert kept["optimizer.exp_avg.layer.weight"].abs().max() > 1e-6
+
+
+def test_orders_are_hashed_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    order = Samples._order
+    monkeypatch.setattr(Samples, "_order", lambda self, *key: calls.append(key) or order(self, *key))
+    samples = Samples(1000, [1.0] * 1000)
+    for step in range(300):  # of 6: 1.8 epochs
+        draw(step).indices(samples)
+    assert calls == [(0, "toy", 0), (0, "toy", 1)]
+
+
+# A budget of time.
+
+
+class Time:
+    """A clock that steps move on."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(Toy):
+    """Its steps take `seconds(time)`."""
+
+    def __init__(self, clock: Time, seconds: Any) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def batch(self, draw: Draw) -> tuple[Tensor, ...]:
+        self.clock.now += self.seconds(self.clock.now - 100)
+        return (torch.ones(len(draw.places), 3),)
+
+
+def run_for(seconds: float, planned: int, speed: Any, folder: Path) -> tuple[list[Any], float]:
+    """The events of a stage with a budget, and the seconds that it took."""
+    clock = Time()
+    pace = Pace(SETTINGS, planned, lambda: 100 + seconds - clock.now, clock)
+    return list(train(Timed(clock, speed), folder / "c", pace=pace)), clock.now - 100
+
+
+def test_a_machine_that_is_slow_at_first_makes_what_a_quick_one_does(tmp_path: Path) -> None:
+    """45 minutes planned as 270 steps of ten seconds, which take half a second once the first minute is over."""
+    events, seconds = run_for(2700, 270, lambda now: 10.0 if now < 60 else 0.5, tmp_path)
+    steps = [event for event in events if isinstance(event, TrainStep)]
+    assert 0.95 * 5286 < len(steps) < 1.05 * 5286 and 2500 < seconds < 2800
+    changes = [event for event in events if isinstance(event, Replan)]
+    assert changes and len(changes) < 5
+    assert "toy: " in str(changes[-1]) and f"steps instead of {changes[-1].before}" in str(changes[-1])
+    assert changes[-1].steps == steps[-1].total == len(steps)
+    assert steps[-1].learning_rate < steps[0].learning_rate, "it falls to the end of the last plan"
+
+
+def test_a_machine_that_becomes_slow_keeps_its_time(tmp_path: Path) -> None:
+    events, seconds = run_for(1000, 2000, lambda now: 0.5 if now < 200 else 1.0, tmp_path)
+    assert 900 < seconds < 1150 and len(events) < 1400
+
+
+def test_a_short_pause_changes_no_plan(tmp_path: Path) -> None:
+    events, _ = run_for(500, 1000, lambda now: 5.0 if 200 < now < 215 else 0.5, tmp_path)
+    assert not [event for event in events if isinstance(event, Replan)] and len(events) == 1000
+
+
+def test_once_the_rate_falls_the_plan_stays(tmp_path: Path) -> None:
+    events, _ = run_for(100, 100, lambda now: 1.0 if now < 70 else 0.01, tmp_path)
+    assert len(events) == 100
+
+
+def test_steps_that_were_asked_for_are_made_whatever_the_time(tmp_path: Path) -> None:
+    clock = Time()
+    pace = Pace(SETTINGS, 30, None, clock)
+    assert len(list(train(Timed(clock, lambda now: 1000 - now % 7), tmp_path / "c", pace=pace))) == 30
