@@ -495,7 +495,7 @@ def test_a_picture_in_the_default_style_keeps_its_prompt(minisd: Any, model: str
 
 RECIPE = """
 [data]
-kind = "shapes"
+source = "shapes"
 count = 10
 size = 32
 
@@ -516,10 +516,12 @@ attention_levels = [false, true]
 num_attention_heads = [2, 4]
 norm_num_groups = 8
 
-[model.training.autoencoder]
+[[stage]]
+kind = "autoencoder"
 batch_size = 2
 
-[model.training.denoiser]
+[[stage]]
+kind = "denoiser"
 batch_size = 2
 """
 

@@ -20,13 +20,12 @@ from stable_diffusion.config import (
     ModelConfig,
     SamplerConfig,
     ScheduleConfig,
-    StageConfig,
-    TrainingConfig,
     UNetConfig,
 )
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.data.sources import Shapes
 from stable_diffusion.model import DiffusionModel
+from stable_diffusion.training.stages import AutoencoderSettings, DecoderSettings, DenoiserSettings
 
 TEXT = replace(
     CLIP_MINI,
@@ -38,7 +37,7 @@ TEXT = replace(
     context_length=16,
     trainable=False,
 )
-"""A CLIP that stays as it is; ``replace(TEXT, trainable=True)`` is one that trains along."""
+"""A CLIP that stays as it is; ``replace(TEXT, trainable=True)`` is one that is trained jointly."""
 
 TINY = ModelConfig(
     name="tiny",
@@ -65,12 +64,16 @@ TINY = ModelConfig(
     sampler=SamplerConfig(name="euler", spacing="trailing"),
     num_inference_steps=4,
     guidance=Guidance(scale=2.0),
-    training=TrainingConfig(
-        autoencoder=StageConfig(batch_size=4, passes=1, min_steps=3, warmup_steps=2),
-        denoiser=StageConfig(batch_size=4, passes=1, min_steps=3, warmup_steps=2),
-    ),
 )
-"""Light autoencoder, rectified flow, one frozen CLIP; trains for 3 steps a stage unless told otherwise."""
+"""Light autoencoder, rectified flow, one frozen CLIP."""
+
+STAGES = (
+    AutoencoderSettings(batch_size=4, epochs=1, min_steps=3, warmup_steps=2, ema_decay=0.999),
+    DenoiserSettings(batch_size=4, epochs=1, min_steps=3, warmup_steps=2, learning_rate=1e-3),
+)
+"""Three steps each, unless told otherwise."""
+
+DECODER = DecoderSettings(batch_size=4)
 
 KL = AutoencoderKLConfig(
     block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0

@@ -23,13 +23,13 @@ def serve(cls: type[nn.Module]) -> None:
         if name != "_orig_mod" or not isinstance(model, cls):
             return
 
-        def train(data: Any = True, **settings: Any) -> Any:
+        def train(data: Any = True, *stages: Any, **settings: Any) -> Any:
             if isinstance(data, bool):
                 model.train(data, **settings)
                 return wrapper
             compiler: Any = wrapper.dynamo_ctx  # what the caller gave torch.compile
             train_model: Any = model.train
-            return train_model(data, compiler=compiler, **settings)
+            return train_model(data, *stages, compiler=compiler, **settings)
 
         # Not setattr, which the wrapper passes on to the model.
         methods = {"train": train, "state_dict": model.state_dict, "load_state_dict": model.load_state_dict}

@@ -113,7 +113,7 @@ class TextEncoderConfig:
     skip_last_layers: int = 0
     """Layers left out at the end: 1 gives the penultimate layer, which the final norm follows."""
     trainable: bool = False
-    """Whether training the denoiser trains this encoder along."""
+    """Whether this encoder is trained jointly with the denoiser."""
     packaged: str | None = None
     """Folder inside the package that holds weights and tokenizer; None for random weights."""
 
@@ -180,38 +180,6 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage of training: what is optimised, and for how long."""
-
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    passes: float = 10.0
-    """Passes over the pictures, unless steps or minutes are given. 0 leaves the stage out."""
-    min_steps: int = 1000
-    """Optimizer steps that even the smallest set gets."""
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    ema_decay: float = 0.999
-    """Upper limit of the average's decay, which grows from 0: min(decay, (1 + step) / (10 + step))."""
-    max_grad_norm: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The recipe of a preset: the stages of a training, in their order."""
-
-    autoencoder: StageConfig = StageConfig()
-    denoiser: StageConfig = StageConfig()
-    decoder: StageConfig | None = None
-    """A last phase of the decoder alone, against a discriminator, that makes pictures sharp; None for none."""
-    loss_weight: Literal["simple", "min_snr", "bound"] = "simple"
-    """Weight of each noise level in the denoiser's loss (`diffusion.objective`)."""
-    caption_dropout: float = 0.1
-    """Part of the captions that training replaces by the empty one, which guidance needs."""
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Styles:
     """The styles that a model's prompts can name (`pipeline.with_style`); ``str`` is a sentence for the user."""
 
@@ -227,7 +195,7 @@ class Styles:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model: its parts, and the settings that it generates and trains with unless told otherwise."""
+    """A whole model: its parts, and the settings that it generates with unless told otherwise."""
 
     name: str = "mini"
     sample_size: int = 512
@@ -240,9 +208,8 @@ class ModelConfig:
     sampler: SamplerConfig = SamplerConfig()
     num_inference_steps: int = 50
     guidance: Guidance = Guidance()
-    training: TrainingConfig = TrainingConfig()
     prompts: tuple[str, ...] = ()
-    """Prompts that show what the model draws; the previews of training draw them too."""
+    """Prompts that show what the model draws."""
     styles: Styles = Styles()
     """Read by generation alone: training takes captions as they are."""
 
@@ -297,7 +264,7 @@ CLIP_MINI = replace(
     trainable=True,
     packaged="clip-tokenizer",
 )
-"""A small CLIP text transformer that starts from random weights and trains along with the denoiser."""
+"""A small CLIP text transformer that starts from random weights and is trained jointly with the denoiser."""
 
 TEXT_ENCODERS = {
     "minilm": MINILM,
@@ -337,10 +304,6 @@ MINI = ModelConfig(
     sampler=SamplerConfig(name="euler", spacing="trailing"),
     num_inference_steps=16,
     guidance=Guidance(scale=3.0),
-    training=TrainingConfig(
-        autoencoder=StageConfig(batch_size=32, learning_rate=1e-3, passes=6, min_steps=300, ema_decay=0.995),
-        denoiser=StageConfig(batch_size=64, learning_rate=8e-4, passes=30, min_steps=400),
-    ),
 )
 
 SD15 = ModelConfig(name="sd15", sample_size=512, text_encoders=(CLIP_L,), sampler=SamplerConfig(name="pndm"))
@@ -382,6 +345,8 @@ def from_dict(cls: type[T], data: dict[str, Any], *, base: T | None = None) -> T
     Raises InputError for a key that the class does not have (with the nearest) or a value of the wrong type.
     """
     known = typing.get_type_hints(cls)
+    if cls is ModelConfig:  # older files hold the settings of training too
+        data = {key: value for key, value in data.items() if key != "training"}
     for key in data:
         if key not in known:
             raise unknown_name(f"setting of {cls.__name__}", key, known)

@@ -35,8 +35,9 @@ from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 from stable_diffusion.runtime import first_process
 
 if TYPE_CHECKING:
-    from stable_diffusion.data.item import CaptionedImages
-    from stable_diffusion.training.loop import TrainStep
+    from stable_diffusion.data.item import Source
+    from stable_diffusion.training.events import Observer, TrainStep
+    from stable_diffusion.training.stage import StageSettings
 
 
 class DiffusionModel(nn.Module):
@@ -366,8 +367,10 @@ class DiffusionModel(nn.Module):
 
     def train(
         self,
-        data: CaptionedImages | bool = True,
+        data: Source | bool = True,
+        stages: Sequence[StageSettings] | None = None,
         *,
+        seed: int = 0,
         steps: int | None = None,
         minutes: float | None = None,
         output_dir: str | Path | None = None,
@@ -375,9 +378,11 @@ class DiffusionModel(nn.Module):
         return_state_dict: bool = False,
         autocast: bool = False,
         callback: Callable[[TrainStep], bool | None] | None = None,
-        compiler: Callable[[nn.Module], nn.Module] | None = None,
+        compiler: Callable[[nn.Module], Any] | None = None,
+        observers: Sequence[Observer] = (),
+        about: Mapping[str, object] | None = None,
     ) -> Any:
-        """Trains the autoencoder, then the denoiser, on captioned pictures, by the configuration's recipe.
+        """Trains the stages of a list on captioned pictures: the autoencoder, then the denoiser, unless one is given.
 
         With a bool instead of data it is `torch.nn.Module.train`: it sets training or evaluation mode.
 
@@ -386,8 +391,10 @@ class DiffusionModel(nn.Module):
 
         Args:
             data: captioned pictures, such as a ``CocoImageLoader``.
-            steps: optimizer steps of each stage. None: the recipe's passes over the data.
-            minutes: time for all stages together, turned into steps by a measurement; not with `steps`.
+            stages: settings of what is trained, in order (`training.stages`), such as a recipe's.
+            seed: of order, noise and choice of captions.
+            steps: optimizer steps of each stage. None: the stages' epochs.
+            minutes: time for everything, turned into steps by measuring as it runs; not with `steps`.
             output_dir: folder of checkpoints, caches and the finished model; None: ``runs/`` and the
                 configuration's name.
             resume: whether to go on from a checkpoint in `output_dir`; False begins anew.
@@ -395,7 +402,9 @@ class DiffusionModel(nn.Module):
             autocast: computes in 16 bits where the device is good at it: bfloat16 on GPUs since 2020 and CPUs with
                 AVX512-BF16 or AMX, float16 on older GPUs; elsewhere float32, with a warning.
             callback: called after each step; stops by returning True, and the run can be resumed.
-            compiler: compiles a stage; ``torch.compile(model).train`` sets it.
+            compiler: compiles a stage, such as ``torch.compile``; ``torch.compile(model).train`` sets it.
+            observers: called with every event (`training.events`), the plan included; True stops likewise.
+            about: what else ``run.json`` is to keep beside the stages, such as the settings of the data.
 
         Returns:
             The averaged weights as ``load_state_dict`` takes them, or None.
@@ -412,29 +421,39 @@ class DiffusionModel(nn.Module):
         progress = train_model(
             self,
             data,
+            stages,
             output_dir=folder,
+            seed=seed,
             steps=steps,
             minutes=minutes,
             resume=resume,
             autocast=autocast,
             compiler=compiler,
+            about=about,
         )
-        finished = show(progress, callback) is not None
+        finished = show(progress, callback, observers) is not None
         if finished and first_process():
             self.save_pretrained(folder / "model")
         if not return_state_dict:
             return None
         return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
-    def check(self, data: CaptionedImages, *, output_dir: str | Path, autocast: bool = False) -> bool:
-        """Learns eight of the pictures by heart and draws them from their captions; prints and returns the verdict.
+    def check(
+        self,
+        data: Source,
+        stages: Sequence[StageSettings] | None = None,
+        *,
+        output_dir: str | Path,
+        autocast: bool = False,
+    ) -> bool:
+        """Learns eight of the pictures by heart and generates them from their captions; prints and returns the verdict.
 
-        The model must be made from ``training.check.check_config``. It is of no use afterwards.
+        The model is of no use afterwards. Of `stages`, as in ``train``, their number of steps is not read.
         """
         from stable_diffusion.progress import show
         from stable_diffusion.training.check import Verdict, overfit
 
-        verdict = show(overfit(self, data, Path(output_dir), autocast=autocast))
+        verdict = show(overfit(self, data, stages, output_dir=Path(output_dir), autocast=autocast))
         return isinstance(verdict, Verdict) and verdict.learns
 
 

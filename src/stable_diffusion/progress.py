@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -12,30 +12,32 @@ from tqdm.auto import tqdm
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.generation.pipeline import Result, Steps
 from stable_diffusion.runtime import first_process, watched
-from stable_diffusion.training.loop import TrainStep
+from stable_diffusion.training.events import Observer, TrainStep
 
 
 def show(
-    progress: Generator[object, None, None], callback: Callable[[TrainStep], bool | None] | None = None
+    progress: Generator[object, None, None],
+    callback: Callable[[TrainStep], bool | None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> object:
     """Runs a training to its end and shows it.
 
     Args:
-        progress: yields steps, which move the bar, and other objects, which are printed.
+        progress: yields steps, which move the bar, and other events, which are printed.
         callback: called after each step; True stops.
+        observers: called with every event; True stops.
 
     Returns:
-        What `progress` yielded last, or None where the callback stopped it.
+        What `progress` yielded last, or None where it was stopped.
     """
     last: object = None
     with contextlib.closing(progress), _Bar() as bar:
         for last in progress:
-            if not isinstance(last, TrainStep):
-                if first_process():
-                    print(last, flush=True)
-                continue
             bar.show(last)
-            if callback is not None and callback(last) is True:
+            stops = [observer(last) is True for observer in observers]
+            if callback is not None and isinstance(last, TrainStep):
+                stops.append(callback(last) is True)
+            if any(stops):
                 return None
     return last
 
@@ -77,13 +79,19 @@ class _Bar:
         if self.bar is not None:
             self.bar.close()
 
-    def show(self, event: TrainStep) -> None:
+    def show(self, event: object) -> None:
+        if not isinstance(event, TrainStep):
+            if first_process():
+                with tqdm.external_write_mode():
+                    print(event, flush=True)
+            return
         if event.stage != self.stage:
             self.__exit__()
             self.stage = event.stage
             self.bar = tqdm(
                 desc=event.stage, total=event.total, initial=event.index, unit="step", disable=not watched()
             )
+        self.bar.total = event.total  # a plan may change
         self.bar.update(event.index + 1 - self.bar.n)
         if event.loss is not None:
             self.bar.set_postfix_str(str(event), refresh=False)

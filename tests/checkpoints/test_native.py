@@ -361,3 +361,8 @@ def test_the_carried_encoder_is_where_the_configuration_says() -> None:
     state = native.packaged_text_encoder(MINILM)
     fresh = DiffusionModel(replace(TWO)).text_encoder.encoders[1].state_dict()
     assert all(torch.equal(fresh[name], tensor.float()) for name, tensor in state.items())
+
+
+def test_an_older_configuration_with_settings_of_training_is_read() -> None:
+    older = {**to_dict(TINY), "training": {"autoencoder": {"passes": 3.0}, "seed": 0}}
+    assert from_dict(ModelConfig, older) == TINY and "training" not in to_dict(TINY)

@@ -6,15 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from stable_diffusion.training.loop import TrainStep
-from stable_diffusion.training.run import Plan
-
-PLANS: list[Plan] = []
-"""The plans of a test's runs, kept by `conftest`."""
+from stable_diffusion.training.events import Plan, TrainStep
 
 
 class Record:
-    """A callback that keeps every event, and can stop the training after a step of a stage."""
+    """An observer that keeps every event, and can stop the training after a step of a stage."""
 
     def __init__(self, stage: str | None = None, step: int = -1) -> None:
         self.stop = (stage, step)
@@ -26,8 +22,9 @@ class Record:
 
     @property
     def plan(self) -> Plan:
-        """The latest run's plan, which a callback is not shown."""
-        return PLANS[-1]
+        """What the run began with."""
+        (plan,) = (event for event in self.events if isinstance(event, Plan))
+        return plan
 
     def stage(self, name: str) -> list[TrainStep]:
         return [event for event in self.events if isinstance(event, TrainStep) and event.stage == name]

@@ -20,10 +20,11 @@ from stable_diffusion import DiffusionModel, images
 from stable_diffusion.config import MINILM
 from stable_diffusion.data.cache import ArrayCache, digest
 from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
-from stable_diffusion.training.denoiser import TextCache
-from stable_diffusion.training.run import _decode_pictures, _encode_captions, _encode_pictures
-from tests.tiny import TEXT, TINY, shapes, tiny_model
+from stable_diffusion.training.stages.denoiser import DenoiserStage
+from stable_diffusion.training.workspace import TextCache, Workspace
+from tests.tiny import STAGES, TEXT, TINY, shapes, tiny_model
 from tests.training.record import Record
 
 
@@ -57,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    count(CocoImageLoader, "__getitem__")
+    count(CocoImageLoader, "image")
     count(type(model.vae), "encode")
     count(type(model.text_encoder), "encode")
     return counter
@@ -134,10 +135,27 @@ def test_digests_tell_apart_what_differs() -> None:
 # In a run.
 
 
+def workspace(data: CocoImageLoader, folder: Path, model: DiffusionModel | None = None) -> Workspace:
+    return Workspace(model or tiny_model(), data, data.entries(), folder)
+
+
+def said(captions: list[str], folder: Path, model: DiffusionModel) -> Workspace:
+    """Of a set that has these captions."""
+
+    class Nothing:
+        def entries(self) -> list[Entry]:
+            return [Entry(key="one", captions=tuple(captions))]
+
+        def image(self, key: str) -> Image.Image:
+            raise AssertionError("no picture is needed")
+
+    return Workspace(model, Nothing(), Nothing().entries(), folder)
+
+
 def run(
     folder: Path, data: CocoImageLoader, *, model: DiffusionModel | None = None, **settings: Any
 ) -> set[str]:
-    (model or tiny_model()).train(data, output_dir=folder, steps=2, **settings)
+    (model or tiny_model()).train(data, STAGES, output_dir=folder, steps=2, **settings)
     return names(folder / "cache")
 
 
@@ -150,10 +168,10 @@ def test_the_second_run_computes_nothing_twice(
         return +calls
 
     first = work()
-    assert first["CocoImageLoader.__getitem__"] == len(own) and first["PromptEncoder.encode"] > 0
+    assert first["CocoImageLoader.image"] == len(own) and first["PromptEncoder.encode"] > 0
     second = work()
-    # Of the first's pictures, latents and captions none; the deviation of the latents is measured.
-    assert second["CocoImageLoader.__getitem__"] == second["PromptEncoder.encode"] == 0
+    # Of the first's pictures, latents and captions none; the latents' standard deviation is measured.
+    assert second["CocoImageLoader.image"] == second["PromptEncoder.encode"] == 0
     kept = run(tmp_path / "run", own)
     assert kept == run(tmp_path / "run", own) and len(kept) == 3
 
@@ -174,38 +192,38 @@ def test_a_changed_picture_makes_new_pictures_and_latents(tmp_path: Path, own: C
 
 
 def test_another_size_makes_all_pictures_anew(tmp_path: Path, own: CocoImageLoader) -> None:
-    small = result(_decode_pictures(own, 16, tmp_path))
-    large = result(_decode_pictures(own, 32, tmp_path))
-    assert small[0] != large[0] and small[1].shape == (9, 16, 16, 3) and large[1].shape == (9, 32, 32, 3)
-    assert len(names(tmp_path)) == 1, "the stale one is removed"
+    small = result(workspace(own, tmp_path, tiny_model(replace(TINY, sample_size=16))).pictures())
+    stale = names(tmp_path)
+    large = result(workspace(own, tmp_path).pictures())
+    assert small.shape == (9, 16, 16, 3) and large.shape == (9, 32, 32, 3)
+    assert len(names(tmp_path)) == 1 and not names(tmp_path) & stale, "the stale one is removed"
     for index in range(len(own)):
-        assert np.array_equal(large[1][index], np.asarray(own[index].image)), "32 pixels are the file's own"
+        assert np.array_equal(large[index], np.asarray(own[index].image)), "32 pixels are the file's own"
 
 
 def test_other_autoencoder_weights_make_new_latents(tmp_path: Path, own: CocoImageLoader) -> None:
-    key, pictures, _ = result(_decode_pictures(own, 32, tmp_path))
     model = tiny_model()
-    latents = np.array(result(_encode_pictures(model, pictures, key, tmp_path)))
+    latents = np.array(result(workspace(own, tmp_path, model).latents()))
     expected = model.encode([own[i].image for i in range(len(own))])
     np.testing.assert_allclose(latents, expected, atol=2e-3)
     with torch.no_grad():
         model.vae.encoder.layers[-1].bias[0] += 1e-3
     stale = names(tmp_path)
-    again = np.array(result(_encode_pictures(model, pictures, key, tmp_path)))
+    again = np.array(result(workspace(own, tmp_path, model).latents()))
     assert not np.array_equal(again, latents)
     assert len(names(tmp_path)) == 2 and len(names(tmp_path) & stale) == 1
 
 
 def test_other_captions_or_text_weights_make_new_embeddings(tmp_path: Path) -> None:
     model, seen = tiny_model(), []
-    for captions in (["", "a"], ["", "b"], ["", "a"]):
-        result(_encode_captions(model, captions, tmp_path))
+    for caption in ("a", "b", "a"):
+        result(said([caption], tmp_path, model).text())
         seen.append(names(tmp_path))
         assert len(seen[-1]) == 1
     assert seen[0] == seen[2] != seen[1]
     with torch.no_grad():
         model.text_encoder.encoders[0].final_layer_norm.weight[0] = 2  # type: ignore[union-attr]
-    result(_encode_captions(model, ["", "a"], tmp_path))
+    result(said(["a"], tmp_path, model).text())
     assert names(tmp_path) != seen[2]
 
 
@@ -226,15 +244,18 @@ CAPTIONS = [
 def test_cached_text_is_the_encoders_output(tmp_path: Path, encoders: Any) -> None:
     unet = replace(TINY.unet, pooled_projection_dim=sum(encoder.hidden_size for encoder in encoders))
     model = tiny_model(replace(TINY, text_encoders=encoders, unet=unet))
-    caches: list[TextCache | None] = result(_encode_captions(model, CAPTIONS, tmp_path))
+    work = said(CAPTIONS, tmp_path, model)
+    caches: list[TextCache | None] = result(work.text())
     assert [cache is None for cache in caches] == [encoder.trainable for encoder in encoders]
     order = [3, 0, 1, 1, 2]
     for i, cache in enumerate(caches):
         if cache is None:
             continue
+        assert cache.change is not None, "whitened"
+        cache.change = None
         tokens, mask, pooled = cache.read(order)
         with torch.no_grad():
-            expected = model.text_encoder.encode(i, [CAPTIONS[number] for number in order])
+            expected = model.text_encoder.encode(i, [work.captions[number] for number in order])
         real = torch.ones_like(mask) if expected.mask is None else expected.mask
         assert torch.equal(mask, real)
         torch.testing.assert_close(tokens[real], expected.tokens[real], rtol=1e-3, atol=1e-3)
@@ -262,31 +283,22 @@ def test_damaged_pictures_are_named_and_left_out(tmp_path: Path, large: CocoImag
             images.open_image(large.path(index))
     message = f"2 pictures cannot be decoded and are left out: {large.name(0)}, {large.name(4)}"
     for _ in range(2):  # from the files, then from the cache
+        work = workspace(large, tmp_path / "cache")
         with pytest.warns(UserWarning, match=message):
-            _, pictures, kept = result(_decode_pictures(large, 32, tmp_path / "cache"))
-        assert kept == [1, 2, 3, 5, 6] and pictures.shape == (5, 32, 32, 3)
+            pictures = result(work.pictures())
+        kept = [1, 2, 3, 5, 6]
+        assert [entry.key for entry in work.kept] == [large.name(index) for index in kept]
+        assert pictures.shape == (5, 32, 32, 3)
         for row, index in enumerate(kept):
             assert np.array_equal(pictures[row], np.asarray(images.cover(large[index].image, 32, 32)))
 
 
-def test_captions_stay_with_their_pictures(
-    tmp_path: Path, large: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The captions that the denoiser draws for a row are those of the picture that is left in it."""
-    from stable_diffusion.training import run as module
-
+def test_captions_stay_with_their_pictures(tmp_path: Path, large: CocoImageLoader) -> None:
+    """The captions that the denoiser samples for a row are those of the picture that is left in it."""
     truncate(large.path(2))
-    stages = []
-
-    class Spy(module.DenoiserStage):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            stages.append(self)
-
-    monkeypatch.setattr(module, "DenoiserStage", Spy)
+    stage = DenoiserStage(tiny_model(), STAGES[1])
     with pytest.warns(UserWarning, match="1 pictures cannot be decoded"):
-        tiny_model().train(large, output_dir=tmp_path / "run", steps=1)
-    (stage,) = stages
+        result(stage.prepare(workspace(large, tmp_path)))
     kept = [index for index in range(len(large)) if index != 2]
     texts = [tuple(stage.captions[number] for number in numbers) for numbers in stage.captions_of]
     assert texts == [large.captions(index) for index in kept] and stage.captions[0] == ""
@@ -299,7 +311,7 @@ def test_none_decodable_is_an_error(tmp_path: Path, large: CocoImageLoader) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(InputError, match=f"none of the {len(large)} pictures can be decoded"):
-            tiny_model().train(large, output_dir=tmp_path / "run", steps=1)
+            tiny_model().train(large, STAGES, output_dir=tmp_path / "run", steps=1)
 
 
 def test_preparation_is_shown(tmp_path: Path, own: CocoImageLoader) -> None:

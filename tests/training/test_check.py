@@ -11,9 +11,10 @@ from stable_diffusion import InputError
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.training import check
-from stable_diffusion.training.check import Verdict, _Few, check_config, overfit
-from stable_diffusion.training.loop import TrainStep
-from tests.tiny import TEXT, TINY, tiny_model
+from stable_diffusion.training.check import Verdict, _Few, check_stages, overfit
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.stage import StageSettings
+from tests.tiny import DECODER, STAGES, TEXT, TINY, tiny_model
 
 LEARNS = (
     replace(  # eight channels of latents: with four, the autoencoder is too poor to tell the pictures apart
@@ -26,24 +27,20 @@ LEARNS = (
 )
 
 
-def with_rate(config: ModelConfig, rate: float) -> ModelConfig:
-    training = config.training
-    stages = {
-        name: replace(getattr(training, name), learning_rate=rate) for name in ("autoencoder", "denoiser")
-    }
-    return replace(config, training=replace(training, **stages))
+def with_rate(rate: float) -> list[StageSettings]:
+    return [replace(stage, learning_rate=rate) for stage in STAGES]
 
 
-def verdict(config: ModelConfig, data: CocoImageLoader, folder: Path) -> Verdict:
-    *_, last = overfit(tiny_model(check_config(config)), data, folder, autocast=False)
+def verdict(config: ModelConfig, rate: float, data: CocoImageLoader, folder: Path) -> Verdict:
+    *_, last = overfit(tiny_model(config), data, with_rate(rate), output_dir=folder)
     assert isinstance(last, Verdict) and last.pictures == 8
     return last
 
 
 @pytest.mark.slow
 def test_a_set_up_that_learns(tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "AUTOENCODER_STEPS", 1000)  # for the smallest autoencoder there is
-    good = verdict(with_rate(LEARNS, 3e-3), data, tmp_path)
+    monkeypatch.setitem(check.STEPS, "autoencoder", 1000)  # for the smallest autoencoder there is
+    good = verdict(LEARNS, 3e-3, data, tmp_path)
     assert good.learns and good.right >= 7 and good.error < 30
     assert "the set-up learns" in str(good)
 
@@ -51,10 +48,8 @@ def test_a_set_up_that_learns(tmp_path: Path, data: CocoImageLoader, monkeypatch
 def test_a_set_up_that_does_not(
     tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "AUTOENCODER_STEPS", 3)
-    monkeypatch.setattr(check, "DENOISER_STEPS", 3)
-    config = check_config(with_rate(TINY, 0.0))
-    *events, bad = overfit(tiny_model(config), data, tmp_path, autocast=False)
+    monkeypatch.setattr(check, "STEPS", {"autoencoder": 3, "denoiser": 3})
+    *events, bad = overfit(tiny_model(), data, with_rate(0.0), output_dir=tmp_path)
     trained = [step.stage for step in events if isinstance(step, TrainStep) and step.loss is not None]
     assert trained == ["autoencoder"] * 3 + ["denoiser"] * 3
     assert isinstance(bad, Verdict) and not bad.learns and bad.right < 4
@@ -62,21 +57,19 @@ def test_a_set_up_that_does_not(
 
 
 def test_it_is_long_enough_whatever_the_recipe(data: CocoImageLoader) -> None:
-    training = check_config(TINY).training
-    assert (training.autoencoder.min_steps, training.denoiser.min_steps) == (400, 800)
-    assert training.decoder is None and training.denoiser.batch_size == 16
-    assert training.denoiser.learning_rate == TINY.training.denoiser.learning_rate
+    autoencoder, denoiser = check_stages([*STAGES, DECODER])
+    assert (autoencoder.min_steps, denoiser.min_steps) == (400, 800)
+    assert denoiser.batch_size == 16 and denoiser.learning_rate == STAGES[1].learning_rate
 
 
 def test_its_pictures_have_captions_of_their_own(data: CocoImageLoader) -> None:
     few = _Few(data, 8)
-    captions = [few.captions(i) for i in range(len(few))]
-    assert len(few) == 8 == len(set(captions)) and all(len(one) == 1 for one in captions)
-    for i in range(8):
-        assert few[i].captions == few.captions(i) and few.captions(i)[0] in data.captions(few.order[i])
-        assert few[i].image.tobytes() == data[few.order[i]].image.tobytes() and few.path(i) == data.path(
-            few.order[i]
-        )
+    captions = [entry.captions for entry in few.entries()]
+    assert len(captions) == 8 == len(set(captions)) and all(len(one) == 1 for one in captions)
+    whole = {entry.key: entry for entry in data.entries()}
+    for entry in few.entries():
+        assert entry.captions[0] in whole[entry.key].captions and entry.version == whole[entry.key].version
+        assert few.image(entry.key).tobytes() == data.image(entry.key).tobytes()
 
 
 def test_one_picture_is_too_few(
@@ -84,14 +77,13 @@ def test_one_picture_is_too_few(
 ) -> None:
     monkeypatch.setattr(check, "PICTURES", 1)
     with pytest.raises(InputError, match="at least 2 pictures with captions of their own, got 1"):
-        verdict(TINY, data, tmp_path)
+        verdict(TINY, 1e-3, data, tmp_path)
 
 
 def test_the_door_says_the_verdict(
     tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "AUTOENCODER_STEPS", 1)
-    monkeypatch.setattr(check, "DENOISER_STEPS", 1)
-    assert tiny_model(check_config(with_rate(TINY, 0.0))).check(data, output_dir=tmp_path) is False
+    monkeypatch.setattr(check, "STEPS", {"autoencoder": 1, "denoiser": 1})
+    assert tiny_model().check(data, with_rate(0.0), output_dir=tmp_path) is False
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("training tiny on 8 pictures") and "does NOT learn" in last

@@ -20,11 +20,14 @@ import torch
 from stable_diffusion import DiffusionModel, cli, config
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.training import run
-from stable_diffusion.training.loop import TrainStep
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.stages.autoencoder import AutoencoderStage
+from stable_diffusion.training.stages.denoiser import DenoiserStage
 from tests.test_cli import RECIPE
 from tests.test_readme import snippet
-from tests.tiny import TINY, coco_test2017, tiny_model
+from tests.tiny import STAGES, TINY, coco_test2017, tiny_model
 from tests.training.record import differing
+from tests.training.test_train import Empty
 
 SAMPLE = snippet("m.train(")
 """The training snippet of README.md, as it stands there."""
@@ -65,6 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     coco_test2017(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.PRESETS, "mini", replace(TINY, name="mini"))
+    monkeypatch.setattr(run, "DEFAULT", STAGES)
     return tmp_path
 
 
@@ -95,9 +99,14 @@ def test_the_sample_verbatim(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_command_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler sees both stages of ``minisd train --compile``."""
+    """The compiler sees both stages of ``minisd train --compile``, and no model."""
     backend, compile_ = Backend(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+
+    def compiler(module: torch.nn.Module) -> Any:
+        assert not isinstance(module, DiffusionModel)
+        return compile_(module, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compiler)
     monkeypatch.chdir(tmp_path)
     Path("smallest.toml").write_text(RECIPE, encoding="utf-8")
     cli.main(["train", "smallest.toml", "--steps", "1", "--no-autocast", "--device", "cpu", "--compile"])
@@ -117,12 +126,12 @@ def test_every_step_runs_compiled(
     """The stage is one graph, whose Python does not run again, and the weights are those of eager training."""
     monkeypatch.setattr(run, "_measure", lambda *_: 1.0)
     eager: Counter[str] = Counter()
-    for stage in (run.AutoencoderStage, run.DenoiserStage):
+    for stage in (AutoencoderStage, DenoiserStage):
         forward = stage.forward
 
         def counted(self: Any, *batch: Any, forward: Any = forward) -> Any:
             if not torch.compiler.is_compiling():
-                eager[self.name] += 1
+                eager[self.settings.name] += 1
             return forward(self, *batch)
 
         monkeypatch.setattr(stage, "forward", counted)
@@ -134,11 +143,11 @@ def test_every_step_runs_compiled(
 
     model = torch.compile(tiny_model(), backend=backend)
     state = model.train(
-        data, output_dir=tmp_path / "compiled", steps=4, callback=count, return_state_dict=True
+        data, STAGES, output_dir=tmp_path / "compiled", steps=4, callback=count, return_state_dict=True
     )
     assert calls == list(range(1, 9)) and backend.graphs == 2, "one graph a stage, called once a step"
     assert not eager
-    plain = tiny_model().train(data, output_dir=tmp_path / "eager", steps=4, return_state_dict=True)
+    plain = tiny_model().train(data, STAGES, output_dir=tmp_path / "eager", steps=4, return_state_dict=True)
     assert eager == {"autoencoder": 4, "denoiser": 4} and plain.keys() == state.keys()
     for name in plain:
         torch.testing.assert_close(plain[name], state[name], rtol=1e-3, atol=1e-4)
@@ -182,11 +191,13 @@ def test_where_compiling_fails_it_trains_uncompiled_after_one_warning(
         attempts.append(graph)
         raise RuntimeError(reason)
 
-    expected = tiny_model().train(data, output_dir=tmp_path / "eager", steps=3, return_state_dict=True)
+    expected = tiny_model().train(
+        data, STAGES, output_dir=tmp_path / "eager", steps=3, return_state_dict=True
+    )
     model = torch.compile(tiny_model(), backend=broken)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        state = model.train(data, output_dir=tmp_path / "broken", steps=3, return_state_dict=True)
+        state = model.train(data, STAGES, output_dir=tmp_path / "broken", steps=3, return_state_dict=True)
     messages = [str(w.message) for w in seen if "uncompiled" in str(w.message)]
     cause = "the linker is missing" if reason else "RuntimeError"
     assert messages == [f"training runs uncompiled, since torch.compile failed here: {cause}"]
@@ -197,7 +208,7 @@ def test_errors_of_the_data_are_not_taken_for_the_compilers(tmp_path: Path) -> N
     from stable_diffusion import InputError
 
     with pytest.raises(InputError, match="the set is empty"):
-        torch.compile(tiny_model(), backend=Backend()).train([], output_dir=tmp_path)
+        torch.compile(tiny_model(), backend=Backend()).train(Empty(), output_dir=tmp_path)
 
 
 # With the real compiler, in a process of its own.
@@ -236,10 +247,10 @@ def test_without_a_cpp_compiler(tmp_path: Path) -> None:
     from dataclasses import replace
     import torch
     from stable_diffusion import CocoImageLoader
-    from tests.tiny import tiny_model
+    from tests.tiny import STAGES, tiny_model
     model = torch.compile(tiny_model())
     data = CocoImageLoader("test2017", "annotations/captions_test2017.json")
-    print("trained", len(model.train(data, steps=2, output_dir="run", return_state_dict=True)))
+    print("trained", len(model.train(data, STAGES, steps=2, output_dir="run", return_state_dict=True)))
     """
     output = script(tmp_path, text, PATH="")
     assert output.count("training runs uncompiled") == 1 and "C++ compiler" in output
@@ -255,8 +266,10 @@ def test_the_sample_with_the_real_compiler(tmp_path: Path) -> None:
     warnings.filterwarnings("error", message=".*uncompiled")
     from dataclasses import replace
     from stable_diffusion import config as settings
-    from tests.tiny import TINY
+    from stable_diffusion.training import run
+    from tests.tiny import STAGES, TINY
     settings.PRESETS["mini"] = replace(TINY, name="mini")
+    run.DEFAULT = STAGES
     """
     after = """
     from tests.training.test_compile import check_sample

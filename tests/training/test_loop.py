@@ -1,4 +1,4 @@
-"""The training loop on a network of one matrix: what is drawn, averaged, skipped, saved and resumed."""
+"""The training loop on a network of one matrix: what is sampled, averaged, skipped, saved and resumed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,33 +15,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stable_diffusion.config import StageConfig
 from stable_diffusion.errors import InputError
-from stable_diffusion.training import loop
-from stable_diffusion.training.loop import (
-    MOST_SKIPPED,
-    Draw,
-    TrainStep,
-    draw_batches,
-    learning_rate,
-    train_stage,
-)
+from stable_diffusion.training import loop, state
+from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.events import Replan, TrainStep
+from stable_diffusion.training.loop import MOST_SKIPPED, make_batches, train_stage
+from stable_diffusion.training.pace import Pace
+from stable_diffusion.training.stage import OptimizerSettings, Player, StageSettings, only_player
 from tests.training.record import copied, differing
 
-SETTINGS = StageConfig(batch_size=6, learning_rate=0.1, warmup_steps=2, ema_decay=0.5)
+SETTINGS = StageSettings(kind="toy", batch_size=6, learning_rate=0.1, warmup_steps=2, ema_decay=0.5)
 COUNT = 7  # samples; no multiple of the batch
+SAMPLES = Samples(COUNT)
 
 
 class Toy(nn.Module):
     """Learns a linear map; ``poisoned`` steps have NaN in their batch."""
 
-    name = "toy"
+    share = 1.0
 
     def __init__(
-        self, settings: StageConfig = SETTINGS, poisoned: frozenset[int] = frozenset(), count: int = COUNT
+        self, settings: StageSettings = SETTINGS, poisoned: frozenset[int] = frozenset(), count: int = COUNT
     ) -> None:
         super().__init__()
-        self.count = count
+        self.samples = Samples(count)
         self.layer = nn.Linear(3, 2)
         with torch.no_grad():
             self.layer.weight.copy_(torch.arange(6.0).view(2, 3) / 6)
@@ -53,20 +51,33 @@ class Toy(nn.Module):
 
     def batch(self, draw: Draw) -> tuple[Tensor, ...]:
         self.history.append(copied(self.state_dict()))
-        indices = draw.indices(self.count)
+        indices = draw.indices(self.samples)
         self.seen += indices
         noise = draw.share(torch.randn(draw.batch_size, 3, generator=draw.generator()))
         x = torch.tensor(indices).float()[:, None] / COUNT + noise
         return (x * math.nan if draw.step in self.poisoned else x,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.layer(x) * self.frozen - x[:, :2]).square().mean()
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        errors = (self.layer(x) * self.frozen - x[:, :2]).square().mean(dim=0)
+        return {"first": errors[0] / 2, "second": errors[1] / 2}
+
+    def players(self) -> dict[str, Player]:
+        return only_player(self, self.settings)
+
+    def prepare(self, workspace: object) -> Iterator[TrainStep]:
+        yield from ()
+
+    def example(self, count: int) -> tuple[Tensor, ...]:
+        return (torch.ones(count, 3),)
+
+    def finish(self, done: bool) -> None:
+        pass
 
 
-def train(stage: Toy, path: Path, total: int = 20, **settings: int) -> Iterator[TrainStep]:
+def train(stage: Toy, path: Path, total: int = 20, pace: Pace | None = None, **settings: int) -> Any:
     return train_stage(
         stage,
-        total=total,
+        pace=pace or Pace(stage.settings, total),
         seed=settings.pop("seed", 0),
         path=path,
         step_function=stage,
@@ -75,30 +86,31 @@ def train(stage: Toy, path: Path, total: int = 20, **settings: int) -> Iterator[
     )
 
 
-# What is drawn.
+# What is sampled.
 
 
 def draw(step: int, places: range = range(6), seed: int = 0, stage: str = "toy", batch_size: int = 6) -> Draw:
     return Draw(seed, stage, step, places, batch_size)
 
 
-def test_every_sample_once_a_pass_in_a_new_order_each_pass() -> None:
-    drawn = [index for step in range(70) for index in draw(step).indices(COUNT)]  # 420 = 60 passes of 7
-    passes = [tuple(drawn[i : i + COUNT]) for i in range(0, len(drawn), COUNT)]
-    assert all(sorted(one) == list(range(COUNT)) for one in passes)
-    assert len(set(passes)) > 50
+def test_every_sample_once_an_epoch_in_a_new_order_each_epoch() -> None:
+    drawn = [index for step in range(70) for index in draw(step).indices(SAMPLES)]  # 420 = 60 epochs of 7
+    epochs = [tuple(drawn[i : i + COUNT]) for i in range(0, len(drawn), COUNT)]
+    assert all(sorted(one) == list(range(COUNT)) for one in epochs)
+    assert len(set(epochs)) > 50
 
 
 def test_a_set_smaller_than_the_batch_is_drawn_evenly() -> None:
-    assert Counter(draw(0).indices(3)) == {0: 2, 1: 2, 2: 2}
+    assert Counter(draw(0).indices(Samples(3))) == {0: 2, 1: 2, 2: 2}
 
 
-def test_weights_are_shares_of_every_pass() -> None:
+def test_weights_are_shares_of_every_epoch() -> None:
     weights = (1.0, 0.5, 4.0, 1.0, 0.25, 2.0, 1.0)  # of 9.75
-    drawn = [index for step in range(70) for index in draw(step).indices(COUNT, weights)]
+    samples = Samples(COUNT, weights)
+    drawn = [index for step in range(70) for index in draw(step).indices(samples)]
     for one in (Counter(drawn[i : i + COUNT]) for i in range(0, len(drawn), COUNT)):
         assert all(abs(one[i] - COUNT * weight / 9.75) < 1 for i, weight in enumerate(weights))
-    assert Counter(drawn)[4] == pytest.approx(420 * 0.25 / 9.75, abs=6), "by lot, not always rounded down"
+    assert Counter(drawn)[4] == pytest.approx(420 * 0.25 / 9.75, abs=6), "at random, not always rounded down"
 
 
 def noise(given: Draw) -> list[float]:
@@ -106,16 +118,17 @@ def noise(given: Draw) -> list[float]:
 
 
 def test_a_draw_is_a_function_of_seed_stage_and_step() -> None:
-    assert draw(3).indices(COUNT) == draw(3).indices(COUNT) and noise(draw(3)) == noise(draw(3))
+    assert draw(3).indices(SAMPLES) == draw(3).indices(Samples(COUNT)) and noise(draw(3)) == noise(draw(3))
+    many = Samples(1000)
     for other in (draw(4), draw(3, seed=1), draw(3, stage="other")):
-        assert other.indices(1000) != draw(3).indices(1000)
+        assert other.indices(many) != draw(3).indices(many)
         assert not set(noise(other)) & set(noise(draw(3)))
     assert len(set(noise(draw(3)))) == 6, "each place has noise of its own"
 
 
 def test_processes_share_a_batch() -> None:
     whole, even, odd = draw(5), draw(5, range(0, 6, 2)), draw(5, range(1, 6, 2))
-    for read in (noise, lambda given: given.indices(COUNT)):
+    for read in (noise, lambda given: given.indices(SAMPLES)):
         assert read(whole)[::2] == read(even) and read(whole)[1::2] == read(odd)
 
 
@@ -134,8 +147,8 @@ def test_the_global_generators_say_nothing(tmp_path: Path) -> None:
 
 def test_batches_made_ahead_are_those_made_in_turn() -> None:
     draws = [draw(step) for step in range(9)]
-    in_turn = list(draw_batches(Toy(), draws, ahead=0))
-    ahead = list(draw_batches(Toy(), draws, ahead=4))
+    in_turn = list(make_batches(Toy(), draws, ahead=0))
+    ahead = list(make_batches(Toy(), draws, ahead=4))
     assert len(ahead) == 9 and all(
         torch.equal(*pair) for a, b in zip(in_turn, ahead, strict=True) for pair in zip(a, b, strict=True)
     )
@@ -143,13 +156,13 @@ def test_batches_made_ahead_are_those_made_in_turn() -> None:
 
 def test_making_ahead_ends_with_training_and_tells_its_error() -> None:
     stage = Toy()
-    batches = draw_batches(stage, (draw(step) for step in range(1000)), ahead=2)
+    batches = make_batches(stage, (draw(step) for step in range(1000)), ahead=2)
     next(batches)
     batches.close()
     assert len(stage.seen) < 6 * 10
     for ahead in (0, 2):
-        with pytest.raises(ZeroDivisionError):  # of no samples none can be drawn
-            list(draw_batches(Toy(count=0), [draw(0)], ahead))
+        with pytest.raises(ZeroDivisionError):  # there is none to take
+            list(make_batches(Toy(count=0), [draw(0)], ahead))
 
 
 # How it steps.
@@ -157,10 +170,10 @@ def test_making_ahead_ends_with_training_and_tells_its_error() -> None:
 
 def test_the_rate_warms_up_stays_and_falls_to_nothing() -> None:
     settings = replace(SETTINGS, learning_rate=1.0, warmup_steps=4)
-    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    rates = [settings.rate(step, 100) for step in range(100)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[4:60]) == {1.0}
     assert rates[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 100)])
-    assert learning_rate(settings, 0, 5) > 0, "a short run has no warm-up that eats it"
+    assert settings.rate(0, 5) > 0, "a short run has no warm-up that eats it"
 
 
 def test_the_planned_rate_is_the_used_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,16 +186,18 @@ def test_the_planned_rate_is_the_used_rate(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     shown = [event.learning_rate for event in train(Toy(), tmp_path / "c")]
-    assert shown == [learning_rate(SETTINGS, step, 20) for step in range(20)]
+    assert shown == [SETTINGS.rate(step, 20) for step in range(20)]
     assert used == [{rate} for rate in shown]
 
 
 def test_the_first_step_is_adam_with_decay_of_matrices_only(tmp_path: Path) -> None:
     stage = Toy(replace(SETTINGS, ema_decay=0.0, weight_decay=0.5, max_grad_norm=1e9))
     before = copied(stage.state_dict())
-    gradients = torch.autograd.grad(stage(*stage.batch(draw(0))), [stage.layer.weight, stage.layer.bias])
+    gradients = torch.autograd.grad(
+        sum(stage(*stage.batch(draw(0))).values()), [stage.layer.weight, stage.layer.bias]
+    )
     list(train(stage, tmp_path / "c", total=1))
-    rate = learning_rate(stage.settings, 0, 1)
+    rate = stage.settings.rate(0, 1)
     for name, gradient, decay in zip(("layer.weight", "layer.bias"), gradients, (0.5, 0.0), strict=True):
         # Adam's first step has the size of the rate, whatever the gradient (Kingma & Ba 2014, section 2.1).
         expected = before[name] * (1 - rate * decay) - rate * gradient.sign()
@@ -316,7 +331,7 @@ def test_a_save_that_is_interrupted_leaves_the_old_checkpoint(
         Path(file).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(loop, "save_file", half)
+    monkeypatch.setattr(state, "save_file", half)
     with pytest.raises(OSError, match="no space"):
         list(train(Toy(), path, total=20))
     assert path.read_bytes() == old
@@ -332,3 +347,115 @@ def test_the_mode_is_evaluation_again_however_it_ends(tmp_path: Path) -> None:
     assert stage.training
     steps.close()  # type: ignore[attr-defined]
     assert not stage.training
+
+
+# Parts of a batch.
+
+
+@pytest.mark.parametrize("parts", [2, 4, 6])
+def test_micro_batches_are_the_batch_up_to_rounding(tmp_path: Path, parts: int) -> None:
+    """Four do not divide six: parts count by their size."""
+    whole, split = Toy(), Toy(replace(SETTINGS, gradient_accumulation_steps=parts))
+    expected, found = list(train(whole, tmp_path / "a")), list(train(split, tmp_path / "b"))
+    assert sorted(whole.seen) == sorted(split.seen)
+    for a, b in zip(expected, found, strict=True):
+        assert b.losses == pytest.approx(a.losses, rel=1e-4) and a.learning_rates == b.learning_rates
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_each_player_has_its_rate_its_clip_and_its_average(tmp_path: Path) -> None:
+    slow = OptimizerSettings(learning_rate=0.01, schedule="constant", warmup_steps=0, max_grad_norm=1e-12)
+
+    class Two(Toy):
+        def players(self) -> dict[str, Player]:
+            return {
+                "matrix": Player(self.settings, {"layer.weight": self.layer.weight}, 0.5),
+                "bias": Player(slow, {"layer.bias": self.layer.bias}, None),
+            }
+
+    stage = Two()
+    steps = list(train(stage, tmp_path / "c"))
+    assert [step.learning_rates["bias"] for step in steps] == [0.01] * 20
+    assert [step.learning_rate for step in steps] == [SETTINGS.rate(i, 20) for i in range(20)]
+    kept = load_file(tmp_path / "c")
+    assert "average.layer.bias" not in kept and "average.layer.weight" in kept
+    assert torch.equal(stage.layer.bias, kept["weights.layer.bias"])
+    # Clipped to next to nothing, its moments are too; Adam's eps then makes small steps of it.
+    assert kept["optimizer.exp_avg.layer.bias"].abs().max() < 1e-11
+    assert kept["optimizer.exp_avg.layer.weight"].abs().max() > 1e-6
+
+
+def test_orders_are_hashed_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    order = Samples._order
+    monkeypatch.setattr(Samples, "_order", lambda self, *key: calls.append(key) or order(self, *key))
+    samples = Samples(1000, [1.0] * 1000)
+    for step in range(300):  # of 6: 1.8 epochs
+        draw(step).indices(samples)
+    assert calls == [(0, "toy", 0), (0, "toy", 1)]
+
+
+# A budget of time.
+
+
+class Time:
+    """A clock that steps move on."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(Toy):
+    """Its steps take `seconds(time)`."""
+
+    def __init__(self, clock: Time, seconds: Any) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def batch(self, draw: Draw) -> tuple[Tensor, ...]:
+        self.clock.now += self.seconds(self.clock.now - 100)
+        return (torch.ones(len(draw.places), 3),)
+
+
+def run_for(seconds: float, planned: int, speed: Any, folder: Path) -> tuple[list[Any], float]:
+    """The events of a stage with a budget, and the seconds that it took."""
+    clock = Time()
+    pace = Pace(SETTINGS, planned, lambda: 100 + seconds - clock.now, clock)
+    return list(train(Timed(clock, speed), folder / "c", pace=pace)), clock.now - 100
+
+
+def test_a_machine_that_is_slow_at_first_makes_what_a_quick_one_does(tmp_path: Path) -> None:
+    """45 minutes planned as 270 steps of ten seconds, which take half a second once the first minute is over."""
+    events, seconds = run_for(2700, 270, lambda now: 10.0 if now < 60 else 0.5, tmp_path)
+    steps = [event for event in events if isinstance(event, TrainStep)]
+    assert 0.95 * 5286 < len(steps) < 1.05 * 5286 and 2500 < seconds < 2800
+    changes = [event for event in events if isinstance(event, Replan)]
+    assert changes and len(changes) < 5
+    assert "toy: " in str(changes[-1]) and f"steps instead of {changes[-1].before}" in str(changes[-1])
+    assert changes[-1].steps == steps[-1].total == len(steps)
+    assert steps[-1].learning_rate < steps[0].learning_rate, "it falls to the end of the last plan"
+
+
+def test_a_machine_that_becomes_slow_keeps_its_time(tmp_path: Path) -> None:
+    events, seconds = run_for(1000, 2000, lambda now: 0.5 if now < 200 else 1.0, tmp_path)
+    assert 900 < seconds < 1150 and len(events) < 1400
+
+
+def test_a_short_pause_changes_no_plan(tmp_path: Path) -> None:
+    events, _ = run_for(500, 1000, lambda now: 5.0 if 200 < now < 215 else 0.5, tmp_path)
+    assert not [event for event in events if isinstance(event, Replan)] and len(events) == 1000
+
+
+def test_once_the_rate_falls_the_plan_stays(tmp_path: Path) -> None:
+    events, _ = run_for(100, 100, lambda now: 1.0 if now < 70 else 0.01, tmp_path)
+    assert len(events) == 100
+
+
+def test_steps_that_were_asked_for_are_made_whatever_the_time(tmp_path: Path) -> None:
+    clock = Time()
+    pace = Pace(SETTINGS, 30, None, clock)
+    assert len(list(train(Timed(clock, lambda now: 1000 - now % 7), tmp_path / "c", pace=pace))) == 30

@@ -13,7 +13,9 @@ from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import CLIP_MINI, MINI, MINILM, from_dict, to_dict
 from stable_diffusion.data.icon_captions import DEFAULT_STYLE, STYLES, Thing, captions
 from stable_diffusion.generation.pipeline import with_style
-from stable_diffusion.training.recipe import DataConfig, Recipe, read_recipe
+from stable_diffusion.training.recipe import DataConfig, Recipe, open_data, read_recipe
+from stable_diffusion.training.stage import OptimizerSettings
+from stable_diffusion.training.stages import DEFAULT, AutoencoderSettings, DecoderSettings, DenoiserSettings
 from tests.tiny import TINY, shapes
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -27,7 +29,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_the_shapes_recipe() -> None:
     recipe = read_recipe(next(path for path in RECIPES if path.stem == "shapes-128"))
-    assert recipe.name == recipe.config.name == "shapes-128" and recipe.data.kind == "shapes"
+    assert recipe.name == recipe.config.name == "shapes-128" and recipe.data.source == "shapes"
     assert recipe.data.size == recipe.config.sample_size == 128
 
 
@@ -58,48 +60,111 @@ def test_the_icons_recipe_names_the_styles_of_their_captions() -> None:
 
 def test_it_says_what_differs_from_a_preset(tmp_path: Path) -> None:
     text = """
+    seed = 7
     [data]
-    kind = "shapes"
+    source = "shapes"
     count = 12
     [model]
     base = "mini"
     name = "other"
     [model.vae]
     block_out_channels = [64, 96]
-    [model.training.denoiser]
-    passes = 22
+    [[stage]]
+    kind = "decoder"
+    epochs = 2
+    gradient_accumulation_steps = 4
+    [stage.discriminator]
+    schedule = "constant"
+    [[stage]]
+    kind = "denoiser"
+    name = "further"
     """
     recipe = read_recipe(written(tmp_path, text))
-    assert recipe.data == DataConfig(kind="shapes", count=12)
+    assert recipe.data == DataConfig(source="shapes", count=12)
     vae = replace(MINI.vae, block_out_channels=(64, 96))
-    training = replace(MINI.training, denoiser=replace(MINI.training.denoiser, passes=22.0))
-    assert recipe.config == replace(MINI, name="other", vae=vae, training=training)
+    assert recipe.config == replace(MINI, name="other", vae=vae) and recipe.seed == 7
+    judge = OptimizerSettings(schedule="constant")
+    assert recipe.stages == (
+        DecoderSettings(epochs=2.0, gradient_accumulation_steps=4, discriminator=judge),
+        DenoiserSettings(name="further"),
+    )
+
+
+def test_an_older_recipe_is_read(tmp_path: Path) -> None:
+    text = """
+    [data]
+    kind = "shapes"
+    [model.training]
+    seed = 3
+    caption_dropout = 0.2
+    [model.training.decoder]
+    batch_size = 32
+    learning_rate = 5e-4
+    [model.training.denoiser]
+    passes = 22
+    [model.training.autoencoder]
+    passes = 0
+    """
+    recipe = read_recipe(written(tmp_path, text))
+    assert recipe.data.source == "shapes" and recipe.config == MINI and recipe.seed == 3
+    judge = OptimizerSettings(learning_rate=5e-4)
+    assert recipe.stages == (
+        DenoiserSettings(epochs=22.0, caption_dropout=0.2),
+        DecoderSettings(batch_size=32, learning_rate=5e-4, discriminator=judge),
+    )
+
+
+def test_the_lengths_of_the_packaged_models_recipe() -> None:
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "icons-128"))
+    stages = [(stage.name, stage.batch_size, stage.epochs) for stage in recipe.stages]
+    assert stages == [("autoencoder", 128, 75.0), ("denoiser", 256, 220.0), ("decoder", 32, 9.0)]
+
+
+def test_the_default_stages_are_the_mini_presets() -> None:
+    autoencoder, denoiser = DEFAULT
+    assert isinstance(autoencoder, AutoencoderSettings) and isinstance(denoiser, DenoiserSettings)
+    found = [(s.batch_size, s.learning_rate, s.epochs, s.min_steps, s.ema_decay) for s in DEFAULT]
+    assert found == [(32, 1e-3, 6.0, 300, 0.995), (64, 8e-4, 30.0, 400, 0.999)]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_read_and_stored_again(path: Path) -> None:
-    config = read_recipe(path).config
-    assert from_dict(type(config), to_dict(config)) == config
+    recipe = read_recipe(path)
+    for settings in (recipe.config, recipe.data, *recipe.stages):
+        assert from_dict(type(settings), to_dict(settings)) == settings
 
 
 def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
-    assert read_recipe(written(tmp_path, "")) == Recipe("mine", DataConfig(), MINI)
+    assert read_recipe(written(tmp_path, "")) == Recipe(name="mine", data=DataConfig(), config=MINI)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[modle]\nname = 'a'", r"the table 'modle': a recipe has \[data\] and \[model\]"),
+        ("[modle]\nname = 'a'", r"has 'modle': a recipe has \[data\], \[model\], seed and \[\[stage\]\]"),
         ("[model]\nbase = 'minni'", r"unknown preset 'minni': did you mean 'mini'\?"),
         ("[model]\nnmae = 'a'", r"unknown setting of ModelConfig 'nmae': did you mean 'name'\?"),
         ("[model.unet]\nblock_out_chanels = [8]", r"did you mean 'block_out_channels'\?"),
         ("[model.training.denoiser]\nlearning_rat = 1", r"did you mean 'learning_rate'\?"),
+        ("[model.training.coarse]\npasses = 1", r"unknown stage or setting of \[model.training\] 'coarse'"),
         (
-            "[model.training.denoiser]\nlearning_rate = 'fast'",
+            "[[stage]]\nkind = 'denoiser'\n[model.training.denoiser]",
+            r"both \[\[stage\]\] and \[model.training\]",
+        ),
+        ("[[stage]]\nkind = 'denoisr'", r"unknown stage kind 'denoisr': did you mean 'denoiser'\?"),
+        ("[[stage]]\nepochs = 1", r"unknown stage kind None"),
+        ("[stage]\nkind = 'denoiser'", r"written as \[\[stage\]\]"),
+        ("seed = 1.5", r"seed must be of type int, got 1\.5"),
+        ("[[stage]]\nkind = 'decoder'\n[stage.discriminator]\nema_decay = 0.9", r"'ema_decay'"),
+        ("[[stage]]\nkind = 'denoiser'\nname = 'a/b'", r"name must be letters, digits, _ or -, got 'a/b'"),
+        ("[[stage]]\nkind = 'denoiser'\nepochs = 0", r"'denoiser' must have epochs above 0"),
+        ("[[stage]]\nkind = 'denoiser'\nschedule = 'cosine'", r"unknown schedule 'cosine'"),
+        (
+            "[[stage]]\nkind = 'denoiser'\nlearning_rate = 'fast'",
             r"learning_rate must be of type float, got 'fast'",
         ),
         ("[data]\ncuont = 5", r"unknown setting of DataConfig 'cuont': did you mean 'count'\?"),
-        ("[data]\nkind = 'shape'", r"unknown kind 'shape': did you mean 'shapes'\?"),
+        ("[data]\nkind = 'shape'", r"unknown source 'shape': did you mean 'shapes'\?"),
         ("[data\n", r"mine\.toml is not TOML"),
     ],
 )
@@ -115,13 +180,14 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def test_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    drawn = Recipe("mine", DataConfig(kind="shapes", count=10, size=32), TINY).open_data()
-    assert len(drawn) == 9 and drawn.path(0).is_relative_to("datasets/mine/train")
-    same = shapes(tmp_path / "elsewhere")
-    assert [drawn.captions(i) for i in range(9)] == [same.captions(i) for i in range(9)]
+    settings = DataConfig(source="shapes", count=10, size=32)
+    drawn = open_data(Recipe(name="mine", data=settings, config=TINY)).entries()
+    assert len(drawn) == 9 and (tmp_path / "datasets/mine/train" / drawn[0].key).is_file()
+    same = shapes(tmp_path / "elsewhere").entries()
+    assert [entry.captions for entry in drawn] == [entry.captions for entry in same]
     files = {"images": "elsewhere/val", "captions": "elsewhere/annotations/captions_val.json"}
-    coco = Recipe("mine", DataConfig(kind="coco", **files), TINY).open_data()  # type: ignore[arg-type]
-    assert isinstance(coco, CocoImageLoader) and len(coco) == 1
+    coco = open_data(Recipe(name="mine", data=DataConfig(**files), config=TINY))  # type: ignore[arg-type]
+    assert isinstance(coco, CocoImageLoader) and len(coco.entries()) == 1
 
 
 def test_text_encoders_by_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The two stages: what a batch holds, what the loss is, and that latents get unit deviation."""
+"""The stages: what a batch holds, what the losses are, and that latents get unit standard deviation."""
 
 from __future__ import annotations
 
@@ -19,32 +19,28 @@ from stable_diffusion.config import (
 )
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.generation import pipeline
-from stable_diffusion.training.autoencoder import (
-    AutoencoderStage,
-    DecoderStage,
-    Discriminator,
-    normalise,
-    read_pixels,
-)
-from stable_diffusion.training.denoiser import DenoiserStage, TextCache
-from stable_diffusion.training.loop import Draw
-from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
+from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.pixels import read_pixels
+from stable_diffusion.training.stages.autoencoder import AutoencoderStage, normalise
+from stable_diffusion.training.stages.decoder import DecoderStage, Discriminator
+from stable_diffusion.training.stages.denoiser import DenoiserStage
+from stable_diffusion.training.workspace import TextCache
+from tests.tiny import DECODER, KL, STAGES, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
+from tests.training.test_caches import result, said
 
 CAPTIONS = ["", "a red circle", "a blue square", "a green heart", "a yellow star"]
 BATCH = 8
 
 
-def stage_of(config: ModelConfig = TINY, pictures: int = 4) -> DenoiserStage:
+def stage_of(config: ModelConfig = TINY, pictures: int = 4, **settings: Any) -> DenoiserStage:
     """A denoiser's stage on random latents; picture i has the captions i + 1 and, but the last, i + 2."""
-    model = tiny_model(config)
-    settings = replace(config.training.denoiser, batch_size=BATCH)
-    config = replace(config, training=replace(config.training, denoiser=settings))
-    stage = DenoiserStage(model.unet, model.text_encoder, model.scheduler, config)
+    stage = DenoiserStage(tiny_model(config), replace(STAGES[1], batch_size=BATCH, **settings))
     side = config.sample_size // config.vae.factor
     latents = torch.randn(
         pictures, config.vae.latent_channels, side, side, generator=torch.Generator().manual_seed(0)
     )
     stage.latents = latents.half().numpy()
+    stage.samples = Samples(pictures)
     stage.captions = CAPTIONS
     stage.captions_of = [[i + 1, i + 2] if i + 2 < len(CAPTIONS) else [i + 1] for i in range(pictures)]
     stage.text_caches = [None] * len(config.text_encoders)
@@ -73,26 +69,26 @@ def drawn_captions(stage: DenoiserStage, steps: int) -> list[tuple[int, str]]:
     for step in range(steps):
         *_, ids, _ = stage.batch(draw(step))
         assert stage.latents is not None
-        pairs += zip(draw(step).indices(len(stage.latents)), words(stage, ids), strict=True)
+        pairs += zip(draw(step).indices(stage.samples), words(stage, ids), strict=True)
     return pairs
 
 
 def test_weights_say_how_often_a_picture_is_drawn() -> None:
     stage = stage_of()
-    stage.weights = (1.0, 0.001, 0.001, 0.001)
+    stage.samples = Samples(4, (1.0, 0.001, 0.001, 0.001))
     x0, *_ = stage.batch(draw(1))
     assert stage.latents is not None
     assert np.allclose(x0, stage.latents[:1].astype(np.float32))
 
 
 def test_a_tenth_of_the_captions_is_dropped() -> None:
-    pairs = drawn_captions(stage_of(TRAINABLE), 250)  # 2,000 captions; the deviation of the part is 0.0067
+    pairs = drawn_captions(
+        stage_of(TRAINABLE), 250
+    )  # 2,000 captions; the standard deviation of the part is 0.0067
     assert 0.08 < sum(caption == "" for _, caption in pairs) / len(pairs) < 0.12
-    none, all_ = (
-        replace(TRAINABLE, training=replace(TRAINABLE.training, caption_dropout=p)) for p in (0.0, 1.0)
-    )
-    assert "" not in {caption for _, caption in drawn_captions(stage_of(none), 30)}
-    assert {caption for _, caption in drawn_captions(stage_of(all_), 30)} == {""}
+    none, all_ = (stage_of(TRAINABLE, caption_dropout=p) for p in (0.0, 1.0))
+    assert "" not in {caption for _, caption in drawn_captions(none, 30)}
+    assert {caption for _, caption in drawn_captions(all_, 30)} == {""}
 
 
 def test_captions_are_those_of_the_picture_and_all_are_met() -> None:
@@ -107,7 +103,7 @@ def test_a_batch_is_latents_noise_and_level() -> None:
     stage = stage_of(TRAINABLE)
     assert stage.latents is not None
     x0, noise, timesteps, alpha, sigma, weight, *_ = stage.batch(draw(3))
-    assert np.array_equal(x0, stage.latents[draw(3).indices(4)].astype(np.float32))
+    assert np.array_equal(x0, stage.latents[draw(3).indices(stage.samples)].astype(np.float32))
     assert noise.shape == x0.shape and noise.std() == pytest.approx(1, abs=0.05)
     torch.testing.assert_close(sigma, timesteps / 1000)
     torch.testing.assert_close(alpha, 1 - sigma)
@@ -149,15 +145,15 @@ def test_the_example_has_the_shapes_of_a_batch() -> None:
         (replace(TEXT, trainable=True), replace(TEXT, trainable=True)),
     ):
         stage = stage_of(replace(TINY, text_encoders=encoders))
-        batch, example = stage.batch(draw()), stage.example()
+        batch, example = stage.batch(draw()), stage.example(BATCH)
         assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
             (x.shape, x.dtype, x.stride()) for x in example
         ]
-    pictures = autoencoder_stage()
-    batch, example = pictures.batch(draw(0, 4)), pictures.example()
-    assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
-        (x.shape, x.dtype, x.stride()) for x in example
-    ]
+    for pictures in (autoencoder_stage(), decoder_stage()):
+        batch, example = pictures.batch(draw(0, 4)), pictures.example(4)
+        assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
+            (x.shape, x.dtype, x.stride()) for x in example
+        ]
 
 
 # The loss at the beginning: a U-Net whose last layer is zero predicts zero.
@@ -173,7 +169,7 @@ def test_the_first_loss_is_the_targets_mean_square(prediction: Any, expected: fl
     config = replace(UNCONDITIONAL, schedule=replace(TINY.schedule, kind=kind, prediction_type=prediction))
     stage = stage_of(config, pictures=64)
     with torch.no_grad():
-        losses = [stage(*stage.batch(draw(step))).item() for step in range(10)]
+        losses = [stage(*stage.batch(draw(step)))["prediction"].item() for step in range(10)]
     assert np.mean(losses) == pytest.approx(expected, rel=0.05)
 
 
@@ -181,7 +177,7 @@ def test_a_perfect_prediction_has_no_loss() -> None:
     stage = stage_of(UNCONDITIONAL)
     batch = stage.batch(draw())
     stage.unet.forward = lambda *_: batch[1] - batch[0]  # type: ignore[method-assign]
-    assert stage(*batch).item() == 0
+    assert stage(*batch)["prediction"].item() == 0
 
 
 # What the network reads: the same in training and in sampling.
@@ -192,22 +188,18 @@ def test_a_perfect_prediction_has_no_loss() -> None:
 )
 def test_a_dropped_caption_is_samplings_unconditional_one(tmp_path: Path, encoder: Any) -> None:
     """The U-Net's text input at a dropped caption is what guidance reads, and at a kept one what a prompt gives."""
-    from stable_diffusion.training.run import _encode_captions
-
     width = encoder.hidden_size
     unet = replace(TINY.unet, cross_attention_dim=width, pooled_projection_dim=width)
-    config = replace(
-        TINY, text_encoders=(encoder,), unet=unet, training=replace(TINY.training, caption_dropout=0.5)
-    )
-    stage = stage_of(config)
+    config = replace(TINY, text_encoders=(encoder,), unet=unet)
+    stage = stage_of(config, caption_dropout=0.5)
     parts = tiny_model(config)
-    progress = _encode_captions(parts, CAPTIONS, tmp_path)
-    while True:
-        try:
-            next(progress)
-        except StopIteration as stop:
-            stage.text_caches = stop.value
-            break
+    work = said(CAPTIONS, tmp_path, parts)
+    stage.text_caches = result(work.text())
+    stage.captions = work.captions
+    stage.captions_of = [[work.captions.index(caption)] for caption in CAPTIONS[1:]]
+    for cache in stage.text_caches:
+        if cache is not None:
+            cache.change = None  # sampling reads text as it is
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def spy(self: object, inputs: tuple[Any, ...], *_: Any) -> None:
@@ -256,8 +248,8 @@ def test_text_caches_pad_with_what_is_masked() -> None:
 
 
 def autoencoder_stage(vae: Any = TINY.vae, count: int = 9) -> AutoencoderStage:
-    model = tiny_model(replace(UNCONDITIONAL, vae=vae))
-    stage = AutoencoderStage(model.vae, TINY.training.autoencoder, 32)
+    stage = AutoencoderStage(tiny_model(replace(UNCONDITIONAL, vae=vae)), STAGES[0])
+    stage.samples = Samples(count)
     stage.pictures = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return stage
 
@@ -270,15 +262,17 @@ def test_pixels_are_the_whole_range() -> None:
 @pytest.mark.parametrize(
     "vae", [TINY.vae, KL, replace(KL, scaling_factor=0.18215), VQ], ids=["tiny", "kl", "scaled", "vq"]
 )
-def test_latents_have_unit_deviation(tmp_path: Path, data: CocoImageLoader, vae: AutoencoderKLConfig) -> None:
+def test_latents_have_unit_standard_deviation(
+    tmp_path: Path, data: CocoImageLoader, vae: AutoencoderKLConfig
+) -> None:
     """Of the training's pictures, and with the finished weights: what the denoiser is trained on."""
     config = replace(UNCONDITIONAL, vae=vae)
     model = tiny_model(config)
-    model.train(data, output_dir=tmp_path, steps=10)
+    model.train(data, STAGES, output_dir=tmp_path, steps=10)
     latents = model.encode([data[i].image for i in range(len(data))])
     per_channel = latents.transpose(0, 1).flatten(1)
     assert per_channel.mean(dim=1).abs().max() < 0.05
-    if vae is VQ:  # a codebook allows one deviation for all channels
+    if vae is VQ:  # a codebook allows one scale for all channels
         assert per_channel.square().mean().sqrt() == pytest.approx(1, abs=0.05)
     else:
         assert (per_channel.std(dim=1) - 1).abs().max() < 0.05
@@ -303,9 +297,9 @@ def test_the_light_decoder_learns_on_what_it_will_meet() -> None:
     with torch.no_grad():
         stage.vae.encoder.layers[-1].weight *= 50
         pixels, noise = stage.batch(draw(0, 4))
-        latents, penalty = stage._latents(pixels, 0 * noise)
+        latents, penalties = stage._latents(pixels, 0 * noise)
         noisy, _ = stage._latents(pixels, noise)
-    assert penalty == 0
+    assert not penalties
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), rtol=0.01, atol=0)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.01
     torch.testing.assert_close(noisy - latents, noise, rtol=0, atol=1e-5)
@@ -313,22 +307,28 @@ def test_the_light_decoder_learns_on_what_it_will_meet() -> None:
     assert 0 < deviations.min() < deviations.max() < 0.3, "anew for each picture"
 
 
+def total(losses: dict[str, torch.Tensor]) -> float:
+    return sum(value.item() for value in losses.values())
+
+
 def test_the_loss_is_of_pixels_edges_and_the_pooled_picture() -> None:
     stage = autoencoder_stage()
     pixels, noise = stage.batch(draw(0, 4))
-    loss = stage(pixels, noise)
+    loss = total(stage(pixels, noise))
     stage.vae.decode = lambda z: pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2)  # type: ignore[method-assign]
-    assert stage(pixels, noise).item() == 0 < loss.item()
+    assert total(stage(pixels, noise)) == 0 < loss
     stage.vae.decode = lambda z: (
         0.1 + (pixels if z.shape[-1] == 8 else torch.nn.functional.avg_pool2d(pixels, 2))
     )  # type: ignore[method-assign]
-    assert stage(pixels, noise).item() == pytest.approx(0.1 + 0.25 * 0.1, rel=1e-4), "a constant has no edges"
+    losses = {name: value.item() for name, value in stage(pixels, noise).items()}
+    assert losses == pytest.approx({"pixels": 0.1, "edges": 0, "pooled": 0.25 * 0.1}, rel=1e-4, abs=1e-7)
 
 
 def decoder_stage(config: ModelConfig = TINY) -> DecoderStage:
     """On four random pictures and their latents."""
     model = tiny_model(config)
-    stage = DecoderStage(model.vae, replace(config.training.autoencoder, batch_size=4), config.sample_size)
+    stage = DecoderStage(model, DECODER)
+    stage.samples = Samples(4)
     stage.pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     with torch.no_grad():
         latents = model.vae.encode(read_pixels(stage.pictures, list(range(4))))
@@ -336,13 +336,13 @@ def decoder_stage(config: ModelConfig = TINY) -> DecoderStage:
     return stage
 
 
-def test_the_decoder_bears_noise_of_any_deviation_up_to_the_encoders() -> None:
+def test_the_decoder_bears_noise_of_any_standard_deviation_up_to_the_encoders() -> None:
     stage = decoder_stage()
     deviations = []
     for step in range(50):
         _, noisy = stage.batch(draw(step, 4))
         assert stage.latents is not None
-        clean = torch.from_numpy(stage.latents[draw(step, 4).indices(4)].astype(np.float32))
+        clean = torch.from_numpy(stage.latents[draw(step, 4).indices(stage.samples)].astype(np.float32))
         deviations += (noisy - clean).flatten(1).std(dim=1).tolist()
     assert 0 <= min(deviations) < 0.02 and 0.22 < max(deviations) < 0.28
 
@@ -351,7 +351,7 @@ def test_two_players_in_one_backward_pass() -> None:
     """Each player's gradient is that of its own loss, the other taken as it is."""
     stage = decoder_stage()
     pixels, latents = stage.batch(draw(0, 4))
-    stage(pixels, latents).backward()
+    sum(stage(pixels, latents).values()).backward()  # type: ignore[union-attr]
     found = {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
     assert not any(name.startswith("vae") for name in found)
     stage.zero_grad()
@@ -386,11 +386,11 @@ def test_the_discriminator_learns_to_tell_soft_from_sharp() -> None:
     assert (real > 0).float().mean() > 0.9 and (fake < 0).float().mean() > 0.9
 
 
-def test_the_kl_draws_from_its_posterior() -> None:
+def test_the_kl_samples_its_posterior() -> None:
     stage = autoencoder_stage(KL)
     pixels, noise = stage.batch(draw(0, 4))
-    mode, penalty = stage._latents(pixels, 0 * noise)
+    mode, penalties = stage._latents(pixels, 0 * noise)
     drawn, _ = stage._latents(pixels, noise)
     posterior = stage.vae.posterior(pixels)  # type: ignore[union-attr]
     torch.testing.assert_close(drawn - mode, noise * (posterior.logvar / 2).exp())
-    torch.testing.assert_close(penalty, 1e-6 * posterior.kl().mean())
+    torch.testing.assert_close(penalties["kl"], 1e-6 * posterior.kl().mean())

@@ -7,6 +7,7 @@ import random
 import re
 import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from stable_diffusion import DiffusionModel
-from stable_diffusion.config import MINILM, ModelConfig, StageConfig
+from stable_diffusion.config import MINILM, ModelConfig
 from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
 from stable_diffusion.training import run
-from stable_diffusion.training.loop import TrainStep, learning_rate
+from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.run import autocast_dtype
-from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, shapes, tiny_model
+from stable_diffusion.training.stage import StageSettings
+from stable_diffusion.training.workspace import Workspace
+from tests.tiny import DECODER, KL, STAGES, TEXT, TINY, UNCONDITIONAL, VQ, shapes, tiny_model
 from tests.training.record import Record, copied, differing
 
 
@@ -32,11 +37,14 @@ def trained(
     data: CocoImageLoader,
     record: Record | None = None,
     config: ModelConfig = TINY,
+    stages: Sequence[StageSettings] = STAGES,
     **settings: Any,
 ) -> dict[str, torch.Tensor]:
     """The state after training ``tiny_model()`` in a folder."""
-    model = tiny_model(config)
-    return model.train(data, output_dir=folder, return_state_dict=True, callback=record, **settings)
+    observers = [] if record is None else [record]
+    return tiny_model(config).train(
+        data, stages, output_dir=folder, return_state_dict=True, observers=observers, **settings
+    )
 
 
 # Resuming.
@@ -66,35 +74,34 @@ def test_20_steps_are_10_and_10(
     assert [step.index for step in second.stage(stage)] == list(range(10, 20))
 
 
-ALL_STAGES = replace(TINY, training=replace(TINY.training, decoder=StageConfig(batch_size=4)))
+ALL_STAGES = (*STAGES, DECODER)
 
 
-def test_the_phase_that_a_recipe_adds_comes_last_and_resumes(tmp_path: Path, data: CocoImageLoader) -> None:
+def test_the_decoders_stage_comes_last_and_resumes(tmp_path: Path, data: CocoImageLoader) -> None:
     stage = "decoder"
     whole, first, second = Record(), Record(stage, 9), Record()
-    state = trained(tmp_path / "whole", data, whole, ALL_STAGES, steps=20)
-    trained(tmp_path / "parts", data, first, ALL_STAGES, steps=20)
-    assert differing(trained(tmp_path / "parts", data, second, ALL_STAGES, steps=20), state) == []
+    state = trained(tmp_path / "whole", data, whole, stages=ALL_STAGES, steps=20)
+    trained(tmp_path / "parts", data, first, stages=ALL_STAGES, steps=20)
+    assert differing(trained(tmp_path / "parts", data, second, stages=ALL_STAGES, steps=20), state) == []
     assert first.curve(stage) + second.curve(stage) == whole.curve(stage)
     order = [event.stage for event in whole.events if isinstance(event, TrainStep) and event.loss is not None]
     assert list(dict.fromkeys(order)) == ["autoencoder", "denoiser", "decoder"]
 
 
 @pytest.mark.parametrize("vae", [TINY.vae, KL, VQ], ids=["tiny", "kl", "vq"])
-def test_the_last_phase_trains_the_decoder_alone(tmp_path: Path, data: CocoImageLoader, vae: Any) -> None:
-    config = replace(ALL_STAGES, vae=vae)
-    trained(tmp_path, data, Record("decoder", 0), config, steps=3)
-    before = trained(tmp_path / "none", data, config=replace(config, training=TINY.training), steps=3)
-    after = trained(tmp_path / "with", data, config=config, steps=3)
+def test_the_decoders_stage_trains_the_decoder_alone(tmp_path: Path, data: CocoImageLoader, vae: Any) -> None:
+    config = replace(TINY, vae=vae)
+    before = trained(tmp_path / "none", data, config=config, steps=3)
+    after = trained(tmp_path / "with", data, config=config, stages=ALL_STAGES, steps=3)
     changed = {name for name in differing(before, after) if name.startswith("vae.")}
     assert changed and all(name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in changed)
 
 
 def test_rates_are_the_planned_ones(straight: tuple[Path, Record, Any]) -> None:
     _, record, _ = straight
-    for stage, settings in (("autoencoder", TINY.training.autoencoder), ("denoiser", TINY.training.denoiser)):
-        assert [rate for _, _, rate in record.curve(stage)] == [
-            learning_rate(settings, i, 20) for i in range(20)
+    for settings in STAGES:
+        assert [rate for _, _, rate in record.curve(settings.name)] == [
+            settings.rate(i, 20) for i in range(20)
         ]
 
 
@@ -105,9 +112,7 @@ def test_a_finished_run_gives_its_weights_again(
     record = Record()
     again = trained(folder, data, record)  # the length is the stored one
     assert differing(again, state) == []
-    assert {name: event.stage for name, event in enumerate(record.events[1:])} == {}, (
-        "nothing is computed again"
-    )
+    assert record.events == [record.plan], "nothing is computed again"
 
 
 def test_the_finished_model_is_written_and_draws(straight: tuple[Path, Record, Any]) -> None:
@@ -120,24 +125,25 @@ def test_the_finished_model_is_written_and_draws(straight: tuple[Path, Record, A
 
 def test_returned_weights_are_copies(tmp_path: Path, data: CocoImageLoader) -> None:
     model = tiny_model()
-    state = model.train(data, output_dir=tmp_path, steps=1, return_state_dict=True)
+    state = model.train(data, STAGES, output_dir=tmp_path, steps=1, return_state_dict=True)
     before = copied(state)
     with torch.no_grad():
         model.unet.conv_in.weight.zero_()
     assert differing(state, before) == []
-    assert model.train(data, output_dir=tmp_path, steps=1) is None
+    assert model.train(data, STAGES, output_dir=tmp_path, steps=1) is None
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path, data: CocoImageLoader) -> None:
     trained(tmp_path / "run", data, steps=1)
     kept = (tmp_path / "run/denoiser.safetensors").read_bytes()
     other_data = shapes(tmp_path / "other", count=6)
-    other_config = replace(TINY, training=replace(TINY.training, caption_dropout=0.2))
+    other_stages = (STAGES[0], replace(STAGES[1], caption_dropout=0.2))
     for refused in (
         lambda: trained(tmp_path / "run", other_data),
-        lambda: trained(tmp_path / "run", data, config=other_config),
+        lambda: trained(tmp_path / "run", data, stages=other_stages),
+        lambda: trained(tmp_path / "run", data, seed=1),
     ):
-        with pytest.raises(InputError, match=r"another configuration or of other pictures.* resume=False"):
+        with pytest.raises(InputError, match=r"another recipe or of other pictures.* resume=False"):
             refused()
     assert (tmp_path / "run/denoiser.safetensors").read_bytes() == kept
     record = Record()
@@ -167,6 +173,7 @@ def test_global_random_numbers_say_nothing(
     torch.rand(17)
     scrambled = model.train(
         data,
+        STAGES,
         output_dir=tmp_path,
         steps=20,
         return_state_dict=True,
@@ -180,7 +187,7 @@ def test_another_seed_is_another_run(
 ) -> None:
     _, whole, _ = straight
     record = Record()
-    trained(tmp_path, data, record, config=replace(TINY, training=replace(TINY.training, seed=1)), steps=2)
+    trained(tmp_path, data, record, seed=1, steps=2)
     assert record.curve("autoencoder")[0] != whole.curve("autoencoder")[0]
 
 
@@ -277,31 +284,27 @@ def test_the_first_line_says_stages_steps_and_time(
     assert min(record.plan.seconds.values()) > 0
 
 
-def test_passes_give_the_length(tmp_path: Path, data: CocoImageLoader) -> None:
-    stages = (
-        replace(TINY.training.autoencoder, passes=5.0, min_steps=3),
-        replace(TINY.training.denoiser, passes=1.0),
-    )
-    config = replace(TINY, training=replace(TINY.training, autoencoder=stages[0], denoiser=stages[1]))
+def test_epochs_give_the_length(tmp_path: Path, data: CocoImageLoader) -> None:
     record = Record("reading pictures", 0)
-    trained(tmp_path, data, record, config)
+    trained(tmp_path, data, record, stages=(replace(STAGES[0], epochs=5.0), STAGES[1]))
     assert record.plan.steps == {"autoencoder": round(5 * 9 / 4), "denoiser": 3}, (
-        "passes, but at least min_steps"
+        "epochs, but at least min_steps"
     )
 
 
 def test_minutes_are_turned_into_steps_once(
     tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_measure", lambda stage, *_: {"autoencoder": 0.3, "denoiser": 0.6}[stage.name])
+    seconds = {"autoencoder": 0.3, "denoiser": 0.6}
+    monkeypatch.setattr(run, "_measure", lambda stage, *_: seconds[stage.settings.name])
     record = Record("reading pictures", 0)
     trained(tmp_path, data, record, minutes=0.1)  # 6 seconds
     steps = {"autoencoder": int(6 * 0.15 / 0.3), "denoiser": int(6 * 0.85 / 0.6)}
     assert record.plan.steps == steps
     monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("measured twice"))
-    again = Record()
+    again = Record("reading pictures", 1)
     trained(tmp_path, data, again, minutes=0.1)
-    assert again.plan.steps == steps == {name: len(again.stage(name)) for name in steps}
+    assert again.plan.steps == steps
     assert json.loads((tmp_path / "run.json").read_text())["minutes"] == 0.1
 
 
@@ -310,7 +313,7 @@ def test_measuring_is_about_right(tmp_path: Path, data: CocoImageLoader) -> None
     record = Record()
     trained(tmp_path, data, record, steps=10)
     for stage in ("autoencoder", "denoiser"):
-        true = TINY.training.denoiser.batch_size / record.stage(stage)[-1].images_per_second
+        true = STAGES[1].batch_size / record.stage(stage)[-1].images_per_second
         assert 0.1 < record.plan.seconds[stage] / true < 10
 
 
@@ -331,9 +334,19 @@ def test_lengths_that_are_none(
     assert not (tmp_path / "run").exists()
 
 
+class Empty:
+    """A source without pictures."""
+
+    def entries(self) -> list[Entry]:
+        return []
+
+    def image(self, key: str) -> Image.Image:
+        raise KeyError(key)
+
+
 def test_an_empty_set_and_16_bit_weights_are_refused(tmp_path: Path, data: CocoImageLoader) -> None:
     with pytest.raises(InputError, match="the set is empty"):
-        tiny_model().train([], output_dir=tmp_path / "run")  # type: ignore[arg-type]
+        tiny_model().train(Empty(), output_dir=tmp_path / "run")
     with pytest.raises(InputError, match="float32"):
         tiny_model().to(torch.bfloat16).train(data, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -343,13 +356,13 @@ def test_giving_up_names_the_stage(
     tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From latents with NaN, the denoiser learns nothing and says so; the autoencoder's state stays."""
-    encode = run._encode_pictures
+    encode = Workspace.latents
 
-    def poisoned(*arguments: Any) -> Any:
-        latents = yield from encode(*arguments)
+    def poisoned(self: Workspace) -> Any:
+        latents = yield from encode(self)
         return latents * np.float16(np.nan)
 
-    monkeypatch.setattr(run, "_encode_pictures", poisoned)
+    monkeypatch.setattr(Workspace, "latents", poisoned)
     with pytest.raises(InputError, match=r"^denoiser: the gradient was not finite 20 times"):
         trained(tmp_path, data, steps=25)
     assert (tmp_path / "autoencoder.safetensors").is_file()
@@ -366,7 +379,7 @@ def test_train_with_a_bool_is_torchs(data: CocoImageLoader) -> None:
 
 def test_the_model_is_in_evaluation_mode_afterwards(tmp_path: Path, data: CocoImageLoader) -> None:
     model = tiny_model()
-    model.train(data, output_dir=tmp_path, steps=1)
+    model.train(data, STAGES, output_dir=tmp_path, steps=1)
     assert not any(module.training for module in model.modules())
 
 
@@ -434,9 +447,8 @@ def test_offline(tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.Monk
 
 
 def test_stages_have_settings_of_their_own(tmp_path: Path, data: CocoImageLoader) -> None:
-    stage = StageConfig(batch_size=2, learning_rate=0.5, warmup_steps=0, min_steps=2, passes=0.01)
-    config = replace(TINY, training=replace(TINY.training, denoiser=stage))
+    stage = replace(STAGES[1], batch_size=2, learning_rate=0.5, warmup_steps=0, min_steps=2, epochs=0.01)
     record = Record()
-    trained(tmp_path, data, record, config)
-    assert [rate for _, _, rate in record.curve("denoiser")] == [learning_rate(stage, i, 2) for i in range(2)]
+    trained(tmp_path, data, record, stages=(STAGES[0], stage))
+    assert [rate for _, _, rate in record.curve("denoiser")] == [stage.rate(i, 2) for i in range(2)]
     assert record.curve("autoencoder")[0][2] < 0.01

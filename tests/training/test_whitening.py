@@ -10,8 +10,8 @@ import torch
 
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.nn.text import PromptEmbeds
-from stable_diffusion.training.denoiser import TextCache
 from stable_diffusion.training.whitening import FLOOR, Affine, TextAffine, whitened, whitening
+from stable_diffusion.training.workspace import TextCache
 from tests.tiny import TEXT, TINY, tiny_model
 
 PROMPTS = ["a red circle", "a blue square on the left", ""]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from stable_diffusion.config import ModelConfig
+from stable_diffusion.cli.show import finished
+from stable_diffusion.data.sources import Coco, open_source
 from stable_diffusion.errors import InputError
+from stable_diffusion.runtime import first_process
 
 if TYPE_CHECKING:
-    from stable_diffusion import DiffusionModel
+    from stable_diffusion import DiffusionModel, ModelConfig
 
 
 def train(
@@ -28,6 +29,7 @@ def train(
     fresh: bool = False,
     autocast: bool = True,
     compile: bool = False,
+    tensorboard: bool = False,
     check: bool = False,
     device: str | None = None,
 ) -> None:
@@ -40,19 +42,21 @@ def train(
         config: The preset to train from images: mini.
         start: A model to go on from, instead of random weights. Its autoencoder's latents stay as they are.
         output: Folder of checkpoints and of the finished model; by default runs/ and the model's name.
-        steps: Steps of each stage, instead of the recipe's number of passes.
-        minutes: Time for the whole training, instead of steps.
+        steps: Steps of each stage, instead of the recipe's epochs.
+        minutes: Time for the whole training, instead of steps; measured again as it runs.
         fresh: Begin anew instead of going on from a checkpoint.
         autocast: Compute in 16 bits where the device is good at it.
         compile: Compile each stage first, for a minute or two: faster steps where latents are large.
+        tensorboard: Write losses for TensorBoard too, into the output folder's tensorboard/.
         check: Only learn eight of the pictures by heart, in minutes, and say whether the set-up learns.
         device: cuda, mps or cpu. By default the first of these that is there.
     """
     import torch
 
-    from stable_diffusion import CocoImageLoader, Config, DiffusionModel
-    from stable_diffusion.config import preset
-    from stable_diffusion.training.recipe import read_recipe
+    from stable_diffusion import Config, DiffusionModel
+    from stable_diffusion.config import preset, to_dict
+    from stable_diffusion.training.observers import TensorBoard
+    from stable_diffusion.training.recipe import Recipe, read_recipe
 
     if check and start is not None:
         raise InputError("give --check or --start, not both: the check begins with random weights")
@@ -61,36 +65,47 @@ def train(
         if images is not None or captions is not None:
             raise InputError("give a recipe, or --images and --captions, not both")
         plan = read_recipe(recipe)
-        settings, data = plan.config, plan.open_data()
     else:
         if images is None or captions is None:
             raise InputError("give a recipe file, or both --images and --captions")
         settings = preset(config) if loaded is None else loaded.config
-        data = CocoImageLoader(images, captions)
-    folder = Path("runs") / settings.name if output is None else output
+        source = Coco(images=str(images), captions=str(captions))
+        plan = Recipe(name=settings.name, data=source, config=settings)
+    data = finished(open_source(plan.data, Path("datasets") / plan.name))
+    folder = Path("runs") / plan.config.name if output is None else output
     where = Config(device).DEVICE
     if check:
-        from stable_diffusion.training.check import check_config
-
-        model = DiffusionModel(check_config(settings)).to(where)
-        if not model.check(data, output_dir=folder.with_name(f"{folder.name}-check"), autocast=autocast):
+        model = DiffusionModel(plan.config).to(where)
+        folder = folder.with_name(f"{folder.name}-check")
+        if not model.check(data, plan.stages, output_dir=folder, autocast=autocast):
             raise SystemExit(1)
         return
-    model = (DiffusionModel(settings) if loaded is None else _going_on(loaded, settings)).to(where)
-    if compile:
-        model = torch.compile(model)  # type: ignore[assignment] # it serves as the model (model.py)
-    model.train(data, steps=steps, minutes=minutes, output_dir=folder, resume=not fresh, autocast=autocast)
+    stages = plan.stages
+    if loaded is not None:
+        stages = tuple(stage for stage in stages if stage.kind != "autoencoder")
+        _take_settings(loaded, plan.config)
+    model = (DiffusionModel(plan.config) if loaded is None else loaded).to(where)
+    model.train(
+        data,
+        stages,
+        seed=plan.seed,
+        steps=steps,
+        minutes=minutes,
+        output_dir=folder,
+        resume=not fresh,
+        autocast=autocast,
+        compiler=torch.compile if compile else None,
+        observers=[TensorBoard(folder / "tensorboard")] if tensorboard and first_process() else [],
+        about={"data": to_dict(plan.data)},
+    )
     print(folder / "model")
 
 
-def _going_on(model: DiffusionModel, settings: ModelConfig) -> DiffusionModel:
-    """The model, with its denoiser to be trained further as `settings` say."""
+def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
+    """Lets the model be trained further as a recipe says."""
     for part in ("sample_size", "vae", "unet", "text_encoders", "schedule"):
         if getattr(settings, part) != getattr(model.config, part):
             raise InputError(
                 f"the model {model.config.name!r} has another {part} than the recipe: --start needs the same one"
             )
-    training = settings.training
-    autoencoder = replace(training.autoencoder, passes=0)
-    model.config = replace(settings, training=replace(training, autoencoder=autoencoder))
-    return model
+    model.config = settings

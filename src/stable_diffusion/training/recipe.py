@@ -1,61 +1,33 @@
-"""Recipes: one TOML file says on what data a model is trained, and with which settings."""
+"""Recipes: one TOML file says on what data a model is trained, which stages train it, and with which settings."""
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from stable_diffusion.config import ModelConfig, from_dict, preset
-from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.data.icons import write_icons
-from stable_diffusion.data.item import CaptionedImages
-from stable_diffusion.data.shapes import write_shapes
-from stable_diffusion.errors import InputError
+from stable_diffusion.data.sources import SourceConfig, source_config
+from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.training.stage import OptimizerSettings, StageSettings
+from stable_diffusion.training.stages import DEFAULT, STAGES
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where a recipe's pictures come from."""
-
-    kind: Literal["coco", "shapes", "icons"] = "coco"
-    images: str = ""
-    """coco: the image folder."""
-    captions: str = ""
-    """coco: the captions file."""
-    count: int = 5000
-    """shapes: how many pictures to draw."""
-    size: int = 128
-    """shapes, icons: their side in pixels."""
-    seed: int = 0
-    """shapes: of the drawing."""
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """What a file in ``recipes/`` says: a table ``[data]``, and a table ``[model]`` of changes to a preset."""
+    """What a file in ``recipes/`` says: ``[data]``, changes to a preset in ``[model]``, ``seed``, ``[[stage]]``."""
 
     name: str
-    data: DataConfig
+    data: SourceConfig
     config: ModelConfig
-
-    def open_data(self) -> CaptionedImages:
-        """The captioned pictures; drawn sets are made in ``datasets/`` first."""
-        if self.data.kind == "coco":
-            return CocoImageLoader(self.data.images, self.data.captions)
-        folder = Path("datasets") / self.name
-        if self.data.kind == "shapes":
-            steps = write_shapes(folder, self.data.count, self.data.size, self.data.seed)
-        else:
-            steps = write_icons(folder, self.data.size, None)
-        for _ in steps:
-            pass
-        return CocoImageLoader(folder / "train", folder / "annotations" / "captions_train.json")
+    stages: tuple[StageSettings, ...] = DEFAULT
+    seed: int = 0
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file.
+    """The recipe in a TOML file, in today's form or in the older one with tables ``[model.training.X]``.
 
     Raises:
         InputError: no such file, not TOML, or a setting that does not exist.
@@ -68,10 +40,51 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"cannot open {path}: {error.strerror}; give a recipe file") from None
     except ValueError as error:
         raise InputError(f"{path} is not TOML: {error}") from None
+    data, model = dict(content.pop("data", {})), dict(content.pop("model", {}))
+    seed, tables = content.pop("seed", 0), content.pop("stage", None)
     for table in content:
-        if table not in ("data", "model"):
-            raise InputError(f"{path} has the table {table!r}: a recipe has [data] and [model]")
-    settings = dict(content.get("model", {}))
-    base = preset(settings.pop("base", "mini"))
-    config = from_dict(ModelConfig, settings, base=base)
-    return Recipe(path.stem, from_dict(DataConfig, content.get("data", {})), config)
+        raise InputError(f"{path} has {table!r}: a recipe has [data], [model], seed and [[stage]]")
+    if "training" in model:
+        if tables is not None:
+            raise InputError(
+                f"{path} has both [[stage]] and [model.training]: the list of stages is the newer form"
+            )
+        tables, seed = _older(model.pop("training"))
+    if "kind" in data:
+        data["source"] = data.pop("kind")
+    if type(seed) is not int:
+        raise InputError(f"seed must be of type int, got {seed!r}")
+    config = from_dict(ModelConfig, model, base=preset(model.pop("base", "mini")))
+    stages = DEFAULT if tables is None else _stages(tables)
+    return Recipe(name=path.stem, data=source_config(data), config=config, stages=stages, seed=seed)
+
+
+def _stages(tables: object) -> tuple[StageSettings, ...]:
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise InputError("a recipe's stages are written as [[stage]], one such table each")
+    for table in tables:
+        if table.get("kind") not in STAGES:
+            raise unknown_name("stage kind", table.get("kind"), STAGES)
+    return tuple(from_dict(STAGES[table["kind"]].settings, table) for table in tables)
+
+
+def _older(training: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], Any]:
+    """The stages and the seed that ``[model.training]`` says, as they are written today."""
+    ours = {"loss_weight", "caption_dropout"}
+    for key in training.keys() - ours - {"seed"} - STAGES.keys():
+        raise unknown_name("stage or setting of [model.training]", key, [*STAGES, *sorted(ours), "seed"])
+    stages: list[dict[str, Any]] = []
+    for kind in ("autoencoder", "denoiser", "decoder"):
+        if kind == "decoder" and kind not in training:
+            continue
+        table = {"kind": kind, **training.get(kind, {})}
+        if kind == "denoiser":
+            table |= {key: training[key] for key in ours & training.keys()}
+        if kind == "decoder":  # whose two players shared an optimizer
+            shared = {field.name for field in fields(OptimizerSettings)} & table.keys()
+            table["discriminator"] = {key: table[key] for key in shared}
+        if "passes" in table:
+            table["epochs"] = table.pop("passes")
+        if table.get("epochs") != 0:
+            stages.append(table)
+    return stages, training.get("seed", 0)

@@ -1,0 +1,66 @@
+"""How many steps a stage gets: a number, or what fits into the time, measured again as it runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+from accelerate.utils import broadcast_object_list
+
+from stable_diffusion.training.events import Replan
+from stable_diffusion.training.stage import COOLDOWN, StageSettings
+
+OFF = 0.1  # part of the steps by which a plan must be wrong to be changed
+OFTEN = 4  # steps from one look at the clock to the next
+
+Clock = Callable[[], float]
+
+
+class Pace:
+    """The number of a stage's steps, which changes with the machine until the learning rate begins to fall.
+
+    Args:
+        settings: the stage's.
+        total: steps planned.
+        left: seconds left for the stage; None where steps, not minutes, were asked for.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self,
+        settings: StageSettings,
+        total: int,
+        left: Callable[[], float] | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.settings, self.total, self.left, self.clock = settings, total, left, clock
+        self.last: float | None = None
+        self.times: deque[float] = deque(maxlen=1000)
+
+    def tick(self, step: int) -> Replan | None:
+        """Takes note of the time, `step` steps being done, and says it if the plan changes.
+
+        The median of the last quarter of the steps is what counts: pauses are no slow machine.
+        """
+        now = self.clock()
+        if self.last is not None:
+            self.times.append(now - self.last)
+        self.last = now
+        falls = self.settings.schedule == "cooldown" and step > (1 - COOLDOWN) * self.total
+        if self.left is None or falls or step % OFTEN or len(self.times) < OFTEN:
+            return None
+        seconds = statistics.median(list(self.times)[-max(OFTEN, len(self.times) // 4) :])
+        return self.plan(step, seconds)
+
+    def plan(self, step: int, seconds: float) -> Replan | None:
+        """Plans anew for steps of that many seconds, and says it if that is another plan."""
+        assert self.left is not None
+        total = step + max(1, int(self.left() / max(seconds, 1e-9)))
+        total = broadcast_object_list([total])[0]  # the first process's clock counts
+        if abs(total - self.total) <= OFF * self.total:
+            return None
+        change = Replan(self.settings.name, total, self.total, seconds)
+        self.total = total
+        return change

@@ -1,0 +1,124 @@
+"""What a stage of training is: its settings, its players, and the contract that the loop relies on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from stable_diffusion.errors import InputError
+from stable_diffusion.training.draw import Draw
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.workspace import Workspace
+
+COOLDOWN = 0.4  # last part of the steps, over which the learning rate falls to 0
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """How one player's weights are updated, by AdamW."""
+
+    learning_rate: float = 1e-3
+    schedule: Literal["cooldown", "constant"] = "cooldown"
+    """After the warm-up: constant, then a linear fall to 0 over the last 40 % of the steps; or constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up, at most a tenth of all."""
+    weight_decay: float = 0.01
+    """Of matrices and kernels; biases and norms have none."""
+    max_grad_norm: float = 1.0
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of a step."""
+        warmup = min(1.0, (step + 1) / max(1, min(self.warmup_steps, total // 10)))
+        fall = min(1.0, (total - step) / max(1.0, COOLDOWN * total))
+        return self.learning_rate * warmup * (fall if self.schedule == "cooldown" else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(OptimizerSettings):
+    """One stage of training: what is optimised, and for how long."""
+
+    kind: str = ""
+    """A row of `training.stages.STAGES`."""
+    name: str = ""
+    """Of its random numbers, checkpoint and log; by default the kind."""
+    epochs: float = 10.0
+    """Epochs over the pictures, unless steps or minutes are given."""
+    min_steps: int = 1000
+    """Optimizer steps that even the smallest set gets."""
+    batch_size: int = 64
+    """Of all processes and micro-batches together."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an optimizer step, one after the other: less memory. Batch statistics are a micro-batch's."""
+    ema_decay: float = 0.999
+    """Upper limit of the average's decay, which grows from 0: min(decay, (1 + step) / (10 + step))."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.kind)
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise InputError(f"a stage's name must be letters, digits, _ or -, got {self.name!r}")
+        if not self.epochs > 0:
+            raise InputError(f"the stage {self.name!r} must have epochs above 0, got {self.epochs}")
+        if not 1 <= self.gradient_accumulation_steps <= self.batch_size:
+            raise InputError(
+                f"the stage {self.name!r} must have gradient_accumulation_steps from 1 to its batch_size"
+                f" {self.batch_size}, got {self.gradient_accumulation_steps}"
+            )
+
+
+class Player(NamedTuple):
+    """Weights with an optimizer of their own."""
+
+    settings: OptimizerSettings
+    parameters: dict[str, nn.Parameter]
+    ema_decay: float | None
+    """None for weights without an average, which stay as their last step left them."""
+
+
+def only_player(stage: nn.Module, settings: StageSettings) -> dict[str, Player]:
+    """All parameters of a stage that require gradients, under its settings."""
+    trained = {name: p for name, p in stage.named_parameters() if p.requires_grad}
+    return {settings.kind: Player(settings, trained, settings.ema_decay)}
+
+
+class Stage(Protocol):
+    """An `nn.Module` over a model's parts; made as ``STAGES[settings.kind](parts, settings)``."""
+
+    @property
+    def settings(self) -> StageSettings: ...
+
+    share: float
+    """Of a budget in minutes, relative to the other stages'."""
+
+    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
+        """Fetches what the batches are made from."""
+        ...
+
+    def players(self) -> dict[str, Player]:
+        """Who is trained."""
+        ...
+
+    def batch(self, draw: Draw) -> Batch:
+        """The tensors of a step, on the device: a pure function of `draw`."""
+        ...
+
+    def example(self, count: int) -> Batch:
+        """Tensors like those of `count` samples, to measure a step's time with before there is data."""
+        ...
+
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the loss, each a mean over the samples; their sum is minimised."""
+        ...
+
+    def finish(self, done: bool) -> None:
+        """Leaves the parts fit for use, at the end and where training was stopped on the way (`done` False)."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def train(self) -> Any: ...
+    def eval(self) -> Any: ...

@@ -1,0 +1,126 @@
+"""The autoencoder's stage: pictures through the latents and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stable_diffusion.data.cache import Array
+from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
+from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.parallel import is_shared, summed
+from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise
+from stable_diffusion.training.stage import Batch, Player, StageSettings, only_player
+from stable_diffusion.training.workspace import TrainableParts, Workspace
+
+POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
+KL_WEIGHT = 1e-6  # Rombach et al. 2022, section 3.1: just enough to keep latents together
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings(StageSettings):
+    """Settings of the stage ``autoencoder``."""
+
+    kind: str = "autoencoder"
+    batch_size: int = 32
+    epochs: float = 6.0
+    min_steps: int = 300
+    ema_decay: float = 0.995
+
+
+class AutoencoderStage(nn.Module):
+    """Absolute error of pixels, of their differences, and of half-size pictures from half-size latents."""
+
+    share = 0.15
+
+    def __init__(self, parts: TrainableParts, settings: AutoencoderSettings) -> None:
+        super().__init__()
+        self.vae = parts.vae
+        self.settings = settings
+        self.image_size = parts.config.sample_size
+        self.pictures: Array | None = None  # b h w 3, uint8
+
+    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
+        """Decodes the pictures."""
+        self.pictures = yield from workspace.pictures()
+        self.samples = Samples(len(self.pictures))
+
+    def players(self) -> dict[str, Player]:
+        """The whole autoencoder."""
+        return only_player(self, self.settings)
+
+    def batch(self, draw: Draw) -> Batch:
+        """Pictures in [-1, 1], and the noise of their latents."""
+        assert self.pictures is not None, "prepare first"
+        pixels = read_pixels(self.pictures, draw.indices(self.samples), self.vae.device)
+        most = LATENT_NOISE if isinstance(self.vae, AutoencoderTiny) else None
+        return placed(self.vae.device, pixels, sample_noise(draw, self._shape, most))
+
+    def example(self, count: int) -> Batch:
+        """Random pictures and noise."""
+        pixels = torch.rand(count, 3, self.image_size, self.image_size)
+        return placed(self.vae.device, pixels, torch.randn(count, *self._shape))
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        side = self.image_size // self.vae.config.factor
+        return self.vae.config.latent_channels, side, side
+
+    def forward(self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"]) -> dict[str, Tensor]:
+        latents, penalties = self._latents(pixels, noise)
+        error = self.vae.decode(latents) - pixels
+        pooled = self.vae.decode(F.avg_pool2d(latents, 2)) - F.avg_pool2d(pixels, 2)
+        return {**distance(error), "pooled": POOLED_WEIGHT * pooled.abs().mean(), **penalties}
+
+    def _latents(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents as the decoder will meet them, and what the regulariser asks for them."""
+        if isinstance(self.vae, AutoencoderTiny):
+            # Unit standard deviation from the first step on, as `normalise` will make it for good.
+            return unit(self.vae.encode(pixels).float()) + noise, {}
+        scale = self.vae.config.scaling_factor
+        posterior = self.vae.posterior(pixels)
+        if self.vae.quantize is not None:
+            _, _, loss = self.vae.quantize(posterior.mean)
+            return posterior.mean * scale, {"codebook": loss}
+        return posterior.sample(noise) * scale, {"kl": KL_WEIGHT * posterior.kl().mean()}
+
+    def finish(self, done: bool) -> None:
+        """Gives the latents unit standard deviation for good."""
+        if done:
+            assert self.pictures is not None
+            normalise(self.vae, self.pictures)
+
+
+def unit(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """With mean 0 and standard deviation 1 in each channel, over the batch of all processes."""
+    if not is_shared():
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+    else:
+        count = summed(torch.tensor(float(x[:, 0].numel()), device=x.device))
+        mean = summed(x.sum(dim=(0, 2, 3), keepdim=True)) / count
+        std = (summed(((x - mean) ** 2).sum(dim=(0, 2, 3), keepdim=True)) / (count - 1)).sqrt()
+    return (x - mean) / (std + 1e-5)
+
+
+@torch.no_grad()
+def normalise(
+    vae: AutoencoderKL | AutoencoderTiny, pictures: Array, count: int = 2048, chunk: int = 32
+) -> None:
+    """Measures the latents of up to `count` pictures and gives them mean 0 and standard deviation 1 for good."""
+    step = max(1, len(pictures) // count)
+    indices = list(range(0, len(pictures), step))
+    sums = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
+    values = 0
+    for i in range(0, len(indices), chunk):
+        latents = vae.encode(read_pixels(pictures, indices[i : i + chunk], vae.device)).cpu().double()
+        sums += torch.stack([latents.sum(dim=(0, 2, 3)), (latents**2).sum(dim=(0, 2, 3))])
+        values += latents[:, 0].numel()
+    mean = sums[0] / values
+    std = (sums[1] / values - mean**2).clamp(min=1e-10).sqrt()
+    vae.normalise(mean.float().to(vae.device), std.float().to(vae.device))

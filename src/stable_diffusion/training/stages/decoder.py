@@ -1,0 +1,122 @@
+"""The decoder's stage: the decoder alone, made sharp by a discriminator."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stable_diffusion.data.cache import Array
+from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise
+from stable_diffusion.training.stage import Batch, OptimizerSettings, Player, StageSettings
+from stable_diffusion.training.workspace import TrainableParts, Workspace
+
+ADVERSARIAL_WEIGHT = 0.15  # of fooling the discriminator, beside the absolute error
+DETAIL_GAIN = 4.0  # of fine detail before the discriminator, beside pixels in [-1, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings(StageSettings):
+    """Settings of the stage ``decoder``."""
+
+    kind: str = "decoder"
+    discriminator: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """How the other player is updated; it has no average."""
+
+
+class Discriminator(nn.Module):
+    """Says of overlapping patches whether they look real (Isola et al. 2017, section 3.2.2), above 0 for yes.
+
+    Beside the pixels it sees how they differ from their neighbourhood's mean, where decoded pictures give themselves
+    away: their contents are the real ones already.
+    """
+
+    def __init__(self, in_channels: int = 3, width: int = 32) -> None:
+        super().__init__()
+        widths = [2 * in_channels, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for c_in, c_out in itertools.pairwise(widths):
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1))
+            if c_out > width:  # the first layer's contrasts are what tells
+                layers.append(nn.GroupNorm(8, c_out))
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b 1 y x"]:
+        details = images - F.avg_pool2d(images, 3, stride=1, padding=1)
+        return self.layers(torch.cat([images, DETAIL_GAIN * details], dim=1))
+
+
+class DecoderStage(nn.Module):
+    """The decoder alone against a discriminator, on latents that stay as they are (Esser et al. 2021, section 3.1).
+
+    Absolute error leaves soft what the latents leave open; what decides between styles is sharp.
+    """
+
+    share = 0.1
+
+    def __init__(self, parts: TrainableParts, settings: DecoderSettings) -> None:
+        super().__init__()
+        self.vae = (parts.vae,)  # in a tuple, since only what decodes is trained
+        self.decoder = parts.vae.decoder
+        self.post_quant_conv = getattr(parts.vae, "post_quant_conv", None)
+        with torch.random.fork_rng(devices=[]):  # the same start, whatever was sampled before
+            torch.manual_seed(0)
+            discriminator = Discriminator(parts.vae.config.in_channels)
+        self.discriminator = discriminator.to(parts.vae.device)
+        self.settings = settings
+        self.image_size = parts.config.sample_size
+        self.pictures: Array | None = None  # b h w 3, uint8
+        self.latents: Array | None = None  # b c h w, float16
+
+    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
+        """Decodes the pictures and encodes their latents."""
+        self.pictures = yield from workspace.pictures()
+        self.latents = yield from workspace.latents()
+        self.samples = Samples(len(self.pictures))
+
+    def players(self) -> dict[str, Player]:
+        """The decoder, and the discriminator that it is to fool."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        judge = {name: p for name, p in trained.items() if name.startswith("discriminator.")}
+        decoder = {name: p for name, p in trained.items() if name not in judge}
+        return {
+            "decoder": Player(self.settings, decoder, self.settings.ema_decay),
+            "discriminator": Player(self.settings.discriminator, judge, None),
+        }
+
+    def batch(self, draw: Draw) -> Batch:
+        """Pictures in [-1, 1], and their latents with noise of any standard deviation up to `LATENT_NOISE`."""
+        assert self.pictures is not None and self.latents is not None, "prepare first"
+        indices, device = draw.indices(self.samples), self.vae[0].device
+        latents = torch.from_numpy(self.latents[indices]).to(device).float()
+        noise = sample_noise(draw, latents.shape[1:], LATENT_NOISE)
+        return placed(device, read_pixels(self.pictures, indices, device), latents + noise.to(device))
+
+    def example(self, count: int) -> Batch:
+        """Random pictures and latents."""
+        vae, size = self.vae[0].config, self.image_size
+        side = size // vae.factor
+        pixels = torch.rand(count, vae.in_channels, size, size)
+        return placed(self.vae[0].device, pixels, torch.randn(count, vae.latent_channels, side, side))
+
+    def forward(
+        self, pixels: Float[Tensor, "b 3 h w"], latents: Float[Tensor, "b c y x"]
+    ) -> dict[str, Tensor]:
+        decoded = self.vae[0].decode(latents)
+        # Two players, one backward pass: each sees the other as it is.
+        frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        fooled = -torch.func.functional_call(self.discriminator, frozen, (decoded,)).mean()
+        real, fake = self.discriminator(torch.cat([pixels, decoded.detach()])).chunk(2)
+        hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        return {**distance(decoded - pixels), "fooling": ADVERSARIAL_WEIGHT * fooled, "discriminator": hinge}
+
+    def finish(self, done: bool) -> None:
+        """Nothing is left to do."""

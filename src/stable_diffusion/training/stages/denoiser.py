@@ -1,0 +1,159 @@
+"""The denoiser's stage: the U-Net, and the text encoders that are trained jointly, on cached latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stable_diffusion.config import TextEncoderConfig
+from stable_diffusion.data.cache import Array
+from stable_diffusion.diffusion.objective import loss_weight, target
+from stable_diffusion.nn.text import PromptEmbeds
+from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.pixels import placed
+from stable_diffusion.training.stage import Batch, Player, StageSettings, only_player
+from stable_diffusion.training.whitening import whitened
+from stable_diffusion.training.workspace import TextCache, TrainableParts, Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserSettings(StageSettings):
+    """Settings of the stage ``denoiser``."""
+
+    kind: str = "denoiser"
+    learning_rate: float = 8e-4
+    epochs: float = 30.0
+    min_steps: int = 400
+    caption_dropout: float = 0.1
+    """Part of the captions that training replaces by the empty one, which guidance needs."""
+    loss_weight: Literal["simple", "min_snr", "bound"] = "simple"
+    """Weight of each noise level in the loss (`diffusion.objective`)."""
+
+
+class DenoiserStage(nn.Module):
+    """Weighted squared error of the prediction at random noise levels (Ho et al. 2020, algorithm 1)."""
+
+    share = 0.85
+
+    def __init__(self, parts: TrainableParts, settings: DenoiserSettings) -> None:
+        super().__init__()
+        self.unet = parts.unet
+        self.text_encoder = parts.text_encoder
+        self.scheduler = parts.scheduler
+        self.config = parts.config
+        self.settings = settings
+        self.latents: Array | None = None  # b c h w, float16
+        self.captions: Sequence[str] = [""]  # every distinct caption; the empty one first
+        self.captions_of: Sequence[Sequence[int]] = []  # numbers of each picture's captions
+        self.text_caches: Sequence[TextCache | None] = []  # of each frozen encoder
+        self.whitened = ExitStack()
+
+    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
+        """Encodes pictures and captions, and lets the U-Net read whitened text until ``finish``."""
+        self.latents = yield from workspace.latents()
+        self.text_caches = yield from workspace.text()
+        self.captions = workspace.captions
+        numbers = {caption: number for number, caption in enumerate(self.captions)}
+        self.captions_of = [[numbers[caption] for caption in entry.captions] for entry in workspace.kept]
+        self.samples = Samples(len(self.latents), [entry.weight for entry in workspace.kept])
+        changes = [None if cache is None else cache.change for cache in self.text_caches]
+        self.whitened.enter_context(whitened(self.unet, self.text_encoder, changes))
+
+    def players(self) -> dict[str, Player]:
+        """The U-Net and what reads text for it, with one optimizer."""
+        return only_player(self, self.settings)
+
+    def batch(self, draw: Draw) -> Batch:
+        """Latents, noise, times, alpha, sigma and loss weight; then for each encoder what it says or has to read."""
+        assert self.latents is not None, "prepare first"
+        indices = draw.indices(self.samples)
+        generator = draw.generator()
+        noise = draw.share(torch.randn(draw.batch_size, *self.latents.shape[1:], generator=generator))
+        lots = draw.share(torch.rand(draw.batch_size, 3, generator=generator, dtype=torch.float64))
+        uniform, dropped, chosen = lots.unbind(dim=1)
+        captions = [
+            self.captions_of[index][int(lot * len(self.captions_of[index]))] if keep else 0
+            for index, lot, keep in zip(
+                indices, chosen.tolist(), dropped >= self.settings.caption_dropout, strict=True
+            )
+        ]
+        latents = torch.from_numpy(self.latents[indices]).to(self.unet.device).float()
+        return self._tensors(latents, noise, uniform, captions, self.text_caches)
+
+    def example(self, count: int) -> Batch:
+        """Random latents with the empty caption, or a blank one of full length."""
+        size = self.config.sample_size // self.config.vae.factor
+        latents = torch.randn(count, self.config.vae.latent_channels, size, size)
+        times = torch.linspace(0.1, 0.9, count)
+        blank = [_blank(config) for config in self.text_encoder.configs]
+        return self._tensors(latents, latents.flip(0), times, [0] * count, blank)
+
+    def _tensors(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        uniform: Tensor,
+        captions: list[int],
+        caches: Sequence[TextCache | None],
+    ) -> Batch:
+        device = self.unet.device
+        timesteps = self.scheduler.training_timesteps(uniform)
+        alpha, sigma = self.scheduler.alpha_sigma(timesteps)
+        prediction = self.scheduler.config.prediction_type
+        weight = loss_weight(self.settings.loss_weight, prediction, timesteps, self.scheduler)
+        text: list[Tensor] = []
+        for i, cache in enumerate(caches):
+            if cache is not None:
+                text += cache.read(captions, device)
+            else:
+                tokens = self.text_encoder.tokenizers[i]([self.captions[c] for c in captions])
+                text += [tokens.input_ids, tokens.attention_mask]
+        scalars = [value.float().to(device) for value in (timesteps, alpha, sigma, weight)]
+        return (*placed(device, x0, noise), *scalars, *(value.to(device) for value in text))
+
+    def forward(
+        self,
+        x0: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        timesteps: Float[Tensor, " b"],
+        alpha: Float[Tensor, " b"],
+        sigma: Float[Tensor, " b"],
+        weight: Float[Tensor, " b"],
+        *text: Tensor,
+    ) -> dict[str, Tensor]:
+        embeds = self._embeds(list(text), len(x0))
+        alpha, sigma = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        pooled = embeds.pooled if self.config.unet.pooled_projection_dim is not None else None
+        output = self.unet(alpha * x0 + sigma * noise, timesteps, embeds.tokens, embeds.mask, pooled)
+        wanted = target(self.scheduler.config.prediction_type, x0, noise, alpha, sigma)
+        return {"prediction": (weight * ((output.float() - wanted) ** 2).mean(dim=(1, 2, 3))).mean()}
+
+    def _embeds(self, text: list[Tensor], count: int) -> PromptEmbeds:
+        parts = []
+        for i, config in enumerate(self.text_encoder.configs):
+            if config.trainable:
+                parts.append(self.text_encoder.read(i, text.pop(0), text.pop(0)))
+            else:
+                tokens, mask, pooled = text.pop(0), text.pop(0), text.pop(0)
+                parts.append(PromptEmbeds(tokens, mask if config.architecture == "bert" else None, pooled))
+        return self.text_encoder.join(parts) if parts else self.text_encoder([""] * count)
+
+    def finish(self, done: bool) -> None:
+        """Folds the change of basis into the layers that read text: they read it as it is again."""
+        self.whitened.close()
+
+
+def _blank(config: TextEncoderConfig) -> TextCache | None:
+    """A frozen encoder's cache of one caption of full length, to measure with."""
+    if config.trainable:
+        return None
+    rows = config.context_length + 1
+    return TextCache(np.zeros((rows, config.hidden_size), np.float16), np.array([0, rows]), rows - 1)

@@ -1,0 +1,133 @@
+"""All that a step changes, and the checkpoint that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stable_diffusion.files import replacing
+from stable_diffusion.training.stage import Player
+
+
+class TrainState:
+    """Each player's weights, their average and its optimizer's moments, and the counts.
+
+    Args:
+        players: who is trained.
+        autocast: number format of the forward pass; None is float32.
+    """
+
+    def __init__(self, players: Mapping[str, Player], autocast: torch.dtype | None) -> None:
+        self.players = players
+        self.parameters = {name: p for player in players.values() for name, p in player.parameters.items()}
+        self.device = next(iter(self.parameters.values())).device
+        self.average = {
+            name: parameter.detach().clone()
+            for player in players.values()
+            if player.ema_decay is not None
+            for name, parameter in player.parameters.items()
+        }
+        self.optimizers = {name: _adamw(player, self.device) for name, player in players.items()}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
+        self.step = 0  # the next one
+        self.skipped = 0
+
+    def update(self, rates: Mapping[str, float]) -> bool:
+        """Steps all players, each at its rate, unless a gradient is not finite. Returns whether it did."""
+        finite = True
+        for name, player in self.players.items():
+            optimizer = self.optimizers[name]
+            self.scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(player.parameters.values(), player.settings.max_grad_norm)
+            finite &= bool(torch.isfinite(norm))
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
+        for name, player in self.players.items():
+            if finite:
+                self.scaler.step(self.optimizers[name])
+                self._average(player)
+            self.optimizers[name].zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.step += 1
+        self.skipped += not finite
+        return finite
+
+    def _average(self, player: Player) -> None:
+        if player.ema_decay is not None:
+            decay = min(player.ema_decay, (1 + self.step) / (10 + self.step))
+            means = [self.average[name] for name in player.parameters]
+            torch._foreach_lerp_(means, [p.detach() for p in player.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Puts the averages in the place of the weights."""
+        for name, mean in self.average.items():
+            self.parameters[name].copy_(mean)
+
+    def save(self, path: Path) -> None:
+        """Writes everything."""
+        tensors: dict[str, Tensor] = {f"average.{name}": mean for name, mean in self.average.items()}
+        for name, parameter in self.parameters.items():
+            tensors[f"weights.{name}"] = parameter.detach()
+            for optimizer in self.optimizers.values():
+                for field, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer.{field}.{name}"] = value
+        counts = {"step": self.step, "skipped": self.skipped, "scale": self.scaler.get_scale()}
+        with replacing(path) as building:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                building,
+                metadata={key: str(value) for key, value in counts.items()},
+            )
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Restores what ``save`` wrote."""
+        with safe_open(path, "pt") as file:
+            for player, optimizer in zip(self.players.values(), self.optimizers.values(), strict=True):
+                for name, parameter in player.parameters.items():
+                    parameter.copy_(file.get_tensor(f"weights.{name}"))
+                    for field in _FIELDS:
+                        key = f"optimizer.{field}.{name}"
+                        if key in file.keys():  # noqa: SIM118 (it is no dict)
+                            value = file.get_tensor(key).to(self.device)
+                            if value.shape == parameter.shape:
+                                value = torch.empty_like(parameter).copy_(value)  # in its memory format
+                            optimizer.state[parameter][field] = value
+            for name, mean in self.average.items():
+                mean.copy_(file.get_tensor(f"average.{name}"))
+            counts = file.metadata()
+        self.step, self.skipped = int(counts["step"]), int(counts["skipped"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": float(counts["scale"])})
+
+
+_FIELDS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
+
+
+def _adamw(player: Player, device: torch.device) -> torch.optim.AdamW:
+    parameters = list(player.parameters.values())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        weight_decay=player.settings.weight_decay,
+        betas=(0.9, 0.99),
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def saved_step(path: Path) -> int:
+    """Steps that a checkpoint holds; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])

@@ -1,0 +1,209 @@
+"""What stages are prepared with: decoded pictures, latents and text, each made once and kept on disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from torch import Tensor
+
+from stable_diffusion import images
+from stable_diffusion.config import to_dict
+from stable_diffusion.data.cache import Array, ArrayCache, digest
+from stable_diffusion.data.item import Entry, Source, stream
+from stable_diffusion.errors import InputError
+from stable_diffusion.files import read_json, write_json
+from stable_diffusion.generation.pipeline import Parts
+from stable_diffusion.nn.unet import UNet
+from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.pixels import read_pixels
+from stable_diffusion.training.whitening import TextAffine, whitening
+
+TOGETHER = 32  # pictures, or captions, that are encoded at once
+
+
+class TrainableParts(Parts, Protocol):
+    """What training needs of a model."""
+
+    @property
+    def vae(self) -> AutoencoderKL | AutoencoderTiny: ...
+    @property
+    def unet(self) -> UNet: ...
+
+
+class TextCache:
+    """A frozen encoder's embeddings of every caption: for each its real tokens, then its pooled vector.
+
+    Args:
+        rows: all of them, one caption after the other, in float16.
+        starts: first row of each caption, and the number of rows at the end.
+        context_length: tokens that a caption is padded to.
+
+    Attributes:
+        change: the change of basis applied when they are read; None for none.
+    """
+
+    def __init__(self, rows: Array, starts: Array, context_length: int) -> None:
+        self.rows, self.starts, self.context_length = rows, starts, context_length
+        self.change: TextAffine | None = None
+
+    def whitening(self, most: int = 8192) -> TextAffine:
+        """What whitens the embeddings, measured on up to `most` captions."""
+        captions = range(0, len(self.starts) - 1, 1 + len(self.starts) // most)
+        rows = [self.rows[self.starts[i] : self.starts[i + 1]].astype(np.float32) for i in captions]
+        tokens = torch.from_numpy(np.concatenate([row[:-1] for row in rows]))
+        return TextAffine(whitening(tokens), whitening(torch.from_numpy(np.stack([row[-1] for row in rows]))))
+
+    def read(self, captions: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Padded tokens, their mask, and the pooled vectors of the captions of these numbers."""
+        first, last = self.starts[captions], self.starts[np.asarray(captions) + 1] - 1
+        places = first[:, None] + np.arange(self.context_length)
+        mask = places < last[:, None]
+        padded = self.rows[np.where(mask, places, last[:, None])]
+        padded[~mask] = 0
+        tokens = torch.from_numpy(padded).to(device).float()
+        pooled = torch.from_numpy(self.rows[last]).to(device).float()
+        if self.change is not None:
+            tokens, pooled = self.change.tokens(tokens), self.change.pooled(pooled)
+        return tokens, torch.from_numpy(mask).to(device), pooled
+
+
+class Workspace:
+    """A run's data, encoded by its model as it is when it is asked. Each method yields progress and returns.
+
+    Args:
+        parts: the model's.
+        data: captioned pictures.
+        entries: those of `data`.
+        folder: of the caches.
+
+    Attributes:
+        kept: the entries whose pictures can be decoded, in the order of all rows; complete after ``pictures``.
+        captions: every distinct caption, sorted; the empty one first.
+    """
+
+    def __init__(self, parts: TrainableParts, data: Source, entries: Sequence[Entry], folder: Path) -> None:
+        self.parts, self.data, self.folder = parts, data, folder
+        self.kept = self.entries = entries
+        self.captions = ["", *sorted({caption for entry in entries for caption in entry.captions} - {""})]
+        size = parts.config.sample_size
+        self._key = digest([(entry.key, entry.version) for entry in entries], size)
+        self._pictures: Array | None = None
+        self._state = PartialState()
+
+    def pictures(self) -> Generator[TrainStep, None, Array]:
+        """Every picture at the training size, ``b h w 3``, uint8."""
+        if self._pictures is None:
+            with self._state.main_process_first():
+                self._pictures = yield from self._decode()
+        return self._pictures
+
+    def _decode(self) -> Generator[TrainStep, None, Array]:
+        count, size = len(self.entries), self.parts.config.sample_size
+        cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
+        record = self.folder / "damaged.json"
+        damaged: list[int] = []
+
+        def blocks() -> Iterator[Array]:
+            for i, picture in enumerate(stream(self.data, [entry.key for entry in self.entries])):
+                if isinstance(picture, InputError):  # named below; until now only its header was read
+                    damaged.append(i)
+                    picture = Image.new("RGB", (size, size))
+                yield np.asarray(images.cover(picture, size, size))[None]
+            write_json(record, {"rows": damaged})
+
+        for done in cache.fill(blocks()):
+            yield TrainStep("reading pictures", done - 1, count)
+        damaged = read_json(record)["rows"]
+        kept = sorted(set(range(count)) - set(damaged))
+        if damaged:
+            names = ", ".join(self.entries[i].key for i in damaged[:3])
+            warnings.warn(
+                f"{len(damaged)} pictures cannot be decoded and are left out: {names}", stacklevel=2
+            )
+        if not kept:
+            raise InputError(f"none of the {count} pictures can be decoded: check the image folder")
+        self.kept = [self.entries[i] for i in kept]
+        pictures = cache.read()
+        return pictures[kept] if damaged else pictures
+
+    def latents(self) -> Generator[TrainStep, None, Array]:
+        """The latents of every picture, in float16."""
+        pictures = yield from self.pictures()
+        with self._state.main_process_first():
+            return (yield from self._encode(pictures))
+
+    @torch.no_grad()
+    def _encode(self, pictures: Array) -> Generator[TrainStep, None, Array]:
+        vae = self.parts.vae
+        side = pictures.shape[1] // vae.config.factor
+        shape = (len(pictures), vae.config.latent_channels, side, side)
+        cache = ArrayCache(self.folder, "latents", digest(self._key, shape, *_arrays(vae)), shape, "float16")
+
+        def blocks() -> Iterator[Array]:
+            for start in range(0, len(pictures), TOGETHER):
+                indices = list(range(start, min(start + TOGETHER, len(pictures))))
+                pixels = read_pixels(pictures, indices, vae.device)
+                yield vae.encode(pixels.contiguous(memory_format=torch.channels_last)).cpu().numpy()
+
+        for done in cache.fill(blocks()):
+            yield TrainStep("encoding pictures", done - 1, len(pictures))
+        return cache.read()
+
+    def text(self) -> Generator[TrainStep, None, list[TextCache | None]]:
+        """Each frozen encoder's embeddings of the captions, whitened; None for an encoder that is trained."""
+        with self._state.main_process_first():
+            caches = yield from self._encode_captions()
+        # Eigenvectors may differ from one machine to another: the first process's count.
+        changes = broadcast_object_list([[cache and cache.whitening() for cache in caches]])[0]
+        for cache, change in zip(caches, changes, strict=True):
+            if cache is not None:
+                cache.change = change
+        return caches
+
+    @torch.no_grad()
+    def _encode_captions(self) -> Generator[TrainStep, None, list[TextCache | None]]:
+        captions, encoder = self.captions, self.parts.text_encoder
+        caches: list[TextCache | None] = []
+        chunks = [captions[i : i + TOGETHER] for i in range(0, len(captions), TOGETHER)]
+        for i, config in enumerate(encoder.configs):
+            if config.trainable:
+                caches.append(None)
+                continue
+            reads_padding = config.architecture == "clip"
+            masks = torch.cat(
+                [encoder.tokenizers[i](chunk).attention_mask | reads_padding for chunk in chunks]
+            )
+            starts = np.concatenate([[0], np.cumsum(masks.sum(dim=1).numpy() + 1)])
+            key = digest(captions, to_dict(config), *_arrays(encoder.encoders[i]))
+            shape = (int(starts[-1]), config.hidden_size)
+            cache = ArrayCache(self.folder, f"captions-{i + 1}", key, shape, "float16")
+
+            def blocks(i: int = i) -> Iterator[Array]:
+                for chunk in chunks:
+                    embeds = encoder.encode(i, chunk)
+                    tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
+                    mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+                    if embeds.mask is not None:
+                        mask = embeds.mask.cpu()
+                    for said, real, whole in zip(tokens, mask, pooled, strict=True):
+                        yield torch.cat([said[real], whole[None]]).numpy()
+
+            for done in cache.fill(blocks()):
+                number = int(np.searchsorted(starts, done)) - 1
+                yield TrainStep("encoding captions", number, len(captions))
+            caches.append(TextCache(cache.read(), starts, config.context_length))
+        return caches
+
+
+def _arrays(module: torch.nn.Module) -> list[Array]:
+    """A module's weights, for a cache's key."""
+    return [parameter.detach().cpu().contiguous().numpy() for parameter in module.parameters()]
