@@ -107,7 +107,7 @@ def targets(network: nn.Module, *, convolutions: bool = False) -> dict[str, Tens
 
 
 def pair(weight: Tensor, rank: int, seed: int, size: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Matrices up and down whose product changes the weight by about `size` of its deviation."""
+    """Matrices up and down whose product changes the weight by about `size` of its standard deviation."""
     draw = partial(normal, dtype=torch.float32)
     down = draw(rank, *weight.shape[1:], seed=2 * seed)
     up = draw(len(weight), rank, *([1] * (weight.ndim - 2)), seed=2 * seed + 1)

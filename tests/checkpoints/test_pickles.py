@@ -145,7 +145,7 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
             pickles.read(path)
 
     refused(b"", "is empty")
-    refused(b"hello, world", "is no file of PyTorch")
+    refused(b"hello, world", "is not a file of PyTorch")
     refused(b"PK\x03\x04" + bytes(100), "truncated, damaged")
     refused(pickle.dumps({"a": 1}, protocol=4), "no file of weights")
     refused(pickle.dumps({"a": 1}, protocol=2), "no file of weights")

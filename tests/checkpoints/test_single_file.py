@@ -409,7 +409,7 @@ def test_the_order_of_evidence(folder: Path, tmp_path: Path) -> None:
         assert expected in read.notes[0] and how in read.notes[0]
 
     state[telltale] = torch.linspace(-0.1, 0.1, 16)
-    found("epsilon", "a guess from one bias, whose deviation 0.063 is <= 0.09")
+    found("epsilon", "a guess from one bias, whose standard deviation 0.063 is <= 0.09")
     state[telltale] = torch.linspace(-1, 1, 16)
     found("v_prediction", "a guess from one bias")
     root["global_step"] = 12

@@ -61,7 +61,9 @@ def read_tensors(path: Path) -> State:
         raise InputError(f"{path} does not exist: a model folder needs it")
     content, _ = read_weights(path)
     if strange := sorted(name for name, value in content.items() if not isinstance(value, Tensor)):
-        raise InputError(f"{path} holds what is no tensor ({', '.join(strange[:3])}): no weights of a part")
+        raise InputError(
+            f"{path} holds other things than tensors ({', '.join(strange[:3])}): these are not the weights of a part"
+        )
     return content
 
 

@@ -15,7 +15,7 @@ PARTS = re.compile(r"(unet|vae|text_encoder(_\d+)?|text_projection|tokenizer(_\d
 
 
 def is_name(path: str | Path) -> bool:
-    """Whether something that is no path here can be a hub name, ``owner/name``."""
+    """Whether something that is not a path here can be a hub name, ``owner/name``."""
     name = path.as_posix() if isinstance(path, Path) else path
     return NAME.fullmatch(name) is not None and not Path(name.partition("/")[0]).exists()
 
@@ -48,7 +48,7 @@ def fetch(name: str, *, variant: str | None = None) -> Path:
         wanted = needed(HfApi().list_repo_files(name), variant)
         if not wanted:
             raise InputError(
-                f"the hub's {name} is no model folder: download one of its files and give the file's path"
+                f"the hub's {name} is not a model folder: download one of its files and give the file's path"
             )
         return Path(snapshot_download(name, allow_patterns=wanted))
     except InputError:
@@ -62,7 +62,7 @@ def fetch(name: str, *, variant: str | None = None) -> Path:
 
 
 def needed(names: list[str], variant: str | None = None) -> list[str]:
-    """Of the files of a hub model, those that are read; none where it is no model folder."""
+    """Of the files of a hub model, those that are read; none where it is not a model folder."""
     tops = [name for name in names if name in ("model_index.json", "config.json", "README.md")]
     if not {"model_index.json", "config.json"} & set(tops):
         return []

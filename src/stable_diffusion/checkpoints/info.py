@@ -107,7 +107,7 @@ def _lora(path: Path, tensors: State, metadata: dict[str, str]) -> Iterator[str]
     guess = next(map(long_name, lora_widths(down, {})), "an unknown base model")
     base = metadata.get("ss_base_model_version", guess)
     if not down:
-        yield f"{path.stem}: adapter that is no LoRA (LoHa, LoKr or OFT): not supported"
+        yield f"{path.stem}: an adapter other than LoRA (LoHa, LoKr or OFT): not supported"
         return
     yield f"{path.stem}: LoRA for {base}, rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))}"
     text = sum("te_" in name[:8] or name.startswith("text_encoder") for name in down)

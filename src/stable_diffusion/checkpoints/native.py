@@ -81,7 +81,7 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         InputError: there is something at `folder` that is not a model folder.
     """
     if folder.exists() and not _is_replaceable(folder):
-        raise InputError(f"{folder} exists and is no model folder of this project: choose another name")
+        raise InputError(f"{folder} exists and is not a model folder of this project: choose another name")
     with replacing_folder(folder) as building:
         write_tensors(building / UNET, checkpoint.unet, dtype)
         write_tensors(building / VAE, checkpoint.vae, dtype)

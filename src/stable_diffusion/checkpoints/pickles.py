@@ -81,7 +81,9 @@ def read(path: Path) -> dict[str, Any]:
     if zipped:
         _check_archive(path)
     elif not start.startswith(STARTS):
-        raise InputError(f"{path} is no file of PyTorch (it begins with {start!r}): give a file of weights")
+        raise InputError(
+            f"{path} is not a file of PyTorch (it begins with {start!r}): give a file of weights"
+        )
     try:
         with torch.serialization.safe_globals(STAND_INS):
             root = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)

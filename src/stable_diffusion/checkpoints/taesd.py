@@ -92,7 +92,7 @@ def _tensors(path: Path) -> State:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings in a file beside the weights; none where there is no such file, or it is another part's."""
+    """The settings in a file beside the weights; empty where that file does not exist or is another part's."""
     settings = read_json(path) if path.is_file() else {}
     return settings if str(settings.get("_class_name", "")).startswith("Autoencoder") else {}
 

@@ -107,7 +107,7 @@ def _json(path: Path, *needed: str) -> dict[str, Any]:
     found = read_json(path)
     if missing := [key for key in needed if key not in found]:
         raise InputError(
-            f"{path} does not say {', '.join(missing)}: it is no configuration of Stable Diffusion 1.x or 2.x"
+            f"{path} does not say {', '.join(missing)}: it is not a configuration of Stable Diffusion 1.x or 2.x"
         )
     return found
 
@@ -175,7 +175,7 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
     notes = []
     if reason is not None:
         notes.append(
-            f"The model {config.name!r} is no StableDiffusionPipeline, because {reason}: {folder} has its"
+            f"The model {config.name!r} cannot be a StableDiffusionPipeline, because {reason}: {folder} has its"
             f" {', '.join(written)} and scheduler alone."
         )
     elif config.schedule.kind != "flow" and config.schedule.steps_offset != 1:

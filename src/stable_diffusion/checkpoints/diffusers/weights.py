@@ -80,7 +80,7 @@ def vae_state(published: State) -> State:
 
 
 def names_in(folder: Path) -> set[str]:
-    """The names in a folder; none where there is no such folder."""
+    """The names in a folder; empty where the folder does not exist."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 

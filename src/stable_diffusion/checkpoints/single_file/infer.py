@@ -31,7 +31,7 @@ PREDICTIONS: dict[str, Literal["epsilon", "v_prediction"]] = {
     **{"v_prediction": "v_prediction", "v": "v_prediction"},
 }
 STEPS = {875000: "eps", 110000: "v"}  # of the published 2.0-base and 2.1
-# ComfyUI's heuristic, not verified on the published files: the deviation of this bias is larger in those for v.
+# ComfyUI's heuristic, not verified on published files: this bias has a larger standard deviation in those for v.
 TELLTALE, TELLTALE_STD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 
@@ -97,7 +97,10 @@ def prediction_type(file: File, asked: str | None, heuristic: bool, openclip: bo
         deviation = float(bias.float().std())
         sign = ">" if deviation > TELLTALE_STD else "<="
         guess = "v" if deviation > TELLTALE_STD else "eps"
-        return guess, f"a guess from one bias, whose deviation {deviation:.3f} is {sign} {TELLTALE_STD}"
+        return (
+            guess,
+            f"a guess from one bias, whose standard deviation {deviation:.3f} is {sign} {TELLTALE_STD}",
+        )
     return "eps", f"nothing says otherwise, and most models of {'2.x inpainting' if openclip else '1.x'} do"
 
 
