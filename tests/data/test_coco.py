@@ -143,6 +143,16 @@ def test_a_truncated_picture_is_named_when_it_is_read(folder: Path) -> None:
         loader[0]
 
 
+def test_a_picture_that_is_gone_is_named_when_it_is_read(folder: Path) -> None:
+    path = picture(folder / "pictures" / "a.png")
+    loader = CocoImageLoader(folder / "pictures", captions_file(folder, [image(1, "a.png")], [note(1, "x")]))
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.png"):
+        loader[0]
+    with pytest.raises(InputError, match=r"a\.png"):
+        loader.image("a.png")
+
+
 def test_nothing_usable(folder: Path) -> None:
     picture(folder / "pictures" / "a.png")
     text = refused(folder, captions_file(folder, [image(1, "b.png")], [note(1, "x")]))

@@ -170,22 +170,6 @@ class CocoImageLoader:
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The picture's captions, without decoding it."""
-        return self._entries[self._names[index]].captions
-
-    def weight(self, index: int) -> float:
-        """How often training samples the picture, relative to the others."""
-        return self._entries[self._names[index]].weight
-
-    def name(self, index: int) -> str:
-        """The picture's file name as the JSON file gives it."""
-        return self._names[index]
-
-    def path(self, index: int) -> Path:
-        """The picture's file."""
-        return self._file(self._names[index])
-
     def _is_picture(self, file: str) -> bool:
         try:
             check_header(self.image_folder / file)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
@@ -125,14 +124,3 @@ class Progress(NamedTuple):
     """What is being done, such as "drawing"."""
     done: int
     total: int
-
-
-class CaptionedImages(Source, Protocol):
-    """The older reading of a set; goes as the rooms that use it are rebuilt."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Item: ...
-    def captions(self, index: int) -> tuple[str, ...]: ...
-    def weight(self, index: int) -> float: ...
-    def name(self, index: int) -> str: ...
-    def path(self, index: int) -> Path: ...
