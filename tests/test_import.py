@@ -22,7 +22,7 @@ ROOMS: list[set[str]] = [
     {"cli"},
     {"__init__"},
     {"model"},
-    {"progress"},
+    {"parts", "progress"},
     {"training", "evaluation"},
     {"generation", "checkpoints"},
     {"nn", "diffusion", "data"},

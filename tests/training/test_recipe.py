@@ -10,13 +10,15 @@ import pytest
 from stable_diffusion import CocoImageLoader, InputError
 from stable_diffusion.checkpoints import native
 from stable_diffusion.checkpoints.checkpoint import packaged
+from stable_diffusion.cli.show import finished
 from stable_diffusion.config import CLIP_MINI, MINI, MINILM, from_dict, to_dict
 from stable_diffusion.data.icon_captions import DEFAULT_STYLE, STYLES, Thing, captions
+from stable_diffusion.data.sources import Coco, Shapes, open_source
 from stable_diffusion.generation.pipeline import with_style
-from stable_diffusion.training.recipe import DataConfig, Recipe, open_data, read_recipe
+from stable_diffusion.training.recipe import Recipe, read_recipe
 from stable_diffusion.training.stage import OptimizerSettings
 from stable_diffusion.training.stages import DEFAULT, AutoencoderSettings, DecoderSettings, DenoiserSettings
-from tests.tiny import TINY, shapes
+from tests.tiny import shapes
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -29,7 +31,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_the_shapes_recipe() -> None:
     recipe = read_recipe(next(path for path in RECIPES if path.stem == "shapes-128"))
-    assert recipe.name == recipe.config.name == "shapes-128" and recipe.data.source == "shapes"
+    assert recipe.name == recipe.config.name == "shapes-128" and isinstance(recipe.data, Shapes)
     assert recipe.data.size == recipe.config.sample_size == 128
 
 
@@ -80,7 +82,7 @@ def test_it_says_what_differs_from_a_preset(tmp_path: Path) -> None:
     name = "further"
     """
     recipe = read_recipe(written(tmp_path, text))
-    assert recipe.data == DataConfig(source="shapes", count=12)
+    assert recipe.data == Shapes(count=12)
     vae = replace(MINI.vae, block_out_channels=(64, 96))
     assert recipe.config == replace(MINI, name="other", vae=vae) and recipe.seed == 7
     judge = OptimizerSettings(schedule="constant")
@@ -106,7 +108,7 @@ def test_an_older_recipe_is_read(tmp_path: Path) -> None:
     passes = 0
     """
     recipe = read_recipe(written(tmp_path, text))
-    assert recipe.data.source == "shapes" and recipe.config == MINI and recipe.seed == 3
+    assert isinstance(recipe.data, Shapes) and recipe.config == MINI and recipe.seed == 3
     judge = OptimizerSettings(learning_rate=5e-4)
     assert recipe.stages == (
         DenoiserSettings(epochs=22.0, caption_dropout=0.2),
@@ -135,7 +137,7 @@ def test_every_recipe_is_read_and_stored_again(path: Path) -> None:
 
 
 def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
-    assert read_recipe(written(tmp_path, "")) == Recipe(name="mine", data=DataConfig(), config=MINI)
+    assert read_recipe(written(tmp_path, "")) == Recipe(name="mine", data=Coco(), config=MINI)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,10 @@ def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
             "[[stage]]\nkind = 'denoiser'\nlearning_rate = 'fast'",
             r"learning_rate must be of type float, got 'fast'",
         ),
-        ("[data]\ncuont = 5", r"unknown setting of DataConfig 'cuont': did you mean 'count'\?"),
+        (
+            "[data]\nsource = 'shapes'\ncuont = 5",
+            r"unknown setting of Shapes 'cuont': did you mean 'count'\?",
+        ),
         ("[data]\nkind = 'shape'", r"unknown source 'shape': did you mean 'shapes'\?"),
         ("[data\n", r"mine\.toml is not TOML"),
     ],
@@ -180,13 +185,12 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 def test_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = DataConfig(source="shapes", count=10, size=32)
-    drawn = open_data(Recipe(name="mine", data=settings, config=TINY)).entries()
+    drawn = finished(open_source(Shapes(count=10, size=32), Path("datasets/mine"))).entries()
     assert len(drawn) == 9 and (tmp_path / "datasets/mine/train" / drawn[0].key).is_file()
     same = shapes(tmp_path / "elsewhere").entries()
     assert [entry.captions for entry in drawn] == [entry.captions for entry in same]
     files = {"images": "elsewhere/val", "captions": "elsewhere/annotations/captions_val.json"}
-    coco = open_data(Recipe(name="mine", data=DataConfig(**files), config=TINY))  # type: ignore[arg-type]
+    coco = finished(open_source(Coco(**files), Path("datasets/mine")))
     assert isinstance(coco, CocoImageLoader) and len(coco.entries()) == 1
 
 

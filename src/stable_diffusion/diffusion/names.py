@@ -16,94 +16,52 @@ Grid = Literal["rounded", "fractional", "intervals"]
 (the multistep solvers)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sampler:
-    """How a sampler's authors place the levels and scale the starting noise, and its names elsewhere."""
+    """How a sampler's authors place levels and begin, and its names elsewhere."""
 
     function: str
-    """Its name in `diffusion.samplers`."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the function that are fixed for this row."""
-    settings: tuple[str, ...] = ()
-    """Fields of ``SamplerConfig`` that the function reads."""
+    """In `diffusion.samplers`."""
+    webui: str
+    """Label in AUTOMATIC1111's webui."""
+    diffusers: str
+    """Scheduler class in diffusers."""
     spacing: str = "leading"
     grid: Grid = "rounded"
     ends_on_first_timestep: bool = False
     """Whether the last level is the schedule's ``final``, not clean latents."""
     begins_with_sigma: bool = False
     """Whether the starting noise is multiplied by sigma instead of 1, under the spacings that reach pure noise."""
-    webui: str
-    """Label in AUTOMATIC1111's webui."""
-    diffusers: str
-    """Scheduler class in diffusers."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the function, fixed for this row."""
+    settings: tuple[str, ...] = ()
+    """Fields of ``SamplerConfig`` that the function reads."""
     diffusers_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings in ``scheduler_config.json`` that tell this row from others of the same class."""
+    """What sets this row apart from others of the same class, in ``scheduler_config.json``."""
     aliases: tuple[str, ...] = ()
     """Further names, in lower case: k-diffusion's and ComfyUI's."""
 
 
+_K: dict[str, Any] = {"spacing": "linspace", "grid": "fractional", "begins_with_sigma": True}  # k-diffusion's
+_DPM: dict[str, Any] = {"spacing": "linspace", "grid": "intervals"}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+# fmt: off
 SAMPLERS = {
-    "ddpm": Sampler(function="ddpm", settings=("variance",), webui="DDPM", diffusers="DDPMScheduler"),
-    "ddim": Sampler(
-        function="ddim",
-        settings=("eta",),
-        ends_on_first_timestep=True,
-        webui="DDIM",
-        diffusers="DDIMScheduler",
-    ),
-    "pndm": Sampler(function="pndm", ends_on_first_timestep=True, webui="PLMS", diffusers="PNDMScheduler"),
-    "euler": Sampler(
-        function="ddim",
-        spacing="linspace",
-        grid="fractional",
-        begins_with_sigma=True,
-        webui="Euler",
-        diffusers="EulerDiscreteScheduler",
-    ),
-    "euler_a": Sampler(
-        function="ddim",
-        arguments={"eta": 1.0},
-        spacing="linspace",
-        grid="fractional",
-        begins_with_sigma=True,
-        webui="Euler a",
-        diffusers="EulerAncestralDiscreteScheduler",
-        aliases=("euler_ancestral",),
-    ),
-    "heun": Sampler(
-        function="heun",
-        spacing="linspace",
-        grid="fractional",
-        begins_with_sigma=True,
-        webui="Heun",
-        diffusers="HeunDiscreteScheduler",
-    ),
-    "dpmpp_2m": Sampler(
-        function="dpmpp_2m",
-        spacing="linspace",
-        grid="intervals",
-        webui="DPM++ 2M",
-        diffusers="DPMSolverMultistepScheduler",
-    ),
-    "dpmpp_2m_sde": Sampler(
-        function="dpmpp_2m",
-        arguments={"sde": True},
-        spacing="linspace",
-        grid="intervals",
-        webui="DPM++ 2M SDE",
-        diffusers="DPMSolverMultistepScheduler",
-        diffusers_settings={"algorithm_type": "sde-dpmsolver++"},
-    ),
-    "unipc": Sampler(
-        function="unipc",
-        spacing="linspace",
-        grid="intervals",
-        webui="UniPC",
-        diffusers="UniPCMultistepScheduler",
-        aliases=("uni_pc",),
-    ),
-    "lcm": Sampler(function="lcm", spacing="lcm", webui="LCM", diffusers="LCMScheduler"),
+    "ddpm": Sampler("ddpm", "DDPM", "DDPMScheduler", settings=("variance",)),
+    "ddim": Sampler("ddim", "DDIM", "DDIMScheduler", ends_on_first_timestep=True, settings=("eta",)),
+    "pndm": Sampler("pndm", "PLMS", "PNDMScheduler", ends_on_first_timestep=True),
+    "euler": Sampler("ddim", "Euler", "EulerDiscreteScheduler", **_K),
+    "euler_a": Sampler("ddim", "Euler a", "EulerAncestralDiscreteScheduler", **_K,
+                       arguments={"eta": 1.0}, aliases=("euler_ancestral",)),
+    "heun": Sampler("heun", "Heun", "HeunDiscreteScheduler", **_K),
+    "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **_DPM),
+    "dpmpp_2m_sde": Sampler("dpmpp_2m", "DPM++ 2M SDE", "DPMSolverMultistepScheduler", **_DPM,
+                            arguments={"sde": True}, diffusers_settings=_SDE),
+    "unipc": Sampler("unipc", "UniPC", "UniPCMultistepScheduler", **_DPM, aliases=("uni_pc",)),
+    "lcm": Sampler("lcm", "LCM", "LCMScheduler", spacing="lcm"),
 }
+# fmt: on
 
 ALIASES = {
     alias: name
@@ -124,26 +82,26 @@ def sampler_name(name: str) -> str:
     return ours
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spacing:
     """How levels are spread over a discrete schedule, and its names elsewhere."""
 
     function: str
-    """Its name in `diffusion.schedule`."""
+    """In `diffusion.schedule`."""
     diffusers: Mapping[str, Any] = field(default_factory=dict)
-    """Settings in ``scheduler_config.json``."""
+    """In ``scheduler_config.json``."""
     webui: str | None = None
-    """"Schedule type" in AUTOMATIC1111's webui."""
+    """ "Schedule type" in AUTOMATIC1111's webui."""
     flow: bool = True
-    """Whether a rectified flow can have it: equal steps then, since a flow has no discrete timesteps."""
+    """Whether a rectified flow can have it; one has no timesteps to hit, so that each gives equal steps."""
 
 
 SPACINGS = {
-    "leading": Spacing(function="leading", diffusers={"timestep_spacing": "leading"}),
-    "linspace": Spacing(function="linspace", diffusers={"timestep_spacing": "linspace"}),
-    "trailing": Spacing(function="trailing", diffusers={"timestep_spacing": "trailing"}),
-    "karras": Spacing(function="karras", diffusers={"use_karras_sigmas": True}, webui="Karras", flow=False),
-    "lcm": Spacing(function="lcm", flow=False),
+    "leading": Spacing("leading", {"timestep_spacing": "leading"}),
+    "linspace": Spacing("linspace", {"timestep_spacing": "linspace"}),
+    "trailing": Spacing("trailing", {"timestep_spacing": "trailing"}),
+    "karras": Spacing("karras", {"use_karras_sigmas": True}, webui="Karras", flow=False),
+    "lcm": Spacing("lcm", flow=False),
 }
 
 
