@@ -21,7 +21,7 @@ from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import Replan, TrainStep
 from stable_diffusion.training.loop import MOST_SKIPPED, make_batches, train_stage
 from stable_diffusion.training.pace import Pace
-from stable_diffusion.training.stage import OptimizerSettings, Player, StageSettings, only_player
+from stable_diffusion.training.stage import OptimizerSettings, Player, StageModule, StageSettings
 from tests.training.record import copied, differing
 
 SETTINGS = StageSettings(kind="toy", batch_size=6, learning_rate=0.1, warmup_steps=2, ema_decay=0.5)
@@ -29,7 +29,7 @@ COUNT = 7  # samples; no multiple of the batch
 SAMPLES = Samples(COUNT)
 
 
-class Toy(nn.Module):
+class Toy(StageModule):
     """Learns a linear map; ``poisoned`` steps have NaN in their batch."""
 
     share = 1.0
@@ -37,14 +37,13 @@ class Toy(nn.Module):
     def __init__(
         self, settings: StageSettings = SETTINGS, poisoned: frozenset[int] = frozenset(), count: int = COUNT
     ) -> None:
-        super().__init__()
+        super().__init__(settings)
         self.samples = Samples(count)
         self.layer = nn.Linear(3, 2)
         with torch.no_grad():
             self.layer.weight.copy_(torch.arange(6.0).view(2, 3) / 6)
             self.layer.bias.zero_()
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-        self.settings = settings
         self.poisoned = poisoned
         self.seen: list[int] = []
         self.history: list[dict[str, Tensor]] = []
@@ -61,17 +60,11 @@ class Toy(nn.Module):
         errors = (self.layer(x) * self.frozen - x[:, :2]).square().mean(dim=0)
         return {"first": errors[0] / 2, "second": errors[1] / 2}
 
-    def players(self) -> dict[str, Player]:
-        return only_player(self, self.settings)
-
     def prepare(self, workspace: object) -> Iterator[TrainStep]:
         yield from ()
 
     def example(self, count: int) -> tuple[Tensor, ...]:
         return (torch.ones(count, 3),)
-
-    def finish(self, done: bool) -> None:
-        pass
 
 
 def train(stage: Toy, path: Path, total: int = 20, pace: Pace | None = None, **settings: int) -> Any:
