@@ -92,16 +92,16 @@ def train_model(
 
     if not plan or minutes not in (None, record.content["minutes"]):
         for stage in built:
-            name, seconds = stage.settings.name, measured(stage)
-            length = steps or _length(stage.settings, len(entries))
+            seconds = measured(stage)
+            length = _length(stage.settings, len(entries))
             if minutes is not None:
                 length = max(1, int(60 * minutes * _part(built, stage) / seconds))
-            plan[name] = {"steps": length, "seconds": seconds}
+            plan[stage.settings.name] = {"steps": length, "seconds": seconds}
         record.content["minutes"] = minutes
-    elif steps is not None:
+    if steps is not None:
+        record.content["minutes"] = None
         for planned in plan.values():
             planned["steps"] = steps
-        record.content["minutes"] = None
     minutes = record.content["minutes"]
     if state.is_main_process:
         record.write()
