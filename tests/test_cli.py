@@ -556,6 +556,18 @@ def test_train_a_recipe_then_draw_with_its_model(minisd: Any) -> None:
     assert "'norm_groups': did you mean 'norm_num_groups'" in result.err
 
 
+def test_train_checks_a_recipe_and_wants_tensorboard(minisd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stable_diffusion.training import check
+
+    Path("smallest.toml").write_text(RECIPE, encoding="utf-8")
+    monkeypatch.setattr(check, "STEPS", {"autoencoder": 1, "denoiser": 1})
+    result = minisd("train", "smallest.toml", "--check", "--no-autocast")
+    assert result.code == 1 and "does NOT learn" in result.out and Path("runs/smallest-check").is_dir()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = minisd("train", "smallest.toml", "--steps", 1, "--tensorboard")
+    assert result.code == 2 and "pip install 'mini-stable-diffusion[tensorboard]'" in result.err
+
+
 def test_as_a_process(model: str) -> None:
     """One real start: output only where it belongs, and plain exit codes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}

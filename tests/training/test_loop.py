@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from stable_diffusion.errors import InputError
 from stable_diffusion.training import loop, state
 from stable_diffusion.training.draw import Draw, Samples
-from stable_diffusion.training.events import Replan, TrainStep
+from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.loop import MOST_SKIPPED, make_batches, train_stage
 from stable_diffusion.training.pace import Pace
-from stable_diffusion.training.stage import OptimizerSettings, Player, StageSettings, only_player
+from stable_diffusion.training.stage import OptimizerSettings, Player, StageModule, StageSettings
 from tests.training.record import copied, differing
 
 SETTINGS = StageSettings(kind="toy", batch_size=6, learning_rate=0.1, warmup_steps=2, ema_decay=0.5)
@@ -29,7 +29,7 @@ COUNT = 7  # samples; no multiple of the batch
 SAMPLES = Samples(COUNT)
 
 
-class Toy(nn.Module):
+class Toy(StageModule):
     """Learns a linear map; ``poisoned`` steps have NaN in their batch."""
 
     share = 1.0
@@ -37,14 +37,13 @@ class Toy(nn.Module):
     def __init__(
         self, settings: StageSettings = SETTINGS, poisoned: frozenset[int] = frozenset(), count: int = COUNT
     ) -> None:
-        super().__init__()
+        super().__init__(settings)
         self.samples = Samples(count)
         self.layer = nn.Linear(3, 2)
         with torch.no_grad():
             self.layer.weight.copy_(torch.arange(6.0).view(2, 3) / 6)
             self.layer.bias.zero_()
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-        self.settings = settings
         self.poisoned = poisoned
         self.seen: list[int] = []
         self.history: list[dict[str, Tensor]] = []
@@ -61,17 +60,11 @@ class Toy(nn.Module):
         errors = (self.layer(x) * self.frozen - x[:, :2]).square().mean(dim=0)
         return {"first": errors[0] / 2, "second": errors[1] / 2}
 
-    def players(self) -> dict[str, Player]:
-        return only_player(self, self.settings)
-
     def prepare(self, workspace: object) -> Iterator[TrainStep]:
         yield from ()
 
     def example(self, count: int) -> tuple[Tensor, ...]:
         return (torch.ones(count, 3),)
-
-    def finish(self, done: bool) -> None:
-        pass
 
 
 def train(stage: Toy, path: Path, total: int = 20, pace: Pace | None = None, **settings: int) -> Any:
@@ -394,68 +387,3 @@ def test_orders_are_hashed_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
     for step in range(300):  # of 6: 1.8 epochs
         draw(step).indices(samples)
     assert calls == [(0, "toy", 0), (0, "toy", 1)]
-
-
-# A budget of time.
-
-
-class Time:
-    """A clock that steps move on."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Timed(Toy):
-    """Its steps take `seconds(time)`."""
-
-    def __init__(self, clock: Time, seconds: Any) -> None:
-        super().__init__()
-        self.clock, self.seconds = clock, seconds
-
-    def batch(self, draw: Draw) -> tuple[Tensor, ...]:
-        self.clock.now += self.seconds(self.clock.now - 100)
-        return (torch.ones(len(draw.places), 3),)
-
-
-def run_for(seconds: float, planned: int, speed: Any, folder: Path) -> tuple[list[Any], float]:
-    """The events of a stage with a budget, and the seconds that it took."""
-    clock = Time()
-    pace = Pace(SETTINGS, planned, lambda: 100 + seconds - clock.now, clock)
-    return list(train(Timed(clock, speed), folder / "c", pace=pace)), clock.now - 100
-
-
-def test_a_machine_that_is_slow_at_first_makes_what_a_quick_one_does(tmp_path: Path) -> None:
-    """45 minutes planned as 270 steps of ten seconds, which take half a second once the first minute is over."""
-    events, seconds = run_for(2700, 270, lambda now: 10.0 if now < 60 else 0.5, tmp_path)
-    steps = [event for event in events if isinstance(event, TrainStep)]
-    assert 0.95 * 5286 < len(steps) < 1.05 * 5286 and 2500 < seconds < 2800
-    changes = [event for event in events if isinstance(event, Replan)]
-    assert changes and len(changes) < 5
-    assert "toy: " in str(changes[-1]) and f"steps instead of {changes[-1].before}" in str(changes[-1])
-    assert changes[-1].steps == steps[-1].total == len(steps)
-    assert steps[-1].learning_rate < steps[0].learning_rate, "it falls to the end of the last plan"
-
-
-def test_a_machine_that_becomes_slow_keeps_its_time(tmp_path: Path) -> None:
-    events, seconds = run_for(1000, 2000, lambda now: 0.5 if now < 200 else 1.0, tmp_path)
-    assert 900 < seconds < 1150 and len(events) < 1400
-
-
-def test_a_short_pause_changes_no_plan(tmp_path: Path) -> None:
-    events, _ = run_for(500, 1000, lambda now: 5.0 if 200 < now < 215 else 0.5, tmp_path)
-    assert not [event for event in events if isinstance(event, Replan)] and len(events) == 1000
-
-
-def test_once_the_rate_falls_the_plan_stays(tmp_path: Path) -> None:
-    events, _ = run_for(100, 100, lambda now: 1.0 if now < 70 else 0.01, tmp_path)
-    assert len(events) == 100
-
-
-def test_steps_that_were_asked_for_are_made_whatever_the_time(tmp_path: Path) -> None:
-    clock = Time()
-    pace = Pace(SETTINGS, 30, None, clock)
-    assert len(list(train(Timed(clock, lambda now: 1000 - now % 7), tmp_path / "c", pace=pace))) == 30

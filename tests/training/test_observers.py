@@ -14,7 +14,7 @@ import torch
 
 from stable_diffusion import InputError
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.training import run
+from stable_diffusion.training import compute
 from stable_diffusion.training.events import Plan, Replan, TrainStep
 from stable_diffusion.training.observers import TensorBoard
 from stable_diffusion.training.run import train_model
@@ -75,7 +75,7 @@ def test_run_json_says_what_was_run(tmp_path: Path, data: CocoImageLoader) -> No
     assert said["recipe"]["seed"] == 5 and said["recipe"]["data"] == {"source": "shapes"}
     assert [stage["kind"] for stage in said["recipe"]["stage"]] == ["autoencoder", "denoiser", "decoder"]
     assert said["recipe"]["model"]["name"] == "tiny" and "training" not in said["recipe"]["model"]
-    assert said["versions"]["torch"] == torch.__version__ and said["versions"].keys() >= {"python"}
+    assert said["machine"]["versions"]["torch"] == torch.__version__
     assert said["data"]["pictures"] == 9 and len(said["data"]["digest"]) == 16
     assert said["machine"]["processor"] and said["machine"]["cores"] and said["machine"]["device"] == "cpu"
     assert isinstance(said["machine"]["bf16"], bool) and said["spent"] > 0
@@ -193,8 +193,13 @@ def test_a_changed_plan_goes_on_after_a_stop(
             training.close()
     total, before = event.total, clock.now  # type: ignore[union-attr]
     clock.now += 100_000
-    monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(compute, "measure", lambda *_: pytest.fail("measured again"))
     events = list(train_model(tiny_model(), data, STAGES, output_dir=tmp_path, clock=clock))
     steps = [event for event in events if isinstance(event, TrainStep) and event.losses]
     assert steps[0].index == 51 and steps[0].total == total
     assert 280 < before + clock.now - 100_000 - before < 330
+
+
+def test_no_stage_at_all(tmp_path: Path, data: CocoImageLoader) -> None:
+    with pytest.raises(InputError, match="no stage to train"):
+        train(tmp_path, data, stages=())

@@ -1,4 +1,4 @@
-"""What the stages that train on pictures share."""
+"""What stages share: pictures and latents as tensors, noise, and the distance of pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stable_diffusion.config import ModelConfig
 from stable_diffusion.data.cache import Array
 from stable_diffusion.training.draw import Draw
 
@@ -33,6 +34,12 @@ def distance(error: Tensor) -> dict[str, Tensor]:
     """Absolute error of pixels and, weighted, of their differences along both sides."""
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     return {"pixels": error.abs().mean(), "edges": GRADIENT_WEIGHT * edges}
+
+
+def shapes(config: ModelConfig) -> tuple[int, tuple[int, int, int]]:
+    """The side of the pictures that a model is trained on, and the shape of their latents."""
+    side = config.sample_size // config.vae.factor
+    return config.sample_size, (config.vae.latent_channels, side, side)
 
 
 def placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:

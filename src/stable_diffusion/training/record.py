@@ -62,17 +62,12 @@ class RunRecord:
         write_json(self.path, self.content)
 
 
-def versions() -> dict[str, str]:
-    """What computes: this package, torch and Python."""
+def machine(device: torch.device, number_format: str) -> dict[str, object]:
+    """Where it is computed, and with what."""
     try:
         ours = version("mini-stable-diffusion")
-    except PackageNotFoundError:
+    except PackageNotFoundError:  # a folder of sources
         ours = "not installed"
-    return {"mini-stable-diffusion": ours, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def machine(device: torch.device, number_format: str) -> dict[str, object]:
-    """Where it is computed."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -84,6 +79,11 @@ def machine(device: torch.device, number_format: str) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "bf16": has_native_bf16(device),
         "number_format": number_format,
+        "versions": {
+            "mini-stable-diffusion": ours,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
 from stable_diffusion.config import to_dict
 from stable_diffusion.data.cache import digest
 from stable_diffusion.data.item import Source
 from stable_diffusion.errors import InputError, unknown_name
-from stable_diffusion.runtime import has_native_bf16
-from stable_diffusion.training import loop
-from stable_diffusion.training.compiling import CompiledOrEager, Compiler
+from stable_diffusion.training import compute, loop
+from stable_diffusion.training.compute import CompiledOrEager, Compiler, autocast_dtype, step_function
 from stable_diffusion.training.events import Event, Plan, Replan
-from stable_diffusion.training.loop import StepFunction, train_stage
+from stable_diffusion.training.loop import train_stage
 from stable_diffusion.training.observers import JsonLines
 from stable_diffusion.training.pace import Clock, Pace
-from stable_diffusion.training.record import RunRecord, fingerprint, machine, versions
+from stable_diffusion.training.record import RunRecord, fingerprint, machine
 from stable_diffusion.training.stage import Stage, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
 from stable_diffusion.training.state import saved_step
 from stable_diffusion.training.workspace import TrainableParts, Workspace
-
-OVERHEAD = 1.1  # reading batches, the optimizer's step, saving: beside what is measured
 
 
 def train_model(
@@ -74,13 +68,12 @@ def train_model(
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
     built: list[Stage] = [STAGES[settings.kind].stage(parts, settings) for settings in stages]
     compiling = None if compiler is None else CompiledOrEager(compiler)
-    functions = {stage.settings.name: _step_function(stage, compiling, state) for stage in built}
+    functions = {stage.settings.name: step_function(stage, compiling, state) for stage in built}
 
     model, recipe = to_dict(config), [to_dict(settings) for settings in stages]
     facts = {
         "recipe": {**(about or {}), "seed": seed, "stage": recipe, "model": model},
         "data": fingerprint(entries),
-        "versions": versions(),
         "machine": machine(device, number_format),
         "minutes": minutes,
     }
@@ -95,20 +88,20 @@ def train_model(
 
     def measured(stage: Stage) -> float:
         function = functions[stage.settings.name]
-        return float(broadcast_object_list([_measure(stage, function, dtype, state, clock)])[0])
+        return float(broadcast_object_list([compute.measure(stage, function, dtype, state, clock)])[0])
 
     if not plan or minutes not in (None, record.content["minutes"]):
         for stage in built:
-            name, seconds = stage.settings.name, measured(stage)
-            length = steps or _length(stage.settings, len(entries))
+            seconds = measured(stage)
+            length = _length(stage.settings, len(entries))
             if minutes is not None:
                 length = max(1, int(60 * minutes * _part(built, stage) / seconds))
-            plan[name] = {"steps": length, "seconds": seconds}
+            plan[stage.settings.name] = {"steps": length, "seconds": seconds}
         record.content["minutes"] = minutes
-    elif steps is not None:
+    if steps is not None:
+        record.content["minutes"] = None
         for planned in plan.values():
             planned["steps"] = steps
-        record.content["minutes"] = None
     minutes = record.content["minutes"]
     if state.is_main_process:
         record.write()
@@ -172,6 +165,10 @@ def train_model(
 def _check(stages: Sequence[StageSettings], processes: int) -> None:
     """Raises InputError for a list of stages that cannot be trained."""
     names = [settings.name for settings in stages]
+    if not names:
+        raise InputError(
+            "there is no stage to train: give a recipe with one, beside the autoencoder's for --start"
+        )
     for settings in stages:
         if settings.kind not in STAGES:
             raise unknown_name("stage kind", settings.kind, STAGES)
@@ -184,26 +181,6 @@ def _check(stages: Sequence[StageSettings], processes: int) -> None:
             )
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The 16-bit format that the device is good at; None, with a warning, where it is good at none."""
-    if has_native_bf16(device):
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.float16
-    warnings.warn(f"this {device.type} is not faster in 16 bits: training in float32", stacklevel=4)
-    return None
-
-
-def _step_function(stage: Stage, compiling: CompiledOrEager | None, state: PartialState) -> StepFunction:
-    """What computes a stage's losses: the stage, its copies on several devices kept equal, or it compiled."""
-    assert isinstance(stage, nn.Module)
-    module: nn.Module = stage
-    if state.num_processes > 1:
-        devices = None if state.device.type == "cpu" else [state.device]
-        module = nn.parallel.DistributedDataParallel(stage.to(state.device), device_ids=devices)
-    return module if compiling is None else compiling(module)
-
-
 def _length(settings: StageSettings, count: int) -> int:
     return max(settings.min_steps, round(settings.epochs * count / settings.batch_size))
 
@@ -211,22 +188,3 @@ def _length(settings: StageSettings, count: int) -> int:
 def _part(stages: Sequence[Stage], stage: Stage) -> float:
     """A stage's part of the time that these stages have."""
     return stage.share / sum(other.share for other in stages)
-
-
-def _measure(
-    stage: Stage, step: StepFunction, dtype: torch.dtype | None, state: PartialState, clock: Clock
-) -> float:
-    """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
-    parts = stage.settings.gradient_accumulation_steps
-    batch = stage.example(math.ceil(stage.settings.batch_size / (parts * state.num_processes)))
-    times = []
-    for _ in range(3):
-        began = clock()
-        with torch.autocast(batch[0].device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            losses = step(*batch)
-        loss = torch.stack([*losses.values()]).sum()
-        loss.backward()
-        float(loss.detach())  # waits for the device
-        times.append(clock() - began)
-        stage.zero_grad(set_to_none=True)
-    return OVERHEAD * parts * sum(times[1:]) / 2

@@ -80,10 +80,20 @@ class Player(NamedTuple):
     """None for weights without an average, which stay as their last step left them."""
 
 
-def only_player(stage: nn.Module, settings: StageSettings) -> dict[str, Player]:
-    """All parameters of a stage that require gradients, under its settings."""
-    trained = {name: p for name, p in stage.named_parameters() if p.requires_grad}
-    return {settings.kind: Player(settings, trained, settings.ema_decay)}
+class StageModule(nn.Module):
+    """What most stages have in common: one player, and nothing to do at the end."""
+
+    def __init__(self, settings: StageSettings) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def players(self) -> dict[str, Player]:
+        """All parameters that require gradients."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return {self.settings.kind: Player(self.settings, trained, self.settings.ema_decay)}
+
+    def finish(self, done: bool) -> None:
+        """Nothing is left to do."""
 
 
 class Stage(Protocol):

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from stable_diffusion.data.cache import Array
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.parallel import is_shared, summed
-from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise
-from stable_diffusion.training.stage import Batch, Player, StageSettings, only_player
+from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise, shapes
+from stable_diffusion.training.stage import Batch, StageModule, StageSettings
 from stable_diffusion.training.workspace import TrainableParts, Workspace
 
 POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
@@ -34,43 +34,32 @@ class AutoencoderSettings(StageSettings):
     ema_decay: float = 0.995
 
 
-class AutoencoderStage(nn.Module):
+class AutoencoderStage(StageModule):
     """Absolute error of pixels, of their differences, and of half-size pictures from half-size latents."""
 
     share = 0.15
+    pictures: Array  # b h w 3, uint8
 
     def __init__(self, parts: TrainableParts, settings: AutoencoderSettings) -> None:
-        super().__init__()
+        super().__init__(settings)
         self.vae = parts.vae
-        self.settings = settings
-        self.image_size = parts.config.sample_size
-        self.pictures: Array | None = None  # b h w 3, uint8
+        self.size, self.latent_shape = shapes(parts.config)
 
     def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
         """Decodes the pictures."""
         self.pictures = yield from workspace.pictures()
         self.samples = Samples(len(self.pictures))
 
-    def players(self) -> dict[str, Player]:
-        """The whole autoencoder."""
-        return only_player(self, self.settings)
-
     def batch(self, draw: Draw) -> Batch:
         """Pictures in [-1, 1], and the noise of their latents."""
-        assert self.pictures is not None, "prepare first"
         pixels = read_pixels(self.pictures, draw.indices(self.samples), self.vae.device)
         most = LATENT_NOISE if isinstance(self.vae, AutoencoderTiny) else None
-        return placed(self.vae.device, pixels, sample_noise(draw, self._shape, most))
+        return placed(self.vae.device, pixels, sample_noise(draw, self.latent_shape, most))
 
     def example(self, count: int) -> Batch:
         """Random pictures and noise."""
-        pixels = torch.rand(count, 3, self.image_size, self.image_size)
-        return placed(self.vae.device, pixels, torch.randn(count, *self._shape))
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        side = self.image_size // self.vae.config.factor
-        return self.vae.config.latent_channels, side, side
+        noise = torch.randn(count, *self.latent_shape)
+        return placed(self.vae.device, torch.rand(count, 3, self.size, self.size), noise)
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"]) -> dict[str, Tensor]:
         latents, penalties = self._latents(pixels, noise)
@@ -93,7 +82,6 @@ class AutoencoderStage(nn.Module):
     def finish(self, done: bool) -> None:
         """Gives the latents unit standard deviation for good."""
         if done:
-            assert self.pictures is not None
             normalise(self.vae, self.pictures)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from stable_diffusion.data.cache import Array
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise
-from stable_diffusion.training.stage import Batch, OptimizerSettings, Player, StageSettings
+from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise, shapes
+from stable_diffusion.training.stage import Batch, OptimizerSettings, Player, StageModule, StageSettings
 from stable_diffusion.training.workspace import TrainableParts, Workspace
 
 ADVERSARIAL_WEIGHT = 0.15  # of fooling the discriminator, beside the absolute error
@@ -54,16 +54,19 @@ class Discriminator(nn.Module):
         return self.layers(torch.cat([images, DETAIL_GAIN * details], dim=1))
 
 
-class DecoderStage(nn.Module):
+class DecoderStage(StageModule):
     """The decoder alone against a discriminator, on latents that stay as they are (Esser et al. 2021, section 3.1).
 
     Absolute error leaves soft what the latents leave open; what decides between styles is sharp.
     """
 
     share = 0.1
+    pictures: Array  # b h w 3, uint8
+    latents: Array  # b c h w, float16
 
     def __init__(self, parts: TrainableParts, settings: DecoderSettings) -> None:
-        super().__init__()
+        super().__init__(settings)
+        self.judge_settings = settings.discriminator
         self.vae = (parts.vae,)  # in a tuple, since only what decodes is trained
         self.decoder = parts.vae.decoder
         self.post_quant_conv = getattr(parts.vae, "post_quant_conv", None)
@@ -71,10 +74,7 @@ class DecoderStage(nn.Module):
             torch.manual_seed(0)
             discriminator = Discriminator(parts.vae.config.in_channels)
         self.discriminator = discriminator.to(parts.vae.device)
-        self.settings = settings
-        self.image_size = parts.config.sample_size
-        self.pictures: Array | None = None  # b h w 3, uint8
-        self.latents: Array | None = None  # b c h w, float16
+        self.size, self.latent_shape = shapes(parts.config)
 
     def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
         """Decodes the pictures and encodes their latents."""
@@ -89,12 +89,11 @@ class DecoderStage(nn.Module):
         decoder = {name: p for name, p in trained.items() if name not in judge}
         return {
             "decoder": Player(self.settings, decoder, self.settings.ema_decay),
-            "discriminator": Player(self.settings.discriminator, judge, None),
+            "discriminator": Player(self.judge_settings, judge, None),
         }
 
     def batch(self, draw: Draw) -> Batch:
         """Pictures in [-1, 1], and their latents with noise of any standard deviation up to `LATENT_NOISE`."""
-        assert self.pictures is not None and self.latents is not None, "prepare first"
         indices, device = draw.indices(self.samples), self.vae[0].device
         latents = torch.from_numpy(self.latents[indices]).to(device).float()
         noise = sample_noise(draw, latents.shape[1:], LATENT_NOISE)
@@ -102,10 +101,8 @@ class DecoderStage(nn.Module):
 
     def example(self, count: int) -> Batch:
         """Random pictures and latents."""
-        vae, size = self.vae[0].config, self.image_size
-        side = size // vae.factor
-        pixels = torch.rand(count, vae.in_channels, size, size)
-        return placed(self.vae[0].device, pixels, torch.randn(count, vae.latent_channels, side, side))
+        latents = torch.randn(count, *self.latent_shape)
+        return placed(self.vae[0].device, torch.rand(count, 3, self.size, self.size), latents)
 
     def forward(
         self, pixels: Float[Tensor, "b 3 h w"], latents: Float[Tensor, "b c y x"]
@@ -117,6 +114,3 @@ class DecoderStage(nn.Module):
         real, fake = self.discriminator(torch.cat([pixels, decoded.detach()])).chunk(2)
         hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         return {**distance(decoded - pixels), "fooling": ADVERSARIAL_WEIGHT * fooled, "discriminator": hinge}
-
-    def finish(self, done: bool) -> None:
-        """Nothing is left to do."""

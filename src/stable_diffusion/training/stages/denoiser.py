@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from stable_diffusion.config import TextEncoderConfig
 from stable_diffusion.data.cache import Array
@@ -18,8 +18,8 @@ from stable_diffusion.diffusion.objective import loss_weight, target
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.pixels import placed
-from stable_diffusion.training.stage import Batch, Player, StageSettings, only_player
+from stable_diffusion.training.pixels import placed, shapes
+from stable_diffusion.training.stage import Batch, StageModule, StageSettings
 from stable_diffusion.training.whitening import whitened
 from stable_diffusion.training.workspace import TextCache, TrainableParts, Workspace
 
@@ -38,22 +38,20 @@ class DenoiserSettings(StageSettings):
     """Weight of each noise level in the loss (`diffusion.objective`)."""
 
 
-class DenoiserStage(nn.Module):
+class DenoiserStage(StageModule):
     """Weighted squared error of the prediction at random noise levels (Ho et al. 2020, algorithm 1)."""
 
     share = 0.85
+    latents: Array  # b c h w, float16
+    captions_of: Sequence[Sequence[int]]  # numbers of each picture's captions
+    text_caches: Sequence[TextCache | None]  # of each frozen encoder
 
     def __init__(self, parts: TrainableParts, settings: DenoiserSettings) -> None:
-        super().__init__()
-        self.unet = parts.unet
-        self.text_encoder = parts.text_encoder
-        self.scheduler = parts.scheduler
-        self.config = parts.config
-        self.settings = settings
-        self.latents: Array | None = None  # b c h w, float16
+        super().__init__(settings)
+        self.unet, self.text_encoder = parts.unet, parts.text_encoder
+        self.scheduler, self.config = parts.scheduler, parts.config
+        self.dropout, self.loss_weight = settings.caption_dropout, settings.loss_weight
         self.captions: Sequence[str] = [""]  # every distinct caption; the empty one first
-        self.captions_of: Sequence[Sequence[int]] = []  # numbers of each picture's captions
-        self.text_caches: Sequence[TextCache | None] = []  # of each frozen encoder
         self.whitened = ExitStack()
 
     def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
@@ -61,19 +59,14 @@ class DenoiserStage(nn.Module):
         self.latents = yield from workspace.latents()
         self.text_caches = yield from workspace.text()
         self.captions = workspace.captions
-        numbers = {caption: number for number, caption in enumerate(self.captions)}
-        self.captions_of = [[numbers[caption] for caption in entry.captions] for entry in workspace.kept]
+        number = {caption: i for i, caption in enumerate(self.captions)}
+        self.captions_of = [[number[caption] for caption in entry.captions] for entry in workspace.kept]
         self.samples = Samples(len(self.latents), [entry.weight for entry in workspace.kept])
         changes = [None if cache is None else cache.change for cache in self.text_caches]
         self.whitened.enter_context(whitened(self.unet, self.text_encoder, changes))
 
-    def players(self) -> dict[str, Player]:
-        """The U-Net and what reads text for it, with one optimizer."""
-        return only_player(self, self.settings)
-
     def batch(self, draw: Draw) -> Batch:
         """Latents, noise, times, alpha, sigma and loss weight; then for each encoder what it says or has to read."""
-        assert self.latents is not None, "prepare first"
         indices = draw.indices(self.samples)
         generator = draw.generator()
         noise = draw.share(torch.randn(draw.batch_size, *self.latents.shape[1:], generator=generator))
@@ -81,17 +74,14 @@ class DenoiserStage(nn.Module):
         uniform, dropped, chosen = lots.unbind(dim=1)
         captions = [
             self.captions_of[index][int(lot * len(self.captions_of[index]))] if keep else 0
-            for index, lot, keep in zip(
-                indices, chosen.tolist(), dropped >= self.settings.caption_dropout, strict=True
-            )
+            for index, lot, keep in zip(indices, chosen.tolist(), dropped >= self.dropout, strict=True)
         ]
         latents = torch.from_numpy(self.latents[indices]).to(self.unet.device).float()
         return self._tensors(latents, noise, uniform, captions, self.text_caches)
 
     def example(self, count: int) -> Batch:
         """Random latents with the empty caption, or a blank one of full length."""
-        size = self.config.sample_size // self.config.vae.factor
-        latents = torch.randn(count, self.config.vae.latent_channels, size, size)
+        latents = torch.randn(count, *shapes(self.config)[1])
         times = torch.linspace(0.1, 0.9, count)
         blank = [_blank(config) for config in self.text_encoder.configs]
         return self._tensors(latents, latents.flip(0), times, [0] * count, blank)
@@ -108,7 +98,7 @@ class DenoiserStage(nn.Module):
         timesteps = self.scheduler.training_timesteps(uniform)
         alpha, sigma = self.scheduler.alpha_sigma(timesteps)
         prediction = self.scheduler.config.prediction_type
-        weight = loss_weight(self.settings.loss_weight, prediction, timesteps, self.scheduler)
+        weight = loss_weight(self.loss_weight, prediction, timesteps, self.scheduler)
         text: list[Tensor] = []
         for i, cache in enumerate(caches):
             if cache is not None:
