@@ -28,6 +28,10 @@ from tests.tiny import STAGES, TEXT, TINY, shapes, tiny_model
 from tests.training.record import Record
 
 
+def file(data: CocoImageLoader, index: int) -> Path:
+    return data.image_folder / data.entries()[index].key
+
+
 def result(progress: Any) -> Any:
     """What a generator returns."""
     while True:
@@ -182,12 +186,12 @@ def parts(kept: set[str]) -> dict[str, str]:
 
 def test_a_changed_picture_makes_new_pictures_and_latents(tmp_path: Path, own: CocoImageLoader) -> None:
     before = parts(run(tmp_path / "run", own))
-    Image.new("RGB", (32, 32), "red").save(own.path(3))
+    Image.new("RGB", (32, 32), "red").save(file(own, 3))
     after = parts(run(tmp_path / "run", own))
     assert {name for name in before if before[name] != after[name]} == {"pictures", "latents"}
     pictures = np.load(tmp_path / "run/cache" / after["pictures"])
     assert (pictures[3] == (255, 0, 0)).all()
-    os.utime(own.path(3), ns=(1, 1))
+    os.utime(file(own, 3), ns=(1, 1))
     assert parts(run(tmp_path / "run", own))["pictures"] != after["pictures"]
 
 
@@ -278,16 +282,18 @@ def large(tmp_path: Path) -> CocoImageLoader:
 
 def test_damaged_pictures_are_named_and_left_out(tmp_path: Path, large: CocoImageLoader) -> None:
     for index in (0, 4):
-        truncate(large.path(index))
+        truncate(file(large, index))
         with pytest.raises(InputError):
-            images.open_image(large.path(index))
-    message = f"2 pictures cannot be decoded and are left out: {large.name(0)}, {large.name(4)}"
+            images.open_image(file(large, index))
+    message = (
+        f"2 pictures cannot be decoded and are left out: {large.entries()[0].key}, {large.entries()[4].key}"
+    )
     for _ in range(2):  # from the files, then from the cache
         work = workspace(large, tmp_path / "cache")
         with pytest.warns(UserWarning, match=message):
             pictures = result(work.pictures())
         kept = [1, 2, 3, 5, 6]
-        assert [entry.key for entry in work.kept] == [large.name(index) for index in kept]
+        assert [entry.key for entry in work.kept] == [large.entries()[index].key for index in kept]
         assert pictures.shape == (5, 32, 32, 3)
         for row, index in enumerate(kept):
             assert np.array_equal(pictures[row], np.asarray(images.cover(large[index].image, 32, 32)))
@@ -295,19 +301,19 @@ def test_damaged_pictures_are_named_and_left_out(tmp_path: Path, large: CocoImag
 
 def test_captions_stay_with_their_pictures(tmp_path: Path, large: CocoImageLoader) -> None:
     """The captions that the denoiser samples for a row are those of the picture that is left in it."""
-    truncate(large.path(2))
+    truncate(file(large, 2))
     stage = DenoiserStage(tiny_model(), STAGES[1])
     with pytest.warns(UserWarning, match="1 pictures cannot be decoded"):
         result(stage.prepare(workspace(large, tmp_path)))
     kept = [index for index in range(len(large)) if index != 2]
     texts = [tuple(stage.captions[number] for number in numbers) for numbers in stage.captions_of]
-    assert texts == [large.captions(index) for index in kept] and stage.captions[0] == ""
+    assert texts == [large.entries()[index].captions for index in kept] and stage.captions[0] == ""
     assert stage.latents is not None and len(stage.latents) == len(kept)
 
 
 def test_none_decodable_is_an_error(tmp_path: Path, large: CocoImageLoader) -> None:
     for index in range(len(large)):
-        truncate(large.path(index))
+        truncate(file(large, index))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(InputError, match=f"none of the {len(large)} pictures can be decoded"):
@@ -317,7 +323,7 @@ def test_none_decodable_is_an_error(tmp_path: Path, large: CocoImageLoader) -> N
 def test_preparation_is_shown(tmp_path: Path, own: CocoImageLoader) -> None:
     record = Record()
     run(tmp_path / "run", own, callback=record)
-    captions = len({caption for i in range(len(own)) for caption in own.captions(i)}) + 1
+    captions = len({caption for entry in own.entries() for caption in entry.captions}) + 1
     for stage, total in (("reading pictures", 9), ("encoding pictures", 9), ("encoding captions", captions)):
         steps = record.stage(stage)
         assert {step.total for step in steps} == {total} and steps[-1].index == total - 1

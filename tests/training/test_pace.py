@@ -65,9 +65,13 @@ def test_a_short_pause_changes_no_plan(tmp_path: Path) -> None:
     assert not [event for event in events if isinstance(event, Replan)] and len(events) == 1000
 
 
-def test_once_the_rate_falls_the_plan_stays(tmp_path: Path) -> None:
-    events, _ = run_for(100, 100, lambda now: 1.0 if now < 70 else 0.01, tmp_path)
+def test_a_plan_changes_late_only_where_the_rate_has_not_fallen_far(tmp_path: Path) -> None:
+    """What little time is left over is not worth a rate that falls twice; what a busy start took is."""
+    events, _ = run_for(100, 100, lambda now: 1.0 if now < 90 else 0.2, tmp_path / "late")
     assert len(events) == 100
+    events, seconds = run_for(100, 5, lambda now: 10.0 if now < 40 else 0.1, tmp_path / "busy")
+    steps = [event for event in events if isinstance(event, TrainStep)]
+    assert len(steps) > 400 and seconds < 110
 
 
 def test_steps_that_were_asked_for_are_made_whatever_the_time(tmp_path: Path) -> None:

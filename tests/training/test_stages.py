@@ -13,12 +13,11 @@ import torch
 from stable_diffusion.config import (
     MINILM,
     AutoencoderKLConfig,
-    Guidance,
     ModelConfig,
-    SamplerConfig,
 )
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.generation import pipeline
+from stable_diffusion.generation.denoise import UNetNetwork
+from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.pixels import read_pixels
 from stable_diffusion.training.stages.autoencoder import AutoencoderStage, normalise
@@ -186,7 +185,9 @@ def test_a_perfect_prediction_has_no_loss() -> None:
 @pytest.mark.parametrize(
     "encoder", [TEXT, MINILM, replace(TEXT, trainable=True)], ids=["clip", "bert", "trained"]
 )
-def test_a_dropped_caption_is_samplings_unconditional_one(tmp_path: Path, encoder: Any) -> None:
+def test_a_dropped_caption_is_samplings_unconditional_one(
+    tmp_path: Path, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The U-Net's text input at a dropped caption is what guidance reads, and at a kept one what a prompt gives."""
     width = encoder.hidden_size
     unet = replace(TINY.unet, cross_attention_dim=width, pooled_projection_dim=width)
@@ -205,22 +206,19 @@ def test_a_dropped_caption_is_samplings_unconditional_one(tmp_path: Path, encode
     def spy(self: object, inputs: tuple[Any, ...], *_: Any) -> None:
         seen.append(tuple(None if x is None else x.clone() for x in inputs[2:]))
 
+    prepare = UNetNetwork.prepare
+
+    def preparing(self: UNetNetwork, embeds: PromptEmbeds, timesteps: Any) -> Any:
+        seen.append(tuple(embeds))
+        return prepare(self, embeds, timesteps)
+
     # A cached caption has no words to read: find the rows of the empty one by their pooled vector.
-    for network in (stage.unet, parts.unet):
-        network.register_forward_pre_hook(spy)
+    stage.unet.register_forward_pre_hook(spy)
+    monkeypatch.setattr(UNetNetwork, "prepare", preparing)
     with torch.no_grad():
         stage(*stage.batch(draw(1)))
-        request = pipeline.Request(
-            prompts=("a red circle", "a blue square", "a green heart", "a yellow star"),
-            negative_prompts=("",) * 4,
-            seeds=(0,) * 4,
-            height=32,
-            width=32,
-            num_inference_steps=1,
-            guidance=Guidance(scale=3.0),
-            sampler=SamplerConfig(name="euler", spacing="trailing"),
-        )
-        list(pipeline.generate(parts, request))
+    prompts = ["a red circle", "a blue square", "a green heart", "a yellow star"]
+    parts.generate(prompts, seed=0, num_inference_steps=1, guidance_scale=3.0)
     (tokens, mask, pooled), (sampled_tokens, sampled_mask, sampled_pooled) = seen
     # Sampling's rows: four unconditional ones, then the prompts in the order of CAPTIONS[1:].
     table = torch.cat([sampled_pooled[:1], sampled_pooled[4:]])

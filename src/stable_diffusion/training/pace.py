@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 
 class Pace:
-    """The number of a stage's steps, which changes with the machine until the learning rate begins to fall.
+    """The number of a stage's steps, which changes with the machine until the learning rate falls in any case.
 
     Args:
         settings: the stage's.
@@ -48,8 +48,7 @@ class Pace:
         if self.last is not None:
             self.times.append(now - self.last)
         self.last = now
-        falls = self.settings.schedule == "cooldown" and step > (1 - COOLDOWN) * self.total
-        if self.left is None or falls or step % OFTEN or len(self.times) < OFTEN:
+        if self.left is None or step % OFTEN or len(self.times) < OFTEN:
             return None
         seconds = statistics.median(list(self.times)[-max(OFTEN, len(self.times) // 4) :])
         return self.plan(step, seconds)
@@ -59,7 +58,8 @@ class Pace:
         assert self.left is not None
         total = step + max(1, int(self.left() / max(seconds, 1e-9)))
         total = broadcast_object_list([total])[0]  # the first process's clock counts
-        if abs(total - self.total) <= OFF * self.total:
+        falls = all(step > (1 - COOLDOWN) * planned for planned in (total, self.total))
+        if abs(total - self.total) <= OFF * self.total or (falls and self.settings.schedule == "cooldown"):
             return None
         change = Replan(self.settings.name, total, self.total, seconds)
         self.total = total
