@@ -48,7 +48,8 @@ class Pace:
         if self.last is not None:
             self.times.append(now - self.last)
         self.last = now
-        if self.left is None or step % OFTEN or len(self.times) < OFTEN:
+        due = step == self.total or (step % OFTEN == 0 and len(self.times) >= OFTEN)
+        if self.left is None or not due or not self.times:
             return None
         seconds = statistics.median(list(self.times)[-max(OFTEN, len(self.times) // 4) :])
         return self.plan(step, seconds)
