@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 
 import stable_diffusion
+from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 
 PACKAGE = Path(stable_diffusion.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+DEFAULTS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
+"""Scheduler classes whose own defaults and forms the reader and the writer of diffusers' folders know."""
 
 # The rooms from the top down: each may import those that stand below it in this list, and none beside it.
 ROOMS: list[set[str]] = [
@@ -85,6 +89,27 @@ def test_an_import_that_points_up_is_seen() -> None:
     assert upward("generation", imports(PACKAGE / "cli" / "generate.py")) >= {"config", "model"} - {"config"}
     assert upward("data", {"config", "errors"}) == set()
     assert upward("nn", {"diffusion"}) == {"diffusion"}
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    """In lines of text: the front door 300, any other file but the settings 400."""
+    most = {"model.py": 300, "config.py": 450}
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text("utf-8").splitlines()) for path in MODULES}
+    assert not {name: count for name, count in lengths.items() if count > most.get(name, 400)}
+
+
+def test_what_samplers_are_called_elsewhere_stands_in_one_file() -> None:
+    names = [
+        alias for row in SAMPLERS.values() for alias in (row.webui, row.diffusers) if alias not in DEFAULTS
+    ]
+    spacings = [key for row in SPACINGS.values() for key in row.diffusers if key.startswith("use_")]
+    found = {
+        str(path.relative_to(PACKAGE)): name
+        for path in MODULES
+        for name in (*names, *spacings)
+        if re.search(rf"[\"'`]{re.escape(name)}[\"'`]", path.read_text("utf-8"))
+    }
+    assert found.keys() == {"diffusion/names.py"}, found
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion.cli", "stable_diffusion.config"])

@@ -65,11 +65,19 @@ def test_generating_snippet_runs(here: Path) -> None:
     assert {path.name for path in here.iterdir()} == {"fox.png", "wolf.png"}
 
 
+def test_streaming_snippet_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps are printed, and the last preview is a picture."""
+    exec(snippet("model.stream("), {})
+    assert capsys.readouterr().out.splitlines() == [f"step {i} of 4" for i in (1, 2, 3, 4)]
+    assert Image.open("preview.png").size == (128, 128)
+
+
 def test_every_snippet_is_run() -> None:
-    """The second is run, and compiled, by tests/training/test_compile.py."""
+    """The last is run, and compiled, by tests/training/test_compile.py."""
     from tests.training.test_compile import SAMPLE
 
-    assert re.findall(r"```python\n(.*?)```", README, re.S) == [snippet("fox.png"), SAMPLE]
+    found = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert found == [snippet("fox.png"), snippet("model.stream("), SAMPLE]
 
 
 def test_generating_commands_run(here: Path) -> None:
