@@ -93,7 +93,9 @@ class DiffusionModel(ModelParts):
         """
         if fields.get("lora") is None:
             fields["lora"] = self.adapters.weights | self.adapters.fused
-        return Request.of(self.config, prompt=prompt, **fields)
+        request = Request.of(self.config, prompt=prompt, **fields)
+        self.adapters.check(request.lora)
+        return request
 
     def stream(self, request: Request) -> pipeline.Steps:
         """The steps of a request; closing the generator cancels it. Its return value is the ``Result``.

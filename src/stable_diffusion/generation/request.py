@@ -91,6 +91,7 @@ class Request:
         _integer("seed", self.seed, 0, LARGEST_SEED)
         for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
             check_number(name, getattr(self, name))
+        object.__setattr__(self, "lora", dict(self.lora))  # nobody else's
         for name, weight in self.lora.items():
             check_number(f"the weight of the LoRA {name!r}", weight)
         if not isinstance(self.sampler, str):

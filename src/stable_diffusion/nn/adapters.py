@@ -196,26 +196,28 @@ class Adapters(nn.Module):
                 self._hooks.pop(i).remove()
                 del self.places[i]
 
-    @contextmanager
-    def active(self, weights: Mapping[str, float] | None = None) -> Iterator[None]:
-        """Lets adapters act with these weights in the calls inside, of this thread alone; those not named rest.
-
-        None leaves it at ``weights``, or at an ``active`` around this one. Fused ones act as they were fused. Not to
-        be held across the yield of a generator, whose caller would be inside, too.
+    def check(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The weights, as ``active`` takes them.
 
         Raises:
-            InputError: a name that is not there, no number, or another weight than a fused adapter was fused with.
+            InputError: an unknown name, not a number, or another weight than a fused adapter was fused with.
         """
-        if weights is None:
-            yield
-            return
         weights = self._known(weights)
         for name, weight in self.fused.items():
             if weights.get(name, 0.0) != weight:
                 raise InputError(
                     f"the LoRA {name!r} is fused with the weight {weight}: unfuse for another one"
                 )
-        token = _ACTIVE.set({**(_ACTIVE.get() or {}), id(self): weights})
+        return weights
+
+    @contextmanager
+    def active(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """Lets adapters act with these weights in the calls inside, of this thread alone; those not named rest.
+
+        Not to be held across the yield of a generator, whose caller would be inside, too. Raises InputError as
+        ``check`` does.
+        """
+        token = _ACTIVE.set({**(_ACTIVE.get() or {}), id(self): self.check(weights)})
         try:
             yield
         finally:
