@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -233,3 +233,22 @@ def test_unknown_presets_and_presets_without_vocabulary_are_refused() -> None:
 def test_guidance_out_of_range(guidance: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"the guidance (interval|rescale) must be"):
         Guidance(**guidance)
+
+
+def test_training_needs_the_models_own_weights(tmp_path: Path) -> None:
+    """A LoRA that acts would be trained around, and one that is fused undone over what was learned."""
+    network = tiny_model()
+    network.adapters.add("a", {})
+    for train in (network.train, network.check):
+        with pytest.raises(InputError, match=r"unload its LoRAs first \(a\)"):
+            train(cast(Any, None), output_dir=tmp_path)
+
+
+def test_a_picture_says_which_model_made_it(tmp_path: Path) -> None:
+    """What was loaded, and how, is in its settings, so that the command can make it again."""
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    network = DiffusionModel.from_pretrained(tmp_path / "tiny", prediction_type="flow_prediction")
+    (made,) = network.generate("a", seed=0)
+    loading = {"model": str(tmp_path / "tiny"), "prediction_type": "flow_prediction"}
+    assert made.info["settings"].items() >= loading.items()
+    assert DiffusionModel.from_pretrained().request("a fox").model is None

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 
-def serve(cls: type[nn.Module]) -> None:
+def keep_methods(cls: type[nn.Module]) -> None:
     """Hands ``train`` and the state's plain names through ``torch.compile``'s wrapper of models of that class.
 
     The wrapper is an `nn.Module` of its own, whose methods hide the model's: ``train(data)`` would be an error,

@@ -356,7 +356,10 @@ def from_dict(cls: type[T], data: dict[str, Any], *, base: T | None = None) -> T
 
 def documented(cls: type) -> dict[str, str]:
     """The sentences below a class's fields, by the field: what ``--help`` shows of it."""
-    (tree,) = ast.parse(inspect.getsource(cls)).body
+    try:
+        (tree,) = ast.parse(inspect.getsource(cls)).body
+    except OSError:  # a package without its sources
+        return {}
     assert isinstance(tree, ast.ClassDef)
     pairs = itertools.pairwise(tree.body)
     return {

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stable_diffusion import images
-from stable_diffusion.compiled import serve
+from stable_diffusion.compiled import keep_methods
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.errors import InputError
 from stable_diffusion.generation import pipeline
@@ -67,7 +67,7 @@ class DiffusionModel(ModelParts):
             raise InputError(
                 "there is no autoencoder for previews: load one with load_vae(path, preview=True)"
             )
-        vae = self._preview[0].to(latents.device) if preview else self.vae
+        vae = self._preview[0] if preview else self.vae
         return images.to_pil(vae.decode(latents.to(vae.device, vae.dtype)).float())
 
     @torch.no_grad()
@@ -91,11 +91,9 @@ class DiffusionModel(ModelParts):
         Raises:
             InputError: an unknown field, or a value that the field or the model cannot have.
         """
-        if fields.get("lora") is None:
-            fields["lora"] = self.adapters.weights | self.adapters.fused
-        request = Request.of(self.config, prompt=prompt, **fields)
-        self.adapters.check(request.lora)
-        return request
+        own = {"lora": self.adapters.weights | self.adapters.fused, **self.origin}
+        given = {name: value for name, value in fields.items() if value is not None}
+        return Request.of(self.config, prompt=prompt, **own | given)
 
     def stream(self, request: Request) -> pipeline.Steps:
         """The steps of a request; closing the generator cancels it. Its return value is the ``Result``.
@@ -104,10 +102,11 @@ class DiffusionModel(ModelParts):
         of what the network then saw in the noise. Nothing of a call is seen by another thread's call.
 
         Raises:
-            InputError: a request that this model cannot make, or NaN and infinity in what its parts give.
+            InputError: here, a request that this model cannot make; at a step, NaN or infinity in what its parts give.
         """
-        request.check(self.config)
-        return pipeline.stream(self, request)
+        request.check(self.config, self.origin)
+        self.adapters.check(request.lora)
+        return pipeline.stream(self, request, pipeline.plan(self, request))
 
     def generate(
         self,
@@ -136,7 +135,7 @@ class DiffusionModel(ModelParts):
         from stable_diffusion.progress import show_steps
 
         request = self.request(prompt, negative_prompt=negative_prompt, **fields)
-        result = show_steps(pipeline.stream(self, request), request.num_inference_steps, callback)
+        result = show_steps(self.stream(request), request.num_inference_steps, callback)
         for note in result.notes:
             warnings.warn(note, stacklevel=2)
         return result.pictures
@@ -193,6 +192,8 @@ class DiffusionModel(ModelParts):
         from stable_diffusion.progress import show
         from stable_diffusion.training.run import train_model
 
+        self._check_own_weights()
+
         folder = Path("runs") / self.config.name if output_dir is None else Path(output_dir)
         progress = train_model(
             self,
@@ -229,8 +230,16 @@ class DiffusionModel(ModelParts):
         from stable_diffusion.progress import show
         from stable_diffusion.training.check import Verdict, overfit
 
+        self._check_own_weights()
+
         verdict = show(overfit(self, data, stages, output_dir=Path(output_dir), autocast=autocast))
         return isinstance(verdict, Verdict) and verdict.learns
 
+    def _check_own_weights(self) -> None:
+        if self.adapters.weights:
+            raise InputError(
+                f"training needs the model's own weights: unload its LoRAs first ({', '.join(self.adapters.weights)})"
+            )
 
-serve(DiffusionModel)
+
+keep_methods(DiffusionModel)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,7 +39,10 @@ class ModelParts(nn.Module):
 
     Attributes:
         notes: what reading the files found out or left aside, in sentences.
+        origin: which model it is and how it was loaded: the fields of that name of its requests.
     """
+
+    origin: dict[str, Any]
 
     def __init__(self, config: str | ModelConfig = "mini") -> None:
         super().__init__()
@@ -52,6 +55,7 @@ class ModelParts(nn.Module):
                 )
         folders = [packaged(str(text.packaged)) for text in self.config.text_encoders]
         self.notes: tuple[str, ...] = ()
+        self.origin = {"model": self.config.name}
         self.scheduler = Schedule(self.config.schedule)
         self._build(folders)
         for encoder, text in zip(self.text_encoder.encoders, self.config.text_encoders, strict=True):
@@ -99,8 +103,10 @@ class ModelParts(nn.Module):
             InputError: nothing there, not a model, or files that are damaged or do not fit together.
         """
         source = packaged("model") if path is None else path
-        checkpoint = checkpoints.read(source, prediction_type=prediction_type, variant=variant, ema=ema)
-        return cls._from_checkpoint(checkpoint, dtype)
+        reading: dict[str, Any] = {"prediction_type": prediction_type, "variant": variant, "ema": ema}
+        model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
+        model.origin = {"model": None if path is None else str(path), **reading}
+        return model
 
     @classmethod
     def _from_checkpoint(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
@@ -197,7 +203,10 @@ class ModelParts(nn.Module):
         Raises:
             InputError: a damaged file, one for another model, or a word that is there already.
         """
-        return embeddings.add(self.text_encoder, self.config, Path(path), token)
+        words = embeddings.add(self.text_encoder, self.config, Path(path), token)
+        added = str(path) if token is None else f"{path}:{token}"
+        self.origin["embedding"] = (*self.origin.get("embedding", ()), added)
+        return words
 
     def load_vae(self, path: str | Path, *, preview: bool = False) -> None:
         """Takes another autoencoder for the model's own: a better decoder, or TAESD, which is many times faster.
@@ -215,9 +224,15 @@ class ModelParts(nn.Module):
             self._preview = (vae,)  # in a tuple: no part of the model's state
             return
         self.vae = vae.train(self.vae.training)
+        self.origin["vae"] = str(path)
         # The U-Net keeps its size of latents.
         size = self.config.sample_size // self.config.vae.factor * vae.config.factor
         self.config = dataclasses.replace(self.config, vae=vae.config, sample_size=size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for vae in self._preview:  # which no state holds, but which moves along
+            vae._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _to_checkpoint(self) -> Checkpoint:
         """The model as it is written. Warns where there are LoRAs."""

@@ -569,7 +569,7 @@ def test_damaged_and_missing_files(content: bytes | None, model: DiffusionModel,
 def test_the_weight_is_a_number(model: DiffusionModel, tmp_path: Path) -> None:
     path = written(one(), tmp_path / "a")
     for weight in (math.nan, math.inf, "1", None):
-        with pytest.raises(InputError, match="weight must be a number"):
+        with pytest.raises(InputError, match="must be a number, got nan"):
             model.load_lora(path, weight)  # type: ignore[arg-type]
 
 
@@ -711,8 +711,8 @@ def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path
     [
         (("--lora", "nowhere.safetensors"), "nowhere.safetensors is no file"),
         (("--lora", "nowhere.safetensors:0.5"), "nowhere.safetensors is no file"),
-        (("--lora", "a.safetensors:much"), "FILE:WEIGHT such as a.safetensors:0.8, got 'a.safetensors:much'"),
-        (("--lora", "a.safetensors:nan"), "weight must be a number"),
+        (("--lora", "a.safetensors:much"), "NAME:WEIGHT such as a.safetensors:0.8, got 'much'"),
+        (("--lora", "a.safetensors:nan"), "must be a number, got nan"),
         (("--lora", "a.safetensors"), "none of 5 modules"),
         (("--embedding", "a.safetensors"), "no textual inversion"),
         (("--vae", "a.safetensors"), "a LoRA: use --lora"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from stable_diffusion import Guidance, InputError, SamplerConfig
 from stable_diffusion.cli.generate import Options
@@ -102,8 +105,9 @@ def test_what_says_nothing_is_left_out(tmp_path: Path) -> None:
         ({"prompt": ["a", 3]}, "prompt must be of type str, got 3"),
         ({"image": 3}, "image must be of type str, got 3"),
         ({"variance": "huge"}, "variance"),
-        ({"lora": ["a.pt:x"]}, "lora must be FILE or FILE:WEIGHT such as a.pt:0.8, got 'a.pt:x'"),
-        ({"lora": {"a": "x"}}, "the weight of 'a' must be of type float, got 'x'"),
+        ({"lora": ["a.pt:x"]}, "lora must be NAME or NAME:WEIGHT such as a.pt:0.8, got 'x'"),
+        ({"lora": {"a": "x"}}, "lora must be NAME or NAME:WEIGHT such as a:0.8, got 'x'"),
+        ({"lora": {"a": math.nan}}, "the weight of the LoRA 'a' must be a number, got nan"),
         ({"lora": 3}, "lora must give the weight of each name, got 3"),
         ({"guidance_interval": [0.1]}, "guidance_interval"),
     ],
@@ -118,9 +122,27 @@ def test_json_must_be_whole() -> None:
         Request.from_dict({"prompt": "a"})
 
 
+def test_a_picture_brings_no_path_of_its_own(tmp_path: Path) -> None:
+    """What a PNG's text says is no file that a request was made from."""
+    chunks = PngInfo()
+    chunks.add_text("path", "/etc/hostname")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png", pnginfo=chunks)
+    with Image.open(tmp_path / "a.png") as image:
+        request = Request.of(CONFIG, prompt="a", image=image)
+    assert "image" not in request.to_dict()
+
+
+def test_a_request_keeps_its_own_weights() -> None:
+    weights = {"a": 0.5}
+    request = Request.of(CONFIG, prompt="a", lora=weights)
+    weights["a"] = 3.0
+    assert request.lora == {"a": 0.5}
+    assert pickle.loads(pickle.dumps(request)) == request
+
+
 def test_the_weights_of_loras_as_older_pictures_have_them() -> None:
-    assert parse({"lora": ["a.pt", "dir/b.pt:0.5", "c:-1"]}) == {
-        "lora": {"a.pt": 1.0, "dir/b.pt": 0.5, "c": -1.0}
+    assert parse({"lora": ["a.pt", "dir/b.pt:0.5", "c:-1", "a.pt:0.5"]}) == {
+        "lora": {"a.pt": 1.5, "dir/b.pt": 0.5, "c": -1.0}
     }
 
 
@@ -132,12 +154,24 @@ def test_the_weights_of_loras_as_older_pictures_have_them() -> None:
         (replace(CONFIG, unet=replace(CONFIG.unet, in_channels=9)), {}, "give image and mask_image"),
         (CONFIG, {"latents": torch.zeros(2, 4, 8, 8)}, "latents must be a tensor of the shape"),
         (CONFIG, {"colour": "red"}, "unknown setting 'colour'"),
-        (CONFIG, {"lora": {"a": "x"}}, "the weight of the LoRA 'a' must be a number, got 'x'"),
+        (CONFIG, {"lora": {"a": "x"}}, "lora must be NAME or NAME:WEIGHT such as a:0.8, got 'x'"),
+        (CONFIG, {"lora": "x.safetensors"}, "lora must give the weight of each name, got 'x.safetensors'"),
+        (CONFIG, {"guidance_interval": (0.2,)}, "guidance_interval must be of type"),
+        (CONFIG, {"guidance_interval": 0.5}, "guidance_interval must be of type"),
+        (CONFIG, {"guidance_interval": (0.8, 0.2)}, "the guidance interval must be"),
+        (CONFIG, {"guidance_rescale": 2.0}, "the guidance rescale must be"),
+        (CONFIG, {"variance": "banana"}, "unknown variance 'banana'"),
+        (CONFIG, {"spacing": 3}, "spacing must be of type str, got 3"),
+        (CONFIG, {"eta": 2}, "eta must be from 0 to 1, got 2"),
+        (CONFIG, {"ema": "no"}, "ema must be of type bool, got 'no'"),
+        (CONFIG, {"embedding": "ab"}, "embedding must be of type tuple, got 'ab'"),
+        (CONFIG, {"vae": "taesd"}, "vae belongs to loading, and this model has None: load one with 'taesd'"),
+        (CONFIG, {"model": "other"}, "model belongs to loading, and this model has 'tiny'"),
     ],
 )
 def test_what_a_model_cannot_make(config: ModelConfig, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Request.of(config, prompt="a", **fields)
+        Request.of(config, prompt="a", **fields).check(config, {"model": config.name})
 
 
 def test_the_commands_options_are_the_fields() -> None:

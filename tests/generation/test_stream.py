@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_diffusion import DiffusionModel
+from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.diffusion.schedule import Schedule
 from stable_diffusion.generation import pipeline
@@ -125,7 +126,7 @@ def test_eight_threads_give_what_eight_calls_give(model: DiffusionModel) -> None
     assert parallel == serial * 2
 
 
-def test_a_16_bit_retry_is_not_seen_by_another_thread() -> None:
+def test_float16_on_a_cpu_is_computed_in_a_copy_for_each_thread() -> None:
     """float16 on a CPU is computed in a copy: the shared model keeps its weights."""
     network = lively(tiny_model(replace(TINY, vae=KL))).half()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -135,6 +136,41 @@ def test_a_16_bit_retry_is_not_seen_by_another_thread() -> None:
     assert len({result.pictures[0].tobytes() for result in results}) == 1
     assert all(len(result.notes) == 1 for result in results)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_16_bit_retry_begins_anew_and_leaves_the_model_as_it_is() -> None:
+    """Steps are counted from 0 again, each note is said once, and the weights stay in 16 bits."""
+    network = lively(tiny_model(replace(TINY, vae=KL))).to(torch.bfloat16)
+
+    def overflow(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * (math.inf if output.dtype == torch.bfloat16 else 1.0)
+
+    network.unet.conv_out.register_forward_hook(overflow)
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    steps = network.stream(network.request(long, seed=0))
+    indices = []
+    while True:
+        try:
+            indices.append(next(steps).index)
+        except StopIteration as end:
+            result = end.value
+            break
+    assert indices == [0, 1, 2, 3]
+    assert ["float32" in note for note in result.notes] == [True, False] and "sixteen" in result.notes[1]
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+
+
+def test_what_a_stream_cannot_do_is_said_before_its_first_step(model: DiffusionModel) -> None:
+    for fields, message in (
+        ({"spacing": "banana"}, "unknown spacing 'banana'"),
+        ({"spacing": "karras"}, "spacing 'karras'"),
+        ({"width": 33}, "multiple of 4"),
+        ({"lora": {"a": 0.5}}, "unknown LoRA 'a'"),
+        ({"vae": "taesd"}, "vae belongs to loading"),
+    ):
+        request = model.request("a", **fields)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=message):
+            model.stream(request)
 
 
 class Pull:
@@ -186,17 +222,24 @@ def test_the_pipeline_runs_over_a_network_that_is_no_module(model: DiffusionMode
     network = Pull()
     parts = Parts(model.config, Pull.Codec(), network, model.text_encoder, model.scheduler)
     request = Request.of(model.config, prompt=["a", "b"], seed=0, num_inference_steps=5)
-    steps: Steps = pipeline.stream(parts, request)
+    steps: Steps = pipeline.stream(parts, request, pipeline.plan(parts, request))
     result = pipeline.finished(steps)
     assert [picture.size for picture in result.pictures] == [(32, 32)] * 2
     assert len(network.asked) == 5
     # Prepared once for both halves of the guided batch, for the very levels that are asked for.
     assert network.prepared == [(4, tuple(sorted(network.asked)))]
-    again = pipeline.finished(pipeline.stream(parts, replace(request, prompt=("a",), negative_prompt=("",))))
+    again = pipeline.finished(
+        pipeline.stream(parts, replace(request, prompt=("a",)), pipeline.plan(parts, request))
+    )
     assert again.pictures[0].tobytes() == result.pictures[0].tobytes()
     image = replace(request, image=result.pictures[0], mask_image=result.pictures[0], strength=0.5)
-    repainted = pipeline.finished(pipeline.stream(parts, image))
-    assert np.asarray(repainted.pictures[1]).shape == (32, 32, 3)
+    repainted = pipeline.finished(pipeline.stream(parts, image, pipeline.plan(parts, image)))
+    mask = np.asarray(pipeline.fitted(image)[1]) > 127
+    before = np.asarray(result.pictures[0])
+    for picture in map(np.asarray, repainted.pictures):
+        assert (
+            mask.any() and (picture[~mask] == before[~mask]).all() and (picture[mask] != before[mask]).any()
+        )
 
 
 def test_outside_the_interval_half_the_network_is_prepared(model: DiffusionModel) -> None:
@@ -204,6 +247,6 @@ def test_outside_the_interval_half_the_network_is_prepared(model: DiffusionModel
     parts = Parts(model.config, Pull.Codec(), network, model.text_encoder, model.scheduler)
     fields = {"num_inference_steps": 4, "seed": 0, "sampler": "heun", "spacing": "trailing"}
     request = Request.of(model.config, prompt="a", guidance_interval=(0.0, 0.6), **fields)
-    pipeline.finished(pipeline.stream(parts, request))
+    pipeline.finished(pipeline.stream(parts, request, pipeline.plan(parts, request)))
     assert network.prepared == [(2, (250.0, 500.0)), (1, (750.0, 1000.0))]
     assert set(network.asked) == {250.0, 500.0, 750.0, 1000.0}

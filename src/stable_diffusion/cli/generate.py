@@ -19,7 +19,16 @@ import tyro
 from stable_diffusion.config import ModelConfig, Styles, documented, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.errors import InputError
-from stable_diffusion.generation.request import FIELDS, HINTS, PICTURES, REQUIRED, Request, parse, split_file
+from stable_diffusion.generation.request import (
+    FIELDS,
+    HINTS,
+    LOADING,
+    PICTURES,
+    REQUIRED,
+    Request,
+    parse,
+    split_file,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,10 +37,6 @@ if TYPE_CHECKING:
 
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-READING = ("prediction_type", "variant", "ema")
-"""Fields that say how the model's files are read."""
-ADDITIONS = ("vae", "lora", "embedding")
-"""And what is added to the model."""
 
 SHORT = {
     "negative_prompt": "--negative",
@@ -44,7 +49,7 @@ SHORT = {
 MORE = {
     "model": " By default the model that the package carries.",
     "seed": " By default one is sampled, and stored.",
-    "strength": " By default 0.8.",
+    "strength": f" By default {FIELDS['strength'].default}.",
     "sampler": f" {', '.join(SAMPLERS)}.",
     "spacing": f" {', '.join(SPACINGS)}.",
     "lora": " Here each is FILE or FILE:WEIGHT; the option can be given several times.",
@@ -60,7 +65,7 @@ def _options() -> type:
     for name in FIELDS:
         if name in ("prompt", "latents"):
             continue
-        help, aliases = sentences[name] + MORE.get(name, ""), [SHORT[name]] if name in SHORT else []
+        help, aliases = sentences.get(name, "") + MORE.get(name, ""), [SHORT[name]] if name in SHORT else []
         argument = tyro.conf.arg(help=help, help_behavior_hint="", aliases=aliases)
         if name in ("lora", "embedding"):
             options.append((name, Annotated[tuple[str, ...], tyro.conf.UseAppendAction, argument], ()))
@@ -110,21 +115,20 @@ def generate(
     if not prompt:
         example = (*_shown(settings.get("model")).prompts, "a red circle")[0]
         raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
-    source = settings.pop("model", None)
-    reading = {key: settings.pop(key) for key in READING if key in settings}
-    model = DiffusionModel.from_pretrained(source, **reading)
+    reading = {name: settings.pop(name) for name in LOADING if name in settings}
+    additions = {name: reading.pop(name) for name in ("vae", "embedding") if name in reading}
+    model = DiffusionModel.from_pretrained(reading.pop("model", None), **reading)
     for note in model.notes:
         warnings.warn(note, stacklevel=1)
-    additions = {key: settings[key] for key in ADDITIONS if key in settings}
-    _add(model, **additions)
+    _add(model, **additions, lora=settings.get("lora", {}))
     model = model.to(Config(device).DEVICE)
     first = settings.pop("seed", None)
     if first is None:
         first = int.from_bytes(os.urandom(4), "big")
     for number, text in enumerate(text for text in prompt for _ in range(count)):
-        picture = _picture(model, text, {**settings, **reading, "seed": first + number})
+        picture = _picture(model, text, {**settings, "seed": first + number})
         path = _free_path(output, text, first + number)
-        save_png(picture, path, picture.info["settings"] | {"model": source})
+        save_png(picture, path, picture.info["settings"])
         print(path, flush=True)
 
 

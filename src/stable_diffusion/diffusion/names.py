@@ -94,14 +94,23 @@ class Spacing:
     """ "Schedule type" in AUTOMATIC1111's webui."""
     flow: bool = True
     """Whether a rectified flow can have it; one has no timesteps to hit, so that each gives equal steps."""
+    reaches_noise: bool = True
+    """Whether the first level is the schedule's last timestep, however few the steps."""
+    most_steps: int | None = None
+    """None: as many as the schedule has."""
 
+
+FLOW_SPACING = "trailing"
+"""A rectified flow's own."""
+LCM_STEPS = 50
+"""The trailing grid that latent consistency models are distilled on (Luo et al. 2023)."""
 
 SPACINGS = {
-    "leading": Spacing("leading", {"timestep_spacing": "leading"}),
+    "leading": Spacing("leading", {"timestep_spacing": "leading"}, reaches_noise=False),
     "linspace": Spacing("linspace", {"timestep_spacing": "linspace"}),
     "trailing": Spacing("trailing", {"timestep_spacing": "trailing"}),
     "karras": Spacing("karras", {"use_karras_sigmas": True}, webui="Karras", flow=False),
-    "lcm": Spacing("lcm", flow=False),
+    "lcm": Spacing("lcm", flow=False, most_steps=LCM_STEPS),
 }
 
 

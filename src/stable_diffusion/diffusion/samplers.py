@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stable_diffusion.config import SamplerConfig
-from stable_diffusion.diffusion.names import SAMPLERS, sampler_name
+from stable_diffusion.diffusion.names import FLOW_SPACING, SAMPLERS, sampler_name, spacing_named
 from stable_diffusion.diffusion.objective import Denoiser, posterior_deviation, to_eps
 from stable_diffusion.diffusion.schedule import Level, Schedule
 
@@ -245,12 +245,12 @@ def sampling_levels(config: SamplerConfig, schedule: Schedule, num_inference_ste
 def initial_scale(config: SamplerConfig, schedule: Schedule, level: Level) -> float:
     """The factor of the standard normal noise that text-to-image starts from at the first level."""
     row = SAMPLERS[sampler_name(config.name)]
-    from_sigma = row.begins_with_sigma and _spacing(config, schedule) != "leading"
+    from_sigma = row.begins_with_sigma and spacing_named(_spacing(config, schedule)).reaches_noise
     return level.sigma if from_sigma or schedule.is_flow else 1.0
 
 
 def _spacing(config: SamplerConfig, schedule: Schedule) -> str:
-    own = "trailing" if schedule.is_flow else SAMPLERS[sampler_name(config.name)].spacing
+    own = FLOW_SPACING if schedule.is_flow else SAMPLERS[sampler_name(config.name)].spacing
     return own if config.spacing is None else config.spacing
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from stable_diffusion.config import ScheduleConfig
-from stable_diffusion.diffusion.names import Grid, spacing_named
+from stable_diffusion.diffusion.names import FLOW_SPACING, LCM_STEPS, Grid, spacing_named
 from stable_diffusion.errors import InputError
 
 
@@ -33,8 +33,6 @@ class Level:
 
 
 CLEAN = Level(-1.0, 1.0, 0.0)
-
-LCM_STEPS = 50  # the grid that latent consistency models are distilled on (Luo et al. 2023)
 
 
 def linear_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
@@ -113,11 +111,11 @@ class Schedule:
         if self.is_flow:
             if not row.flow:
                 raise InputError(
-                    f"spacing {spacing!r} is for the DDPM family; use 'trailing' for a rectified flow"
+                    f"spacing {spacing!r} is for the DDPM family; use {FLOW_SPACING!r} for a rectified flow"
                 )
             sigmas = self._shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1])
             return [*(self.level(sigma * self.num_train_timesteps) for sigma in sigmas.tolist()), CLEAN]
-        most = LCM_STEPS if spacing == "lcm" else self.num_train_timesteps - (grid == "intervals")
+        most = row.most_steps or self.num_train_timesteps - (grid == "intervals")
         if num_inference_steps > most:
             raise InputError(f"num_inference_steps must be at most {most} here, got {num_inference_steps}")
         place: Callable[[Schedule, int, Grid], list[Level]] = globals()[row.function]

@@ -67,20 +67,20 @@ Steps = Generator[Step, bool | None, Result]
 """Yields the steps and returns the result. Sent True, it stops: what the network then saw in the noise is decoded."""
 
 
-def stream(parts: Parts, request: Request) -> Steps:
-    """A request's steps; where 16 bits do not do, all of them again in float32."""
+def stream(parts: Parts, request: Request, levels: list[Level]) -> Steps:
+    """A request's steps along levels that ``plan`` gave; where 16 bits are too narrow, all of them in float32."""
     notes: list[str] = []
     network = parts.network
     if network.dtype == torch.float16 and network.device.type == "cpu":
-        notes.append("float16 is not a format to compute in on a CPU: computing in float32")
+        notes.append("float16 is not a format to compute in on a CPU: computing in float32, in a copy")
         parts = parts.widened()
     try:
-        return (yield from generate(parts, request, notes))
+        return (yield from generate(parts, request, levels, notes))
     except NonFinite:
         if parts.network.dtype not in (torch.float16, torch.bfloat16):
             raise
-    notes.append("NaN or infinity in a 16-bit number format: computing again in float32")
-    return (yield from generate(parts.widened(), request, notes))
+    notes = ["NaN or infinity in a 16-bit number format: computing again in float32"]
+    return (yield from generate(parts.widened(), request, levels, notes))
 
 
 def finished(steps: Steps) -> Result:
@@ -94,9 +94,8 @@ def finished(steps: Steps) -> Result:
 
 
 @torch.no_grad()
-def generate(parts: Parts, request: Request, notes: list[str]) -> Steps:
+def generate(parts: Parts, request: Request, levels: list[Level], notes: list[str]) -> Steps:
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
-    levels = plan(parts, request)
     image, mask = fitted(request)
     embeds = encode_prompts(parts, request, notes)
     noise = seeded_noise(parts, request)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,22 +81,24 @@ class Request:
     """Standard normal latents to begin with, ``b c h w``, one for each picture; None takes those of the seeds."""
 
     def __post_init__(self) -> None:
-        prompts, negatives = _texts("prompt", self.prompt), _texts("negative_prompt", self.negative_prompt)
-        if len(negatives) not in (1, len(prompts)):
+        for name in ("prompt", "negative_prompt"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        if len(self.negative_prompt) not in (1, len(self.prompt)):
             raise InputError(
-                f"negative_prompt must be one text or one for each of the {len(prompts)} prompts, got {len(negatives)}"
+                f"negative_prompt must be one text or one for each of the {len(self.prompt)} prompts,"
+                f" got {len(self.negative_prompt)}"
             )
         for name in ("num_images_per_prompt", "num_inference_steps", "width", "height"):
             _integer(name, getattr(self, name), 1)
         _integer("seed", self.seed, 0, LARGEST_SEED)
         for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
             check_number(name, getattr(self, name))
-        object.__setattr__(self, "lora", dict(self.lora))  # nobody else's
-        for name, weight in self.lora.items():
-            check_number(f"the weight of the LoRA {name!r}", weight)
         if not isinstance(self.sampler, str):
             raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
         sampler_name(self.sampler)
+        for name in ("guidance_interval", "spacing", "variance", *LOADING):
+            object.__setattr__(self, name, typed(HINTS[name], getattr(self, name), name))
+        object.__setattr__(self, "lora", _weights(self.lora))
         _ = self.guidance, self.sampler_config  # which check their own ranges
         if self.mask_image is not None and self.image is None:
             raise InputError("mask_image needs the image that it masks: give image as well")
@@ -105,7 +107,7 @@ class Request:
 
     @classmethod
     def of(cls, config: ModelConfig, **given: Any) -> Request:
-        """The request of a model's defaults and the given fields, checked against the model.
+        """The request of a model's defaults and the given fields.
 
         Args:
             config: the model's.
@@ -113,7 +115,7 @@ class Request:
                 ``guidance_scale`` as a ``Guidance`` and ``sampler`` as a ``SamplerConfig``.
 
         Raises:
-            InputError: an unknown field, or a value that the field or the model cannot have.
+            InputError: an unknown field, or a value that the field cannot have.
         """
         values: dict[str, Any] = {"model": config.name, "prompt": None, "negative_prompt": ("",)}
         values |= _guidance(config.guidance) | {"num_inference_steps": config.num_inference_steps}
@@ -125,18 +127,20 @@ class Request:
                 values |= _guidance(value)
             elif isinstance(value, SamplerConfig):
                 values |= _sampler(value)
-            elif value is not None:
+            elif value is not None or name == "model":
                 values[name] = float(value) if type(value) is int and HINTS[name] is float else value
-        for name in ("prompt", "negative_prompt"):
-            values[name] = _texts(name, values[name])
         values = _opened(values)
         values.setdefault("seed", int.from_bytes(os.urandom(4), "big"))
-        request = cls(**_size(config, values.get("image")) | values)
-        request.check(config)
-        return request
+        return cls(**_size(config, values.get("image")) | values)
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises InputError where the model cannot make this."""
+    def check(self, config: ModelConfig, origin: Mapping[str, Any]) -> None:
+        """Raises InputError where the model of that configuration and that origin cannot make this."""
+        for name in LOADING:
+            asked, own = getattr(self, name), origin.get(name, FIELDS[name].default)
+            if own is not dataclasses.MISSING and asked != own:
+                raise InputError(
+                    f"{name} belongs to loading, and this model has {own!r}: load one with {asked!r}"
+                )
         if not config.text_encoders and any(self.prompt):
             raise InputError(
                 f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
@@ -220,7 +224,7 @@ class Request:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Request:
-        """The request that ``to_dict`` gave; its pictures are opened.
+        """The request that ``to_dict`` gave; its pictures are opened. For part of one, ``of(config, **parse(data))``.
 
         Raises:
             InputError: a field that is missing, unknown or of another type, or a picture that cannot be opened.
@@ -239,7 +243,9 @@ REQUIRED = [
     if described.default is described.default_factory is dataclasses.MISSING
 ]
 PICTURES = ("image", "mask_image")
-_PATH = "path"  # of a picture's file, in its `info`
+LOADING = ("model", "prediction_type", "variant", "ema", "vae", "embedding")
+"""Fields that say which model it is and how it was loaded: whoever loads it reads them."""
+_PATH = ("path",)  # of a picture's file, in its `info`: no key that a file could have brought along
 
 
 def parse(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def parse(data: Mapping[str, Any]) -> dict[str, Any]:
         if name not in FIELDS or name == "latents":
             raise unknown_name("setting", name, FIELDS)
         if name == "lora":
-            value = {key: typed(float, weight, f"the weight of {key!r}") for key, weight in _pairs(value)}
+            value = _weights(value)
         elif name in PICTURES:
             value = typed(str, value, name)
         else:
@@ -279,19 +285,23 @@ def check_size(config: ModelConfig, width: int, height: int) -> None:
             raise InputError(f"{name} must be a multiple of {factor}, got {value}; {nearest}")
 
 
-def _pairs(lora: object) -> Iterable[tuple[str, object]]:
-    """Names and weights of a JSON object, or of texts such as FILE and FILE:0.8."""
+def _weights(lora: object) -> dict[str, float]:
+    """The weights of names, from a JSON object or from texts such as FILE and FILE:0.8; equal names add up."""
     if isinstance(lora, Mapping):
-        yield from lora.items()
-        return
-    if not isinstance(lora, (list, tuple)) or not all(isinstance(text, str) for text in lora):
+        pairs = list(lora.items())
+    elif isinstance(lora, (list, tuple)) and all(isinstance(text, str) for text in lora):
+        pairs = [split_file(text) for text in lora]
+    else:
         raise InputError(f"lora must give the weight of each name, got {lora!r}")
-    for text in lora:
-        file, weight = split_file(text)
+    weights: dict[str, float] = {}
+    for name, said in pairs:
         try:
-            yield file, 1.0 if weight is None else float(weight)
-        except ValueError:
-            raise InputError(f"lora must be FILE or FILE:WEIGHT such as {file}:0.8, got {text!r}") from None
+            weight = 1.0 if said is None else float(said)
+        except (TypeError, ValueError):
+            raise InputError(f"lora must be NAME or NAME:WEIGHT such as {name}:0.8, got {said!r}") from None
+        check_number(f"the weight of the LoRA {name!r}", weight)
+        weights[name] = weights.get(name, 0.0) + weight
+    return weights
 
 
 def _guidance(guidance: Guidance) -> dict[str, Any]:
@@ -322,7 +332,7 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
         value = values.get(name)
         if isinstance(value, (str, Path)):
             pictures[name] = images.open_image(value)
-            pictures[name].info = {_PATH: str(value)}
+            pictures[name].info = {_PATH: str(value)}  # type: ignore[dict-item]
         elif isinstance(value, Image.Image):
             pictures[name] = images.to_rgb(value)
         elif value is not None:

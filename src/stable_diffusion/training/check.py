@@ -117,7 +117,7 @@ def overfit(
 def _rendered(parts: TrainableParts, prompts: list[str]) -> Array:
     """What the model makes of the prompts, without guidance."""
     request = Request.of(parts.config, prompt=prompts, seed=0, guidance_scale=1.0)
-    return _array(pipeline.finished(pipeline.stream(parts, request)).pictures)
+    return _array(pipeline.finished(pipeline.stream(parts, request, pipeline.plan(parts, request))).pictures)
 
 
 def _array(pictures: Sequence[Image.Image]) -> Array:
