@@ -33,3 +33,6 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"main.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("main.py: stopped; run it again to continue", file=sys.stderr)
+        sys.exit(130)

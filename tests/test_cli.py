@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 
 from stable_diffusion import DiffusionModel, cli
 from stable_diffusion.checkpoints.checkpoint import packaged
-from stable_diffusion.cli.generate import SHORT
 from stable_diffusion.config import Styles
-from stable_diffusion.generation.request import FIELDS
+from stable_diffusion.generation.request import FIELDS, SHORT
 from stable_diffusion.nn import tokenizer
 from tests.lively import lively
 from tests.tiny import KL, TINY, tiny_model
@@ -155,10 +154,11 @@ def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: s
     added = {"num_images_per_prompt", "prediction_type", "variant", "ema", "vae", "lora", "embedding"}
     assert given.keys() | added == FIELDS.keys() - {"prompt", "latents"}, "the others: tests/checkpoints"
     pictures = []
-    for names in ({}, SHORT):
+    none: dict[str, str] = {}
+    for names in (none, SHORT):
         words: list[object] = []
         for name, value in given.items():
-            option = names.get(name, f"--{name.replace('_', '-')}")
+            option = f"--{names.get(name, name).replace('_', '-')}"
             words += [option, *(value if isinstance(value, list) else [value])]
         pictures += minisd("generate", "a", *words, "--device", "cpu").paths
     for path in pictures:

@@ -104,6 +104,8 @@ class DiffusionModel(ModelParts):
         Raises:
             InputError: here, a request that this model cannot make; at a step, NaN or infinity in what its parts give.
         """
+        if not isinstance(request, Request):
+            raise InputError(f"stream takes a Request, such as model.request(prompt), got {request!r}")
         request.check(self.config, self.origin)
         self.adapters.check(request.lora)
         return pipeline.stream(self, request, pipeline.plan(self, request))

@@ -154,6 +154,7 @@ def test_the_weights_of_loras_as_older_pictures_have_them() -> None:
         (replace(CONFIG, unet=replace(CONFIG.unet, in_channels=9)), {}, "give image and mask_image"),
         (CONFIG, {"latents": torch.zeros(2, 4, 8, 8)}, "latents must be a tensor of the shape"),
         (CONFIG, {"colour": "red"}, "unknown setting 'colour'"),
+        (CONFIG, {"steps": 4}, "unknown setting 'steps': here it is called 'num_inference_steps'"),
         (CONFIG, {"lora": {"a": "x"}}, "lora must be NAME or NAME:WEIGHT such as a:0.8, got 'x'"),
         (CONFIG, {"lora": "x.safetensors"}, "lora must give the weight of each name, got 'x.safetensors'"),
         (CONFIG, {"guidance_interval": (0.2,)}, "guidance_interval must be of type"),

@@ -51,5 +51,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(line)
         raise
     except KeyboardInterrupt:
-        print("minisd: stopped; the same command goes on with a training", file=sys.stderr)
+        print("minisd: stopped; run the same command again to continue", file=sys.stderr)
         raise SystemExit(130) from None

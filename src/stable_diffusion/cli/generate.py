@@ -25,6 +25,7 @@ from stable_diffusion.generation.request import (
     LOADING,
     PICTURES,
     REQUIRED,
+    SHORT,
     Request,
     parse,
     split_file,
@@ -38,22 +39,14 @@ if TYPE_CHECKING:
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
-SHORT = {
-    "negative_prompt": "--negative",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "mask_image": "--mask",
-    "num_images_per_prompt": "--count",
-}
-"""What people type for a field."""
 MORE = {
     "model": " By default the model that the package carries.",
-    "seed": " By default one is sampled, and stored.",
+    "seed": " By default a random one, which is stored.",
     "strength": f" By default {FIELDS['strength'].default}.",
     "sampler": f" {', '.join(SAMPLERS)}.",
     "spacing": f" {', '.join(SPACINGS)}.",
-    "lora": " Here each is FILE or FILE:WEIGHT; the option can be given several times.",
-    "embedding": " The option can be given several times.",
+    "lora": " Here a name is a file: FILE or FILE:WEIGHT; may be repeated.",
+    "embedding": " May be repeated.",
 }
 """What the help adds to a field's sentence."""
 
@@ -65,7 +58,8 @@ def _options() -> type:
     for name in FIELDS:
         if name in ("prompt", "latents"):
             continue
-        help, aliases = sentences.get(name, "") + MORE.get(name, ""), [SHORT[name]] if name in SHORT else []
+        help = sentences.get(name, "") + MORE.get(name, "")
+        aliases = [f"--{SHORT[name]}"] if name in SHORT else []
         argument = tyro.conf.arg(help=help, help_behavior_hint="", aliases=aliases)
         if name in ("lora", "embedding"):
             options.append((name, Annotated[tuple[str, ...], tyro.conf.UseAppendAction, argument], ()))

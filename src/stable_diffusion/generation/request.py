@@ -36,7 +36,7 @@ class Request:
     negative_prompt: tuple[str, ...]
     """What to steer away from: one text for all prompts, or one for each."""
     seed: int
-    """Seed of the first picture, 0 to 2**63 - 1; the next one's is one more."""
+    """Seed of the first picture, 0 to 2**63 - 1; each further picture takes the next number."""
     num_inference_steps: int
     """Steps from noise to picture, at least 1."""
     guidance_scale: float
@@ -44,7 +44,7 @@ class Request:
     guidance_interval: tuple[float, float]
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""
     guidance_rescale: float
-    """How far the prediction's standard deviation is pulled back to the unguided one's, 0 to 1."""
+    """Against overexposed pictures: how far to restore the contrast of the unguided prediction, 0 to 1."""
     sampler: str
     """How to get from noise to picture, by our name or another program's."""
     spacing: str | None
@@ -52,19 +52,19 @@ class Request:
     eta: float
     """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM."""
     variance: Literal["small", "large"]
-    """DDPM only: the posterior's variance given clean latents, or beta."""
+    """DDPM only: the variance of the noise of a step: small is the posterior's, large is beta."""
     width: int
-    """In pixels, a multiple of the model's factor; by default the image's, or the model's own size."""
+    """In pixels, a multiple of the model's factor; by default the image's width, or the model's own."""
     height: int
-    """Likewise."""
+    """In pixels, likewise."""
     num_images_per_prompt: int = 1
-    """Pictures of each prompt."""
+    """Pictures per prompt."""
     image: Image.Image | None = None
     """A picture to begin with."""
     mask_image: Image.Image | None = None
     """A picture that is white where the image is to be repainted; elsewhere its bytes stay."""
     strength: float = 0.8
-    """How much of the image is given up, above 0 up to 1, which keeps nothing of it."""
+    """How much to change the image, above 0 (hardly) up to 1 (nothing of it is kept)."""
     prediction_type: str | None = None
     """What the U-Net predicts (epsilon, v_prediction), whatever the model's files say."""
     variant: str | None = None
@@ -74,7 +74,7 @@ class Request:
     vae: str | None = None
     """Another autoencoder: a folder or file of Stable Diffusion's, or TAESD's."""
     lora: Mapping[str, float] = field(default_factory=dict)
-    """LoRAs by name, and the weight of each; those not named do not act."""
+    """LoRAs by name, each with its weight; those that are not named do not act."""
     embedding: tuple[str, ...] = ()
     """Textual inversions, each a file with :TOKEN after it or without."""
     latents: Any = field(default=None, compare=False)
@@ -122,7 +122,7 @@ class Request:
         values |= _sampler(config.sampler if given.get("sampler") is None else SamplerConfig())
         for name, value in given.items():
             if name not in FIELDS:
-                raise unknown_name("setting", name, FIELDS)
+                raise _unknown(name)
             if isinstance(value, Guidance):
                 values |= _guidance(value)
             elif isinstance(value, SamplerConfig):
@@ -242,6 +242,14 @@ REQUIRED = [
     for name, described in FIELDS.items()
     if described.default is described.default_factory is dataclasses.MISSING
 ]
+SHORT = {
+    "negative_prompt": "negative",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "mask_image": "mask",
+    "num_images_per_prompt": "count",
+}
+"""What people type for a field on the command line."""
 PICTURES = ("image", "mask_image")
 LOADING = ("model", "prediction_type", "variant", "ema", "vae", "embedding")
 """Fields that say which model it is and how it was loaded: whoever loads it reads them."""
@@ -257,7 +265,7 @@ def parse(data: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in FIELDS or name == "latents":
-            raise unknown_name("setting", name, FIELDS)
+            raise _unknown(name)
         if name == "lora":
             value = _weights(value)
         elif name in PICTURES:
@@ -267,6 +275,13 @@ def parse(data: Mapping[str, Any]) -> dict[str, Any]:
             value = typed(HINTS[name], [value] if alone else value, name)
         values[name] = value
     return values
+
+
+def _unknown(name: str) -> InputError:
+    for field_name, short in SHORT.items():
+        if name == short:
+            return InputError(f"unknown setting {name!r}: here it is called {field_name!r}")
+    return unknown_name("setting", name, FIELDS)
 
 
 def split_file(text: str) -> tuple[str, str | None]:
