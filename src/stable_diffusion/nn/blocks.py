@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -201,9 +202,8 @@ class Attention(nn.Module):
         normed = x if self.group_norm is None else self.group_norm(x.transpose(1, 2)).transpose(1, 2)
         query = self.to_q(normed)
         key, value = self.keys_values(normed) if context is None else context
-        out = self.to_out[0](
-            attend(query, key, value, num_heads=self.num_heads, mask=mask, upcast=self.upcast)
-        )
+        out = attend(query, key, value, num_heads=self.num_heads, mask=mask, upcast=self.upcast)
+        out = self.to_out[0](out)
         return out if self.group_norm is None else x + out
 
 
@@ -235,14 +235,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int, context_width: int | None, upcast: bool) -> None:
         super().__init__()
+        attention = partial(Attention, channels, num_heads=num_heads, upcast=upcast)
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, num_heads=num_heads, upcast=upcast)
+        self.attn1 = attention()
         self.norm2 = nn.LayerNorm(channels) if context_width else None
-        self.attn2 = (
-            Attention(channels, num_heads=num_heads, context_width=context_width, upcast=upcast)
-            if context_width
-            else None
-        )
+        self.attn2 = attention(context_width=context_width) if context_width else None
         self.norm3 = nn.LayerNorm(channels)
         self.ff = GatedFeedForward(channels)
 

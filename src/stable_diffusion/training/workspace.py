@@ -178,10 +178,8 @@ class Workspace:
             if config.trainable:
                 caches.append(None)
                 continue
-            reads_padding = config.architecture == "clip"
-            masks = torch.cat(
-                [encoder.tokenizers[i](chunk).attention_mask | reads_padding for chunk in chunks]
-            )
+            read = [encoder.tokenizers[i](chunk).attention_mask | config.reads_padding for chunk in chunks]
+            masks = torch.cat(read)
             starts = np.concatenate([[0], np.cumsum(masks.sum(dim=1).numpy() + 1)])
             key = digest(captions, to_dict(config), *_arrays(encoder.encoders[i]))
             shape = (int(starts[-1]), config.hidden_size)
