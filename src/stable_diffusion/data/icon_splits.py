@@ -69,7 +69,7 @@ def _styles(
     pictures: Sequence[tuple[str, Thing]], splits: Sequence[str], *among: str
 ) -> defaultdict[str, set[str]]:
     """The styles of each object in these splits."""
-    found: dict[str, set[str]] = defaultdict(set)
+    found = defaultdict[str, set[str]](set)
     for (style, thing), split in zip(pictures, splits, strict=True):
         if split in among:
             found[_turned(thing.object)].add(style)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 UNET_NORM_EPS = 1e-5
@@ -25,6 +27,13 @@ def zero(module: M) -> M:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def weight_bytes(*modules: nn.Module) -> Iterator[UInt8[np.ndarray, " n"]]:
+    """The tensors of the modules' states as bytes, for a digest."""
+    for module in modules:
+        for tensor in module.state_dict().values():
+            yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 class Placed(nn.Module):
