@@ -415,7 +415,7 @@ def test_info_of_a_model_and_of_a_picture(minisd: Any, model: str) -> None:
     assert "unet: " in result.out
     assert "million parameters in float32" in result.out
     assert 'minisd generate "a fox"' in result.out
-    assert "styles: noto style, 3d render; a prompt that names none is drawn in noto style" in result.out
+    assert "styles: noto style, 3d render; a prompt that names none is rendered in noto style" in result.out
     (path,) = minisd("generate", "a blue star", "--model", model, "--seed", 4).paths
     result = minisd("info", path)
     assert "prompt: a blue star\n" in result.out
@@ -469,7 +469,7 @@ def test_help_of_generate_shows_what_the_packaged_model_draws(
     assert below[: len(lines)] == lines
     assert " ".join(line.strip() for line in below[len(lines) :]) == (
         f"Its styles: {', '.join(PACKAGED['styles']['words'])};"
-        f" a prompt that names none is drawn in {PACKAGED['styles']['default']}."
+        f" a prompt that names none is rendered in {PACKAGED['styles']['default']}."
     )
     assert "draws:" not in minisd("info", "--help").out
     styled = cli.generate._shown(model)
@@ -477,7 +477,7 @@ def test_help_of_generate_shows_what_the_packaged_model_draws(
     assert minisd("generate", "-h").out.splitlines()[-4:] == [
         "What the packaged model, tiny, draws:",
         '  minisd generate "a fox"',
-        "Its styles: noto style, 3d render; a prompt that names none is drawn in noto",
+        "Its styles: noto style, 3d render; a prompt that names none is rendered in noto",
         "  style.",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from stable_diffusion import DiffusionModel
 from stable_diffusion.data.coco import coco_splits
 from stable_diffusion.data.icon_captions import STYLES
-from stable_diffusion.evaluation.features import features, load_network, looks
+from stable_diffusion.evaluation.features import feature_blocks, load_network, looks
 from stable_diffusion.evaluation.pictures import in_order
 from stable_diffusion.evaluation.pictures import pictures as training_pictures
 from stable_diffusion.evaluation.probes import StyleProbe, fit_styles
@@ -44,11 +45,15 @@ def pictures(model: DiffusionModel) -> list[Image.Image]:
     return model.generate(list(PROMPTS), seed=0)
 
 
+def looks_of(pictures: Iterable[np.ndarray]) -> np.ndarray:
+    return looks(np.concatenate(list(feature_blocks(load_network(), pictures))))
+
+
 def styles_of(pictures: list[Image.Image]) -> list[str]:
     """Each picture's style, by a probe of MobileNetV2 features that was fitted on the training drawings."""
     tensors = load_file(PROBE)
     probe = StyleProbe(tuple(sorted(STYLES)), tensors["weights"], tensors["bias"])
-    return probe.predict(looks(features(load_network(), np.stack([np.asarray(x) for x in pictures]))))
+    return probe.predict(looks_of(map(np.asarray, pictures)))
 
 
 def test_the_asked_style(pictures: list[Image.Image]) -> None:
@@ -116,7 +121,7 @@ def write_probe(folder: Path) -> None:
     training = in_order(coco_splits(folder))[0]
     styles = training.field("style")
     assert styles is not None
-    probe = fit_styles(looks(features(load_network(), training_pictures(training, 128))), styles)
+    probe = fit_styles(looks_of(training_pictures(training, 128)), styles)
     assert probe.styles == tuple(sorted(STYLES))
     save_file({"weights": probe.weights.contiguous(), "bias": probe.bias.contiguous()}, PROBE)
     print(PROBE)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig
-    from stable_diffusion.data.coco import CocoImageLoader
-    from stable_diffusion.errors import InputError
-    from stable_diffusion.generation.pipeline import Result
-    from stable_diffusion.generation.request import Request
-    from stable_diffusion.model import DiffusionModel
-    from stable_diffusion.runtime import Config
+if TYPE_CHECKING:  # by these aliases a type checker knows the names as the package's
+    from stable_diffusion.config import Guidance as Guidance
+    from stable_diffusion.config import ModelConfig as ModelConfig
+    from stable_diffusion.config import SamplerConfig as SamplerConfig
+    from stable_diffusion.data.coco import CocoImageLoader as CocoImageLoader
+    from stable_diffusion.errors import InputError as InputError
+    from stable_diffusion.generation.pipeline import Result as Result
+    from stable_diffusion.generation.request import Request as Request
+    from stable_diffusion.model import DiffusionModel as DiffusionModel
+    from stable_diffusion.runtime import Config as Config
 
 _HOMES = {
     "CocoImageLoader": "data.coco",
@@ -32,17 +34,7 @@ _HOMES = {
     "SamplerConfig": "config",
 }
 
-__all__ = [
-    "CocoImageLoader",
-    "Config",
-    "DiffusionModel",
-    "Guidance",
-    "InputError",
-    "ModelConfig",
-    "Request",
-    "Result",
-    "SamplerConfig",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

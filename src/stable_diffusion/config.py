@@ -1,4 +1,4 @@
-"""Every setting of the project: typed, frozen dataclasses and the presets built from them.
+"""A model's settings: typed, frozen dataclasses and the presets built from them.
 
 Field names follow diffusers where it has the setting. A configuration turns into JSON with ``to_dict`` and
 back with ``from_dict``, which refuses unknown keys.
@@ -61,7 +61,7 @@ class AutoencoderKLConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
-    """What latents are multiplied with to have unit deviation; 1 where the weights already do that."""
+    """What latents are multiplied with to have unit standard deviation; 1 where the weights already do that."""
     codebook_size: int | None = None
     """Entries of a vector-quantised latent space (VQ regulariser); None for the KL regulariser."""
 
@@ -117,6 +117,11 @@ class TextEncoderConfig:
     packaged: str | None = None
     """Folder inside the package that holds weights and tokenizer; None for random weights."""
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether padding is attended to, as in Stable Diffusion."""
+        return self.architecture == "clip"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -148,7 +153,7 @@ class SamplerConfig:
     spacing: str | None = None
     """How the levels are spread, likewise; None for the sampler's own."""
     eta: float = 0.0
-    """DDIM only: 0 is deterministic, 1 draws as much noise as DDPM does."""
+    """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM does."""
     variance: Literal["small", "large"] = "small"
     """DDPM only: the posterior's variance given clean latents, or beta (Ho et al. 2020, section 3.2)."""
 
@@ -181,7 +186,7 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True)
 class Styles:
-    """The styles that a model's prompts can name (`pipeline.with_style`); ``str`` is a sentence for the user."""
+    """What styles prompts can name (`generation.pipeline.with_style`); ``str`` is a sentence for the user."""
 
     words: tuple[str, ...] = ()
     """Phrases any of which in a prompt names a style, such as "noto style" or "black line drawing"."""
@@ -189,7 +194,7 @@ class Styles:
     """What generation adds to a prompt that names none, after a comma; empty adds nothing."""
 
     def __str__(self) -> str:
-        default = f"; a prompt that names none is drawn in {self.default}" if self.default else ""
+        default = f"; a prompt that names none is rendered in {self.default}" if self.default else ""
         return ", ".join(self.words or (self.default,)) + default
 
 
@@ -209,7 +214,7 @@ class ModelConfig:
     num_inference_steps: int = 50
     guidance: Guidance = Guidance()
     prompts: tuple[str, ...] = ()
-    """Prompts that show what the model draws."""
+    """Prompts that show what the model can do."""
     styles: Styles = Styles()
     """Read by generation alone: training takes captions as they are."""
 

@@ -18,7 +18,7 @@ from stable_diffusion.errors import InputError
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to be written, which takes its place unless an error is raised. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{uuid.uuid4().hex}.part")
+    building = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.part")
     try:
         building.touch()
         mode = building.stat().st_mode  # what the umask says; safetensors would leave others nothing

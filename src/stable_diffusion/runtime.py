@@ -21,7 +21,7 @@ class Config:
     """
 
     def __init__(self, device: str | None = None) -> None:
-        self.DEVICE: str = best_device() if device is None else _present(device)
+        self.DEVICE: str = devices()[-1] if device is None else _present(device)
 
     def __repr__(self) -> str:
         return f"Config(DEVICE={self.DEVICE!r})"
@@ -29,23 +29,18 @@ class Config:
 
 def _present(device: str) -> str:
     """`device`, if the machine has it. Raises InputError where it does not."""
-    import torch
-
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, number = device.partition(":")
-    if not present.get(kind) or (number and not number.isdecimal()):
-        choices = ", ".join(name for name, there in present.items() if there)
-        raise InputError(f"there is no device {device!r} here: choose one of {choices}")
+    if kind not in devices() or (number and not number.isdecimal()):
+        raise InputError(f"there is no device {device!r} here: choose one of {', '.join(devices())}")
     return device
 
 
-def best_device() -> str:
-    """``"cuda"``, ``"mps"`` or ``"cpu"``: the first that is present."""
+def devices() -> list[str]:
+    """Those of ``"cpu"``, ``"mps"`` and ``"cuda"`` that the machine has, the best last."""
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    present = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    return [name for name, there in present.items() if there]
 
 
 def first_process() -> bool:

@@ -52,7 +52,7 @@ def test_prompts_and_styles(tmp_path: Path) -> None:
     tiny_model(replace(TINY, prompts=("a fox",), styles=styles)).save_pretrained(tmp_path / "styled")
     assert text(tmp_path / "styled").splitlines()[-2:] == [
         '  minisd generate "a fox"',
-        "  styles: noto style, 3d render; a prompt that names none is drawn in noto style",
+        "  styles: noto style, 3d render; a prompt that names none is rendered in noto style",
     ]
     assert DiffusionModel.from_pretrained(tmp_path / "styled").config.styles == styles
     tiny_model(replace(TINY, styles=Styles(words=("b",)))).save_pretrained(tmp_path / "free")

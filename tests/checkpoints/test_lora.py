@@ -72,7 +72,7 @@ def model(loaded: DiffusionModel) -> Iterator[DiffusionModel]:
     before = weights(loaded)
     yield loaded
     loaded.unfuse_lora()
-    for name in loaded.adapters.names:
+    for name in list(loaded.adapters.weights):
         loaded.unload_lora(name)
     loaded.float().load_state_dict(before)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stable_diffusion.data.check import SetReport, check_set
+from stable_diffusion.data.check import SplitReport, check_set
 from stable_diffusion.data.coco import coco_split, coco_splits
 from stable_diffusion.data.item import Entry, Split
 from stable_diffusion.errors import InputError
@@ -22,7 +22,7 @@ def cut(texts: list[str]) -> list[str]:
     return [" ".join(text.split()[WORDS:]) for text in texts]
 
 
-def checked(splits: Sequence[Split], size: int = 8) -> SetReport:
+def checked(splits: Sequence[Split], size: int = 8) -> tuple[SplitReport, ...]:
     steps = check_set(splits, size=size, cut=cut, context_length=WORDS)
     while True:
         try:
@@ -113,7 +113,7 @@ def test_everything_is_counted(tmp_path: Path) -> None:
     )
     with pytest.warns(UserWarning, match=r"text\.png"):
         splits = coco_splits(tmp_path)
-    (report,) = checked(splits).splits
+    (report,) = checked(splits)
     assert (report.found.pictures, report.found.captions) == (7, 11)
     assert report.found.unreadable == ("half.png", "text.png")
     assert (report.distinct_captions, report.captions_per_picture) == (9, (1, 3))
@@ -149,7 +149,7 @@ def test_held_out_pictures_that_training_has_are_named(tmp_path: Path) -> None:
     }
     write_split(tmp_path, "test", held)
     write_split(tmp_path, "val", {"f.png": (plain("white"), ["white"])})
-    train, test, val = checked(coco_splits(tmp_path)).splits
+    train, test, val = checked(coco_splits(tmp_path))
     assert test.in_training == (("c.png", "b.png"),)
     assert train.in_training == val.in_training == ()
     assert "  also in training: 1 (c.png = b.png)" in str(test).splitlines()
@@ -167,15 +167,16 @@ def test_styles_and_objects_of_the_set_of_icons(tmp_path: Path) -> None:
     )
     with pytest.warns(UserWarning, match=r"text\.png"):
         splits = coco_splits(tmp_path)
-    report = checked(splits)
-    assert (report.splits[0].styles, report.splits[0].objects) == ({"noto": 2, "blob": 1}, 2)
+    (report,) = checked(splits)
+    assert (report.styles, report.objects) == ({"noto": 2, "blob": 1}, 2)
     assert str(report).splitlines()[-2:] == ["  styles: noto 2, blob 1", "  objects: 2"]
 
 
 def test_a_plain_set_takes_few_lines(tmp_path: Path) -> None:
     pictures = {f"{colour}.png": (plain(colour), [colour]) for colour in ("red", "green")}
     write_split(tmp_path, "any", pictures)  # type: ignore[arg-type] # dict is invariant
-    assert str(checked(coco_splits(tmp_path))).splitlines() == [
+    (report,) = checked(coco_splits(tmp_path))
+    assert str(report).splitlines() == [
         "any: 2 pictures with 2 captions",
         "  captions: 2 distinct, 1 for each picture, all within the 4 tokens that the text encoder reads",
         "  sizes: all 8x8",
@@ -218,7 +219,7 @@ def test_a_source_that_has_no_files(tmp_path: Path) -> None:
     write_split(tmp_path, "train", {"a.png": (plain("green", 16), ["green"])})
     (train,) = coco_splits(tmp_path)
     val = Split(name="val", source=source, entries=source.entries())
-    report = checked([train, val]).splits[1]
+    report = checked([train, val])[1]
     assert (report.found.pictures, report.found.captions) == (3, 6)
     assert report.found.unreadable == ("navy",)
     assert report.in_training == (("green", "a.png"),)

@@ -21,7 +21,6 @@ from PIL import Image
 from stable_diffusion.data import icon_packages
 from stable_diffusion.data.coco import CocoImageLoader, coco_split
 from stable_diffusion.data.icon_captions import (
-    DEFAULT_STYLE,
     STYLES,
     TONES,
     Thing,
@@ -282,7 +281,6 @@ def test_sisters_are_styles_of_one_family() -> None:
 
 
 def test_the_table_of_styles() -> None:
-    assert DEFAULT_STYLE in STYLES
     assert list(STYLES) == list(PACKAGES)
     assert len({style.name for style in STYLES.values()} | {style.look for style in STYLES.values()}) == 16
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 from PIL import Image
 
-from stable_diffusion.data.item import THREADS, Entry, Split, ahead, stream
+from stable_diffusion.data.item import THREADS, Entry, Split, Streams, ahead, stream
 from stable_diffusion.errors import InputError
 
 
@@ -68,6 +68,7 @@ def test_a_source_s_own_stream_is_taken() -> None:
             return (Greys.image(self, key) for key in keys)
 
     source = Shards()
+    assert isinstance(source, Streams) and not isinstance(Greys(), Streams)
     assert len(list(stream(source, ["1", "2"]))) == 2
     assert source.threads == {threading.current_thread().name}
 

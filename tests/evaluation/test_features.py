@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from stable_diffusion.evaluation.features import (
     WIDTH,
     MobileNetV2,
     feature_blocks,
-    features,
     load_network,
     looks,
     pooled,
@@ -30,6 +30,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "drawing-features.npy"
 @pytest.fixture(scope="module")
 def network() -> MobileNetV2:
     return load_network()
+
+
+def features(network: MobileNetV2, pictures: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate(list(feature_blocks(network, pictures)))
 
 
 def drawing() -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from stable_diffusion.config import AutoencoderTinyConfig, ModelConfig
 from stable_diffusion.data.item import Entry, Split
@@ -22,7 +22,7 @@ from tests.test_import import MODULES, imports, part
 from tests.tiny import TINY
 
 
-class Halves:
+class Halves(nn.Module):
     """An autoencoder that averages squares of two pixels a side."""
 
     config = AutoencoderTinyConfig(latent_channels=3, patch_size=2, block_out_channels=(4,))
@@ -39,7 +39,7 @@ class Halves:
         return {}
 
 
-class Numbers:
+class Numbers(nn.Module):
     """A part that is only weights."""
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -71,7 +71,7 @@ class Colours:
         return Image.new("RGB", (8, 8), tuple(int(shade) * (name == x) for x in ("red", "green", "blue")))  # type: ignore[arg-type]
 
 
-def test_a_model_that_is_no_network_on_a_set_without_files(
+def test_a_model_of_other_networks_on_a_set_without_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "SIZE", 64)

@@ -93,7 +93,7 @@ def test_plain_ones_add_up_and_magnitudes_see_what_came_before(network: nn.Seque
     for order in (("plain", "rows"), ("rows", "plain")):
         adapters = loaded(copied := copy.deepcopy(network), *order)
         found[order] = copied(x)
-        assert adapters.names == ["a", "b"]
+        assert list(adapters.weights) == ["a", "b"]
     assert (found["plain", "rows"] - found["rows", "plain"]).abs().amax() > 1e-2
     pair = [adapter(network[0], seed=seed) for seed in (0, 5)]
     outputs = []
@@ -102,7 +102,7 @@ def test_plain_ones_add_up_and_magnitudes_see_what_came_before(network: nn.Seque
         for i, lora in enumerate(order):
             adapters.add(str(i), {network[0]: lora})
         outputs.append(network(x))
-        for name in adapters.names:
+        for name in list(adapters.weights):
             adapters.remove(name)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
 
@@ -207,7 +207,7 @@ def test_what_is_refused(network: nn.Sequential) -> None:
         with pytest.raises(InputError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
-    assert adapters.names == ["a"]
+    assert list(adapters.weights) == ["a"]
     assert not adapters.fused
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     adapters.fuse()

@@ -104,6 +104,23 @@ def test_a_cache_that_was_interrupted_is_filled_again(tmp_path: Path) -> None:
     assert fill(cache, rows) == [2, 4] and names(tmp_path) == {"rows-key.npy"}
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    """Of this cache alone: another one may be filled at the same time."""
+    cache, other = (ArrayCache(tmp_path, name, "key", (4, 3), "float32") for name in ("rows", "others"))
+    filling = [each.fill([np.ones((1, 3))] * 4) for each in (cache, other)]
+    for steps in filling:
+        next(steps)
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for steps in filling:
+        steps.close()  # type: ignore[attr-defined]
+    for name, content in left.items():  # as where nothing could be tidied
+        (tmp_path / name).write_bytes(content)
+    fill(cache, np.ones((4, 3)))
+    assert len(names(tmp_path)) == 2 and all(
+        name.startswith(("rows-key.npy", ".others-")) for name in names(tmp_path)
+    )
+
+
 def test_a_full_disk_is_said_before_anything_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

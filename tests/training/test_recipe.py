@@ -12,7 +12,7 @@ from stable_diffusion.checkpoints import native
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.cli.show import finished
 from stable_diffusion.config import CLIP_MINI, MINI, MINILM, from_dict, to_dict
-from stable_diffusion.data.icon_captions import DEFAULT_STYLE, STYLES, Thing, captions
+from stable_diffusion.data.icon_captions import STYLES, Thing, captions
 from stable_diffusion.data.sources import Coco, Shapes, open_source
 from stable_diffusion.generation.pipeline import with_style
 from stable_diffusion.training.recipe import Recipe, read_recipe
@@ -45,7 +45,7 @@ def test_the_icons_recipe_names_the_styles_of_their_captions() -> None:
     styles = read_recipe(next(path for path in RECIPES if path.stem == "icons-128")).config.styles
     named = [(f"{style.name} style", style.look.removeprefix("a ")) for style in STYLES.values()]
     assert styles.words == tuple(word for pair in named for word in pair)
-    assert styles.default == f"{STYLES[DEFAULT_STYLE].name} style"
+    assert styles.default == "noto style"
     fox = Thing(
         code="1f98a",
         object="fox",

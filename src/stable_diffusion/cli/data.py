@@ -60,7 +60,7 @@ def check(
     found = check_set(
         splits, size=size, cut=lambda texts: tokenizer(texts).cut, context_length=text.context_length
     )
-    print(finished(found))
+    print(*finished(found), sep="\n")
 
 
 if TYPE_CHECKING:

@@ -60,8 +60,9 @@ class ArrayCache:
                 f"{self.folder} has {free / 1e9:.1f} GB free and training needs {size / 1e9:.1f} GB there for"
                 f" {self.name}: make room, or choose another output_dir"
             )
-        for stale in self.folder.glob(f"{self.name}-*.npy*"):
-            stale.unlink()
+        for pattern in (f"{self.name}-*.npy", f".{self.name}-*.part"):  # the second of a run that was killed
+            for stale in self.folder.glob(pattern):
+                stale.unlink()
         with replacing(self.path) as building:
             array = np.lib.format.open_memmap(building, mode="w+", dtype=self.dtype, shape=self.shape)
             done = 0

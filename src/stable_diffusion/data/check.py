@@ -12,7 +12,7 @@ from typing import NamedTuple
 from stable_diffusion import images
 from stable_diffusion.data.coco import CocoReport
 from stable_diffusion.data.item import Files, Progress, Source, Split, ahead
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, three_of
 
 _CAPTIONS_TOGETHER = 4096
 
@@ -38,7 +38,7 @@ class SplitReport:
     enlarged: tuple[str, ...]
     """Names of the pictures that have a side below that."""
     cropped: int
-    """Pictures that are no squares: training takes the square in their middle."""
+    """Pictures that are not square: training takes the square in their middle."""
     cropped_area: float
     """The part of their area that these lose, on average."""
     greyscale: int
@@ -68,16 +68,12 @@ class SplitReport:
                 f"captions longer than {tokens}: {len(self.cut_captions)};"
                 f" the longest, {_shortened(text)!r}, loses {_shortened(lost)!r}"
             )
-        named = [f"{width}x{height}" for width, height in self.sizes]
-        smallest, median, largest = named
-        lines.append(
-            f"sizes: all {smallest}"
-            if len(set(named)) == 1
-            else f"sizes: smallest {smallest}, median {median}, largest {largest}"
-        )
+        smallest, median, largest = (f"{width}x{height}" for width, height in self.sizes)
+        spread = f"smallest {smallest}, median {median}, largest {largest}"
+        lines.append(f"sizes: {spread}" if smallest != largest else f"sizes: all {smallest}")
         if self.enlarged:
             lines.append(
-                f"enlarged to {self.training_size} pixels: {len(self.enlarged)} ({_first(self.enlarged)})"
+                f"enlarged to {self.training_size} pixels: {len(self.enlarged)} ({three_of(self.enlarged)})"
             )
         if self.cropped:
             lines.append(
@@ -92,23 +88,12 @@ class SplitReport:
                 lines.append(f"{what}: {count}")
         for what, pairs in (("equal to another picture", self.equal), ("also in training", self.in_training)):
             if pairs:
-                lines.append(f"{what}: {len(pairs)} ({_first([' = '.join(pair) for pair in pairs])})")
+                lines.append(f"{what}: {len(pairs)} ({three_of([' = '.join(pair) for pair in pairs])})")
         if self.styles:
             lines.append("styles: " + ", ".join(f"{style} {count}" for style, count in self.styles.items()))
         if self.objects:
             lines.append(f"objects: {self.objects}")
         return lines
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetReport:
-    """What there is to a set; ``str`` gives lines to read."""
-
-    splits: tuple[SplitReport, ...]
-    """Those that training reads first."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.splits))
 
 
 def check_set(
@@ -117,8 +102,8 @@ def check_set(
     size: int,
     cut: Callable[[list[str]], list[str]],
     context_length: int,
-) -> Generator[Progress, None, SetReport]:
-    """Reads every caption and decodes every picture; the report is what the generator returns.
+) -> Generator[Progress, None, tuple[SplitReport, ...]]:
+    """Reads every caption and decodes every picture; the splits' reports are what the generator returns.
 
     Args:
         splits: those that training reads come first.
@@ -138,7 +123,7 @@ def check_set(
         reports.append(report)
         if split.is_training:
             trained |= digests
-    return SetReport(splits=tuple(reports))
+    return tuple(reports)
 
 
 def _check(
@@ -236,7 +221,7 @@ class _Look(NamedTuple):
 
 
 def _look(source: Source, key: str) -> _Look | None:
-    """None for what is no picture, or a broken one. Only files tell more than what training sees."""
+    """None for what is not a picture, or a broken one. Only files tell more than what training sees."""
     greyscale = transparent = several_frames = False
     try:
         if isinstance(source, Files):
@@ -251,10 +236,6 @@ def _look(source: Source, key: str) -> _Look | None:
         return None
     digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
     return _Look(picture.size, greyscale, transparent, several_frames, digest)
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _shortened(text: str) -> str:

@@ -9,14 +9,14 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from PIL import Image
 
 from stable_diffusion.data.item import Entry, Item, Split, ahead
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, three_of
 from stable_diffusion.images import check_header, open_image, opened
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -37,25 +37,23 @@ class CocoReport:
     captions_without_images: tuple[str, ...] = ()
     """Names of pictures that have captions and no file, and ``image_id …`` for ids that no picture has."""
     unreadable: tuple[str, ...] = ()
-    """Names of files that have captions and are no pictures."""
+    """Names of files that have captions and are not pictures."""
     unusable_captions: tuple[str, ...] = ()
-    """Names of the pictures of captions that are empty or no text, once for each such caption."""
+    """Names of the pictures of captions that are empty or not text, once for each such caption."""
 
     @property
     def left_out(self) -> dict[str, tuple[str, ...]]:
         """The names that were left out, by reason; empty if there are none."""
-        reasons = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             reason.replace("_", " "): names
-            for reason, names in reasons.items()
+            for reason, names in vars(self).items()
             if isinstance(names, tuple) and names
         }
 
     def __str__(self) -> str:
         lines = [f"{self.pictures} pictures with {self.captions} captions"]
         for reason, names in self.left_out.items():
-            more = ", …" if len(names) > 3 else ""
-            lines.append(f"  left out: {len(names)} {reason} ({', '.join(names[:3])}{more})")
+            lines.append(f"  left out: {len(names)} {reason} ({three_of(names)})")
         return "\n".join(lines)
 
 
@@ -260,7 +258,7 @@ def _names(images: list[Any], captions_file: Path) -> dict[int | str, str]:
 def _weights(
     images: list[dict[str, Any]], names: dict[int | str, str], captions_file: Path
 ) -> dict[str, float]:
-    """How often training samples each file, by name. Raises InputError for a weight that is no positive number."""
+    """How often training samples each file, by name. Raises InputError for a weight that is not a positive number."""
     weights = {}
     for image in images:
         weight = image.get("weight", 1.0)

@@ -34,9 +34,6 @@ STYLES: dict[str, Style] = {
     "mono": Style("line icon", "a black line drawing", "emojione"),
 }
 
-DEFAULT_STYLE = "noto"
-"""For a prompt that names no style."""
-
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 """Skin tones, in the order of the code points U+1F3FB to U+1F3FF."""
 
@@ -174,7 +171,7 @@ def _gender(code: str) -> tuple[str | None, str]:
 
 
 def _noun(label: str, subgroup: str) -> tuple[str, str]:
-    """The article and the noun of one of emojibase's names, which are no English phrases yet."""
+    """The article and the noun of one of emojibase's names, which are not English phrases yet."""
     label = re.sub(r" \(.*\)", "", re.sub("[“”]", "", label).replace("’", "'").replace(" & ", " and "))
     head, _, rest = label.partition(": ")
     if head == "flag":

@@ -43,15 +43,9 @@ def split_pictures(pictures: Sequence[tuple[str, Thing]]) -> list[str]:
         genders[thing.role].add(thing.gender)
     splits = [_by_name(style, thing, genders[thing.role]) for style, thing in pictures]
 
-    known: dict[str, set[str]] = defaultdict(set)  # an object's styles in training
-    there: dict[str, set[str]] = defaultdict(set)  # and those that may be held out
-    for (style, thing), split in zip(pictures, splits, strict=True):
-        if split == "train":
-            known[_turned(thing.object)].add(style)
-        if split in ("train", "val"):
-            there[_turned(thing.object)].add(style)
+    known = _styles(pictures, splits, "train")
     held = set()
-    for name, styles in there.items():
+    for name, styles in _styles(pictures, splits, "train", "val").items():
         for style in sorted(styles, key=lambda style: (chance("test_style", name, style), style)):
             if _drawn("test_style", name, style) and len(known[name] - {style}) >= _KNOWN:
                 known[name].discard(style)
@@ -64,14 +58,22 @@ def split_pictures(pictures: Sequence[tuple[str, Thing]]) -> list[str]:
 
 def sisters(pictures: Sequence[tuple[str, Thing]], splits: Sequence[str]) -> list[bool]:
     """Whether training holds the picture's object in another style of the same family."""
-    known: dict[str, set[str]] = defaultdict(set)
-    for (style, thing), split in zip(pictures, splits, strict=True):
-        if split == "train":
-            known[_turned(thing.object)].add(style)
+    known = _styles(pictures, splits, "train")
     return [
         any(STYLES[other].family == STYLES[style].family for other in known[_turned(thing.object)] - {style})
         for style, thing in pictures
     ]
+
+
+def _styles(
+    pictures: Sequence[tuple[str, Thing]], splits: Sequence[str], *among: str
+) -> defaultdict[str, set[str]]:
+    """The styles of each object in these splits."""
+    found = defaultdict[str, set[str]](set)
+    for (style, thing), split in zip(pictures, splits, strict=True):
+        if split in among:
+            found[_turned(thing.object)].add(style)
+    return found
 
 
 def _by_name(style: str, thing: Thing, genders: set[str | None]) -> str:

@@ -20,7 +20,7 @@ from stable_diffusion.data.icon_captions import STYLES, Thing, captions, read_th
 from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, draw, drawings, fetch, read
 from stable_diffusion.data.icon_splits import HASH_RULE, PARTED, SPLITS, sisters, split_pictures
 from stable_diffusion.data.item import Progress
-from stable_diffusion.data.made import make_set
+from stable_diffusion.data.made import Captioned, make_set, write_captions
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import write_json
 
@@ -143,37 +143,28 @@ def _write_split(
     (out / split).mkdir()
     licences = {package.licence: package.url for package in PACKAGES.values()}
     roles = Counter(thing.role for _, (_, thing, _, _) in rows)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    pictures: Captioned = []
     for number, (style, thing, _, sister) in rows:
         name = _file(style, thing)
         (drawn / name).replace(out / split / name)
-        images.append(
-            {
-                "id": number,
-                "file_name": name,
-                "width": size,
-                "height": size,
-                "license": list(licences).index(PACKAGES[style].licence) + 1,
-                "style": style,
-                "style_words": list(style_words(style)),
-                **{key: getattr(thing, key) for key in ("object", "role", "group", "tone", "gender", "code")},
-                "sister": sister,
-                **({"part": "sister" if sister else "no sister"} if split == PARTED else {}),
-                "weight": round(_weight(thing, roles[thing.role]), 4),
-            }
-        )
-        for nth, caption in enumerate(captions(thing, style)):
-            annotations.append({"id": number * 10 + nth, "image_id": number, "caption": caption})
-    data = {
-        "info": info | {"split": split, "rule": SPLITS[split]},
-        "licenses": [
-            {"id": number, "name": name, "url": url} for number, (name, url) in enumerate(licences.items(), 1)
-        ],
-        "images": images,
-        "annotations": annotations,
-    }
-    write_json(out / "annotations" / f"captions_{split}.json", data)
+        image = {
+            "id": number,
+            "file_name": name,
+            "width": size,
+            "height": size,
+            "license": list(licences).index(PACKAGES[style].licence) + 1,
+            "style": style,
+            "style_words": list(style_words(style)),
+            **{key: getattr(thing, key) for key in ("object", "role", "group", "tone", "gender", "code")},
+            "sister": sister,
+            **({"part": "sister" if sister else "no sister"} if split == PARTED else {}),
+            "weight": round(_weight(thing, roles[thing.role]), 4),
+        }
+        pictures.append((image, captions(thing, style)))
+    named = [
+        {"id": number, "name": name, "url": url} for number, (name, url) in enumerate(licences.items(), 1)
+    ]
+    write_captions(out, split, info | {"split": split, "rule": SPLITS[split]}, pictures, licenses=named)
 
 
 def _weight(thing: Thing, drawings: int) -> float:

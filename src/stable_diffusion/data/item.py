@@ -66,6 +66,15 @@ class Files(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class Streams(Source, Protocol):
+    """A source that reads its pictures best one after the other."""
+
+    def stream(self, keys: Iterable[str]) -> Iterator[Image.Image | InputError]:
+        """The pictures of these keys in their order; the error of a damaged one."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """A named part of a set."""
@@ -87,9 +96,9 @@ class Split:
 
 
 def stream(source: Source, keys: Iterable[str], threads: int = THREADS) -> Iterator[Image.Image | InputError]:
-    """The pictures of these keys in their order, decoded on threads a little ahead; the error of a damaged one.
+    """The pictures of these keys in their order, decoded on threads a little ahead, unless the source ``Streams``.
 
-    A source that reads its pictures best one after the other has a ``stream`` of its own, which is taken then.
+    In place of a damaged one its error.
     """
 
     def decode(key: str) -> Image.Image | InputError:
@@ -98,8 +107,7 @@ def stream(source: Source, keys: Iterable[str], threads: int = THREADS) -> Itera
         except InputError as error:
             return error
 
-    own = getattr(source, "stream", None)
-    yield from ahead(decode, keys, threads) if own is None else own(keys)
+    yield from source.stream(keys) if isinstance(source, Streams) else ahead(decode, keys, threads)
 
 
 def ahead(work: Callable[[A], B], items: Iterable[A], threads: int = THREADS) -> Iterator[B]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import read_json, replacing_folder
+
+Captioned = list[tuple[dict[str, Any], list[str]]]
+"""What a set says of each picture, its ``id`` among that, and its captions."""
 
 
 def make_set(
@@ -46,3 +50,16 @@ def make_set(
         raise InputError(
             f"cannot write {str(error.filename or folder)!r}: {error.strerror or error}; choose another place"
         ) from error
+
+
+def write_captions(root: Path, split: str, info: dict[str, Any], pictures: Captioned, **more: Any) -> None:
+    """Writes a split's file in COCO's format."""
+    annotations = [
+        {"id": image["id"] * 10 + nth, "image_id": image["id"], "caption": caption}
+        for image, captions in pictures
+        for nth, caption in enumerate(captions)
+    ]
+    data = {"info": info, **more, "images": [image for image, _ in pictures], "annotations": annotations}
+    file = root / "annotations" / f"captions_{split}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(data), encoding="utf-8")

@@ -6,7 +6,6 @@ reads them has something to prove.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Generator, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from stable_diffusion.data.item import Progress
-from stable_diffusion.data.made import make_set
+from stable_diffusion.data.made import Captioned, make_set, write_captions
 from stable_diffusion.errors import InputError
 
 Outline = tuple[tuple[float, float], ...]
@@ -27,10 +26,6 @@ _SUPERSAMPLING = 4
 _SINGLE = 0.7  # part of the pictures that show one shape
 _WHITE = 0.6  # part of the pictures on white
 _JITTER = 10  # largest difference of a channel from its colour in the table
-
-
-def _circle(radius: float = 1.0, corners: int = 96) -> Outline:
-    return _polar(corners, lambda _: radius)
 
 
 def _polar(corners: int, radius: Callable[[int], float]) -> Outline:
@@ -53,7 +48,7 @@ def _heart(corners: int = 96) -> Outline:
 _S, _C = 0.88, 0.32  # half the square's side, so that it looks as large as the circle; half the cross's arm
 
 SHAPES: dict[str, tuple[Outline, ...]] = {
-    "circle": (_circle(),),
+    "circle": (_polar(96, lambda _: 1.0),),
     "square": (((-_S, -_S), (_S, -_S), (_S, _S), (-_S, _S)),),
     "triangle": (((0, -0.95), (1, 0.8), (-1, 0.8)),),
     "star": (_polar(10, lambda i: 0.42 if i % 2 else 1.0),),
@@ -65,7 +60,7 @@ SHAPES: dict[str, tuple[Outline, ...]] = {
             *((_C, 1), (-_C, 1), (-_C, _C), (-1, _C), (-1, -_C), (-_C, -_C)),
         ),
     ),
-    "ring": (_circle(), _circle(0.55)),
+    "ring": (_polar(96, lambda _: 1.0), _polar(96, lambda _: 0.55)),
 }
 """Each shape's outline in the square from -1 to 1, y down, then the holes in it."""
 
@@ -137,7 +132,6 @@ def write_shapes(out: Path, count: int, size: int, seed: int) -> Generator[Progr
     train = count - max(1, count // 10)
 
     def fill(root: Path) -> Iterator[Progress]:
-        (root / "annotations").mkdir()
         for split, numbers in {"train": range(train), "val": range(train, count)}.items():
             for number in _write_split(root, split, numbers, size, seed, info):
                 yield Progress("drawing", number, count)
@@ -151,8 +145,7 @@ def _write_split(
 ) -> Iterator[int]:
     """Yields each number before its picture is drawn."""
     (root / split).mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    pictures: Captioned = []
     for number in numbers:
         yield number
         rng = random.Random(f"{seed}/{number}")
@@ -161,11 +154,9 @@ def _write_split(
         name = f"{number:06d}.png"
         _draw(rng, figures, background, size).save(root / split / name)
         shows = [asdict(figure) for figure in figures]
-        images.append({"id": number, "file_name": name, "width": size, "height": size, "shows": shows})
-        for nth, caption in enumerate(_captions(rng, figures, background)):
-            annotations.append({"id": number * 10 + nth, "image_id": number, "caption": caption})
-    data = {"info": info, "images": images, "annotations": annotations}
-    (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(data), encoding="utf-8")
+        image = {"id": number, "file_name": name, "width": size, "height": size, "shows": shows}
+        pictures.append((image, _captions(rng, figures, background)))
+    write_captions(root, split, info, pictures)
 
 
 def _figures(rng: random.Random) -> tuple[_Figure, ...]:
@@ -217,10 +208,9 @@ def _captions(rng: random.Random, figures: tuple[_Figure, ...], background: str)
 
 def _single(figure: _Figure) -> Iterator[str]:
     thing, place = f"{figure.colour} {figure.shape}", f"{_preposition(figure.place)} the {figure.place}"
-    yield f"{_article(thing)} {thing}"
-    yield f"{_article(thing)} {thing} {place}"
-    yield f"a {figure.size} {thing}"
-    yield f"a {figure.size} {thing} {place}"
+    for phrase in (f"{_article(thing)} {thing}", f"a {figure.size} {thing}"):
+        yield phrase
+        yield f"{phrase} {place}"
     yield f"{thing}, {figure.size}, {figure.place}"
 
 
@@ -228,9 +218,7 @@ def _double(first: _Figure, second: _Figure) -> Iterator[str]:
     """``first`` is on the left or at the top."""
     plain = [f"{figure.colour} {figure.shape}" for figure in (first, second)]
     a, b = (f"{_article(thing)} {thing}" for thing in plain)
-    sized_a, sized_b = (
-        f"a {figure.size} {thing}" for figure, thing in zip((first, second), plain, strict=True)
-    )
+    sized_a, sized_b = f"a {first.size} {plain[0]}", f"a {second.size} {plain[1]}"
     beside = first.place == "left"
     forward, backward = ("to the left of", "to the right of") if beside else ("above", "below")
     at_first, at_second = (f"{_preposition(figure.place)} the {figure.place}" for figure in (first, second))

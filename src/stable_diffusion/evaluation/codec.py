@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from stable_diffusion import images
-from stable_diffusion.config import AutoencoderKLConfig, AutoencoderTinyConfig
 from stable_diffusion.data.cache import Array
+from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 
 TOGETHER = 4
 
 
-class Weights(Protocol):
-    """A part of a model, told from others by its weights."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-
-class Autoencoder(Weights, Protocol):
-    """From images in [-1, 1] to latents, and back."""
-
-    @property
-    def config(self) -> AutoencoderKLConfig | AutoencoderTinyConfig: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def encode(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b c h w"]: ...
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rgb height width"]: ...
-
-
 @torch.no_grad()
-def round_trips(vae: Autoencoder, pictures: Array) -> Iterator[Array]:
+def round_trips(vae: AutoencoderKL | AutoencoderTiny, pictures: Array) -> Iterator[Array]:
     """Uint8 pictures ``n h w 3``, encoded and decoded again, one after the other."""
     for start in range(0, len(pictures), TOGETHER):
-        pixels = images.to_tensor(
-            [Image.fromarray(picture) for picture in pictures[start : start + TOGETHER]]
-        )
+        pixels = images.to_tensor(list(map(Image.fromarray, pictures[start : start + TOGETHER])))
         decoded = vae.decode(vae.encode(pixels.to(vae.device, vae.dtype)))
         yield from map(np.asarray, images.to_pil(decoded.float()))
 

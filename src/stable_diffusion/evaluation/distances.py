@@ -37,9 +37,8 @@ def kernel_distance(x: Array, y: Array, seed: int = 0) -> KernelDistance:
     cross = _kernel(x, y)
     h = _kernel(x, x) + _kernel(y, y) - cross - cross.T
     np.fill_diagonal(h, 0)
-    weights = (
-        np.random.default_rng(seed).multinomial(pairs, np.full(pairs, 1 / pairs), RESAMPLES).astype(float)
-    )
+    random = np.random.default_rng(seed)
+    weights = random.multinomial(pairs, np.full(pairs, 1 / pairs), RESAMPLES).astype(float)
     sums = ((weights @ h) * weights).sum(1)
     # A pair that was taken twice is not compared with itself either.
     comparisons = pairs**2 - (weights**2).sum(1)

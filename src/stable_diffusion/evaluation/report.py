@@ -126,9 +126,8 @@ def page(report: Report, shown: Shown) -> str:
     ]
     for group in report.groups:
         parts += [f"<h2>{escape(group.name)}</h2>", f"<p>{group.pictures} pictures.</p>", _details(group)]
-        parts.append(
-            _figures([([one.generated, one.real], _caption(one)) for one in shown.examples[group.name]])
-        )
+        examples = shown.examples[group.name]
+        parts.append(_figures([([one.generated, one.real], _caption(one)) for one in examples]))
     if report.codec is not None:
         parts += ["<h2>The autoencoder alone</h2>", _codec(report.codec)]
         parts.append(_figures([(pictures, "") for pictures in shown.codec]))
@@ -153,8 +152,7 @@ def page(report: Report, shown: Shown) -> str:
 
 
 def _caption(example: Example) -> str:
-    place = "" if example.rank is None else f" · place {example.rank + 1}"
-    return example.caption + place
+    return example.caption + ("" if example.rank is None else f" · place {example.rank + 1}")
 
 
 def _summary(groups: Sequence[GroupScores]) -> str:
@@ -169,9 +167,8 @@ def _summary(groups: Sequence[GroupScores]) -> str:
         _SHARES["object_top5"]: column(lambda scores: _share(scores.object_top5)),
         _SHARES["style"]: column(lambda scores: _share(scores.style)),
     }
-    return (
-        _table([group.name for group in groups], columns) + "<p>Small: the same score of real pictures.</p>"
-    )
+    table = _table([group.name for group in groups], columns)
+    return f"{table}<p>Small: the same score of real pictures.</p>"
 
 
 def _details(group: GroupScores) -> str:
@@ -205,12 +202,10 @@ def _share(value: float | None) -> str:
 
 def _codec(codec: Codec) -> str:
     size = " × ".join(map(str, codec.latents))
-    linear = (
-        ""
-        if codec.pca_psnr is None
-        else f"; a linear code of the same size (PCA) gives {codec.pca_psnr:.1f} dB"
-    )
-    order = "Real, round trip" + ("." if codec.pca_psnr is None else ", linear code.")
+    linear, order = "", "Real, round trip."
+    if codec.pca_psnr is not None:
+        linear = f"; a linear code of the same size (PCA) gives {codec.pca_psnr:.1f} dB"
+        order = "Real, round trip, linear code."
     return (
         f"<p>Round trips of {codec.pictures} held-out pictures through latents of {size}:"
         f" {codec.psnr:.1f} dB{linear}. {order}</p>"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
+from torch import nn
 
 from stable_diffusion import images
 from stable_diffusion.config import ModelConfig, to_dict
@@ -16,12 +16,14 @@ from stable_diffusion.data.cache import Array, ArrayCache, digest
 from stable_diffusion.data.item import Progress, Split
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.evaluation import features as network_features
-from stable_diffusion.evaluation.codec import Autoencoder, PatchPCA, Weights, psnr, round_trips
+from stable_diffusion.evaluation.codec import PatchPCA, psnr, round_trips
 from stable_diffusion.evaluation.distances import Nearest
 from stable_diffusion.evaluation.features import MobileNetV2, feature_blocks, load_network
 from stable_diffusion.evaluation.pictures import groups, in_order, pictures
 from stable_diffusion.evaluation.report import Codec, Example, GroupScores, Neighbour, Report, Shown
 from stable_diffusion.evaluation.scores import judge, learn
+from stable_diffusion.nn.blocks import weight_bytes
+from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 
 GENERATED_TOGETHER = 4
 BLUR = 1 / 32
@@ -40,11 +42,11 @@ class Parts(Protocol):
     @property
     def config(self) -> ModelConfig: ...
     @property
-    def vae(self) -> Autoencoder: ...
+    def vae(self) -> AutoencoderKL | AutoencoderTiny: ...
     @property
-    def unet(self) -> Weights: ...
+    def unet(self) -> nn.Module: ...
     @property
-    def text_encoder(self) -> Weights: ...
+    def text_encoder(self) -> nn.Module: ...
 
 
 def evaluate(
@@ -96,7 +98,7 @@ def evaluate(
     learned = learn(splits, real_features, bool(config.text_encoders))
     yield Progress("fitting probes", 1, 1)
 
-    weights = digest(*(_bytes(tensor) for tensor in _tensors(parts)), to_dict(config))
+    weights = digest(*weight_bytes(parts.vae, parts.unet, parts.text_encoder), to_dict(config))
     left_out = list(learned.left_out)
     scored: list[GroupScores] = []
     shown = Shown({}, [], [])
@@ -153,7 +155,7 @@ def _neighbours(
 
 
 def _codec(
-    vae: Autoencoder, splits: Sequence[Split], size: int, count: int, seed: int
+    vae: AutoencoderKL | AutoencoderTiny, splits: Sequence[Split], size: int, count: int, seed: int
 ) -> tuple[Codec | None, list[list[Array]]]:
     """What the autoencoder and a linear code make of held-out pictures, if there are any; and some to show."""
     held_out = [group for split in splits if not split.is_training for group in groups(split, seed)]
@@ -181,11 +183,10 @@ def _split_features(
     network: MobileNetV2, split: Split, size: int, folder: Path
 ) -> Generator[Progress, None, Array]:
     """Features of every real picture of a split, from the cache where they are there."""
-    weights = [_bytes(tensor) for tensor in network.state_dict().values()]
     seen = network_features.SIZE, network_features.BLOCKS, network_features.CELLS
     versions = [(entry.key, entry.version) for entry in split.entries]
     shape = (len(split.entries), network_features.WIDTH)
-    depends = digest(*weights, seen, versions, size)
+    depends = digest(*weight_bytes(network), seen, versions, size)
     stored = ArrayCache(folder, f"features-{split.name}", depends, shape, "float32")
     for done in stored.fill(feature_blocks(network, pictures(split, size))):
         yield Progress(f"{split.name}: features", done, len(split.entries))
@@ -224,12 +225,3 @@ def _generated(
 def _blurred(picture: Array) -> Array:
     radius = BLUR * len(picture)
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
-
-
-def _tensors(parts: Parts) -> Iterator[torch.Tensor]:
-    for module in (parts.vae, parts.unet, parts.text_encoder):
-        yield from module.state_dict().values()
-
-
-def _bytes(tensor: torch.Tensor) -> Array:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -21,7 +21,7 @@ from stable_diffusion.errors import InputError, unknown_name
 
 Layer = nn.Linear | nn.Conv2d
 
-# What `active` was given in this thread, by the identity of the adapters.
+# What `active` was given in this context (a thread, or a task of asyncio's), by the identity of the adapters.
 _ACTIVE: ContextVar[dict[int, dict[str, float]] | None] = ContextVar("active", default=None)
 
 
@@ -163,11 +163,6 @@ class Adapters(nn.Module):
         self.places = nn.ModuleList()
         self._hooks: list[RemovableHandle] = []
 
-    @property
-    def names(self) -> list[str]:
-        """In the order of loading."""
-        return list(self.weights)
-
     def add(self, name: str, loras: Mapping[Layer, LoRA], weight: float = 1.0) -> None:
         """Adds an adapter: what acts on each layer. Raises InputError where there is one of that name."""
         if name in self.weights:
@@ -212,7 +207,7 @@ class Adapters(nn.Module):
 
     @contextmanager
     def active(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Lets adapters act with these weights in the calls inside, of this thread alone; those not named rest.
+        """Lets adapters act with these weights in the calls inside, of this context alone; those not named rest.
 
         Not to be held across the yield of a generator, whose caller would be inside, too. Raises InputError as
         ``check`` does.
@@ -271,8 +266,7 @@ class Adapters(nn.Module):
         weights = (_ACTIVE.get() or {}).get(id(self), self.weights)
         if self.fused:
             weights = {name: weight for name, weight in weights.items() if name not in self.fused}
-        change: Tensor | None = place(args[0], output, weights)
-        return change
+        return place(args[0], output, weights)
 
     def _places(self) -> list[_Place]:
         return [place for place in self.places if isinstance(place, _Place)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 UNET_NORM_EPS = 1e-5
@@ -24,6 +27,13 @@ def zero(module: M) -> M:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def weight_bytes(*modules: nn.Module) -> Iterator[UInt8[np.ndarray, " n"]]:
+    """The tensors of the modules' states as bytes, for a digest."""
+    for module in modules:
+        for tensor in module.state_dict().values():
+            yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 class Placed(nn.Module):
@@ -201,9 +211,8 @@ class Attention(nn.Module):
         normed = x if self.group_norm is None else self.group_norm(x.transpose(1, 2)).transpose(1, 2)
         query = self.to_q(normed)
         key, value = self.keys_values(normed) if context is None else context
-        out = self.to_out[0](
-            attend(query, key, value, num_heads=self.num_heads, mask=mask, upcast=self.upcast)
-        )
+        out = attend(query, key, value, num_heads=self.num_heads, mask=mask, upcast=self.upcast)
+        out = self.to_out[0](out)
         return out if self.group_norm is None else x + out
 
 
@@ -235,14 +244,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int, context_width: int | None, upcast: bool) -> None:
         super().__init__()
+        attention = partial(Attention, channels, num_heads=num_heads, upcast=upcast)
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, num_heads=num_heads, upcast=upcast)
+        self.attn1 = attention()
         self.norm2 = nn.LayerNorm(channels) if context_width else None
-        self.attn2 = (
-            Attention(channels, num_heads=num_heads, context_width=context_width, upcast=upcast)
-            if context_width
-            else None
-        )
+        self.attn2 = attention(context_width=context_width) if context_width else None
         self.norm3 = nn.LayerNorm(channels)
         self.ff = GatedFeedForward(channels)
 

@@ -199,16 +199,15 @@ class PromptEncoder(nn.Module):
         encoder = self.encoders[index]
         assert isinstance(encoder, TextEncoder)
         input_ids, attention_mask = input_ids.to(encoder.device), attention_mask.to(encoder.device)
-        if self.configs[index].architecture == "bert":
+        if not self.configs[index].reads_padding:
             tokens = encoder(input_ids, attention_mask)
             real = attention_mask[..., None].to(tokens.dtype)
             return PromptEmbeds(tokens, attention_mask, (tokens * real).sum(dim=1) / real.sum(dim=1))
         tokens = encoder(input_ids)
+        rows = torch.arange(len(tokens), device=tokens.device)
         end_id = self.tokenizers[index].end_id
         assert end_id is not None, "a tokenizer knows its special tokens"
-        ends = input_ids == end_id
-        rows = torch.arange(len(tokens), device=tokens.device)
-        first = ends.int().argmax(dim=1)  # padding may repeat the end
+        first = (input_ids == end_id).int().argmax(dim=1)  # padding may repeat the end
         return PromptEmbeds(tokens, None, tokens[rows, first])
 
     def join(self, parts: list[PromptEmbeds]) -> PromptEmbeds:
@@ -216,10 +215,9 @@ class PromptEncoder(nn.Module):
         tokens = [part.tokens for part in parts]
         if self.projections:
             tokens = [project(x) for project, x in zip(self.projections, tokens, strict=True)]
-        mask = None
-        if any(part.mask is not None for part in parts):
-            full = [torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in tokens]
-            mask = torch.cat(
-                [f if p.mask is None else p.mask for p, f in zip(parts, full, strict=True)], dim=1
-            )
+        masks = [
+            x.new_ones(x.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
+            for part, x in zip(parts, tokens, strict=True)
+        ]
+        mask = torch.cat(masks, dim=1) if any(part.mask is not None for part in parts) else None
         return PromptEmbeds(torch.cat(tokens, dim=1), mask, torch.cat([part.pooled for part in parts], dim=1))

@@ -9,15 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
-from tokenizers import (
-    AddedToken,
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
@@ -33,6 +25,8 @@ SPECIAL = {  # begin, end, padding, and others that a text may contain
     "clip": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "bert": ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"),
 }
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+"""The second takes precedence: in it 2.x pads with "!"."""
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -63,14 +57,9 @@ class Tokenizer:
         self.context_length = context_length
         build = {"clip": _clip, "bert": _bert}[architecture]
         files = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",)}[architecture]
-        words = folder
-        if (
-            not any((folder / name).is_file() for name in (*files, "tokenizer.json"))
-            and (folder.parent / f"{architecture}-tokenizer").is_dir()
-        ):
-            words = (
-                folder.parent / f"{architecture}-tokenizer"
-            )  # packaged: only the special tokens are its own
+        shared = folder.parent / f"{architecture}-tokenizer"  # packaged: only the special tokens are its own
+        own = any((folder / name).is_file() for name in (*files, "tokenizer.json"))
+        words = shared if shared.is_dir() and not own else folder
         if all((words / name).is_file() for name in files):
             self.files = [words / name for name in files]
             self._tokenizer = _undamaged(build, words)
@@ -81,11 +70,7 @@ class Tokenizer:
             self._tokenizer.no_padding()
         else:
             raise InputError(f"{folder} has no tokenizer: it needs {' and '.join(files)}, or tokenizer.json")
-        self.files += [
-            path
-            for name in ("special_tokens_map.json", "tokenizer_config.json")
-            if (path := folder / name).is_file()
-        ]
+        self.files += filter(Path.is_file, (folder / name for name in SETTINGS))
         settings = _undamaged(_settings, folder)
         begin, end, default_pad = SPECIAL[architecture][:3]
         pad = _special(settings.get("pad_token", default_pad)).content
@@ -148,9 +133,8 @@ def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
         return build(folder)
     except Exception as error:  # the tokenizers library raises no narrower class
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"the tokenizer in {folder} is damaged ({reason}): copy or download it again"
-        ) from error
+        message = f"the tokenizer in {folder} is damaged ({reason}): copy or download it again"
+        raise InputError(message) from error
 
 
 def _from_json(folder: Path) -> FastTokenizer:
@@ -164,27 +148,13 @@ def _clip(folder: Path) -> FastTokenizer:
     merges = [(first, second) for first, second in pairs]
     if not merges:
         raise ValueError("merges.txt is empty")
-    tokenizer = FastTokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=merges,
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-            fuse_unk=False,
-            unk_token="<|endoftext|>",
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    bpe = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+    tokenizer = FastTokenizer(bpe)
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    split = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    bytes_as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_letters])
     return tokenizer
 
 
@@ -194,14 +164,13 @@ def _bert(folder: Path) -> FastTokenizer:
     tokenizer = FastTokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
     return tokenizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The folder's special tokens; special_tokens_map.json, in which 2.x pads with "!", takes precedence."""
+    """The folder's special tokens."""
     settings: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in SETTINGS:
         if (path := folder / name).is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             settings |= {key: value for key, value in found.items() if value is not None}

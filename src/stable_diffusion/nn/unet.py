@@ -5,6 +5,8 @@ Its attributes carry the names of diffusers' tensors, so a published checkpoint 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -43,25 +45,18 @@ class UNetLevel(nn.Module):
         super().__init__()
         groups = config.norm_num_groups
         width = config.block_out_channels[index]
-        self.resnets = nn.ModuleList(
-            [
-                ResnetBlock(c_in, c_out, groups=groups, eps=UNET_NORM_EPS, time_width=time_width)
-                for c_in, c_out in channels
-            ]
+        resnet = partial(ResnetBlock, groups=groups, eps=UNET_NORM_EPS, time_width=time_width)
+        transformer = partial(
+            SpatialTransformer,
+            width,
+            num_heads=config.num_attention_heads[index],
+            context_width=config.cross_attention_dim,
+            groups=groups,
+            linear=config.use_linear_projection,
+            upcast=config.upcast_attention,
         )
-        self.attentions = nn.ModuleList(
-            [
-                SpatialTransformer(
-                    width,
-                    num_heads=config.num_attention_heads[index],
-                    context_width=config.cross_attention_dim,
-                    groups=groups,
-                    linear=config.use_linear_projection,
-                    upcast=config.upcast_attention,
-                )
-                for _ in range(len(channels) if attention else 0)
-            ]
-        )
+        self.resnets = nn.ModuleList([resnet(*pair) for pair in channels])
+        self.attentions = nn.ModuleList([transformer() for _ in channels if attention])
         self.downsamplers = nn.ModuleList([Downsample(width)] if down else [])
         self.upsamplers = nn.ModuleList([Upsample(width)] if up else [])
 
@@ -78,6 +73,7 @@ class UNet(Placed):
         widths = config.block_out_channels
         time_width = 4 * widths[0]
         last = len(widths) - 1
+        level = partial(UNetLevel, config, time_width=time_width)
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_width)
@@ -91,23 +87,11 @@ class UNet(Placed):
         skips = [widths[0]]  # channels that the path up will read
         for i, width in enumerate(widths):
             channels = [(skips[-1], width)] + [(width, width)] * (config.layers_per_block - 1)
-            self.down_blocks.append(
-                UNetLevel(
-                    config,
-                    i,
-                    channels,
-                    attention=config.attention_levels[i],
-                    time_width=time_width,
-                    down=i < last,
-                )
-            )
+            self.down_blocks.append(level(i, channels, attention=config.attention_levels[i], down=i < last))
             skips += [width] * (config.layers_per_block + (i < last))
 
-        middle = UNetLevel(
-            config, last, [(widths[-1], widths[-1])] * 2, attention=True, time_width=time_width
-        )
-        del middle.attentions[1]  # the middle is block, transformer, block
-        self.mid_block = middle
+        self.mid_block = level(last, [(widths[-1], widths[-1])] * 2, attention=True)
+        del self.mid_block.attentions[1]  # the middle is block, transformer, block
 
         self.up_blocks = nn.ModuleList()
         current = widths[-1]
@@ -116,11 +100,7 @@ class UNet(Placed):
             for _ in range(config.layers_per_block + 1):
                 channels.append((current + skips.pop(), width))
                 current = width
-            self.up_blocks.append(
-                UNetLevel(
-                    config, i, channels, attention=config.attention_levels[i], time_width=time_width, up=i > 0
-                )
-            )
+            self.up_blocks.append(level(i, channels, attention=config.attention_levels[i], up=i > 0))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], UNET_NORM_EPS)
         self.conv_out = zero(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
@@ -151,10 +131,8 @@ class UNet(Placed):
         class_labels: Int[Tensor, " b"] | Float[Tensor, "b p"] | None = None,
     ) -> Float[Tensor, "b t"]:
         """The time embedding, with that of the labels, as every residual block reads it."""
-        features = timestep_features(timesteps, self.config.block_out_channels[0]).to(
-            self.conv_in.weight.dtype
-        )
-        time = self.time_embedding(features)
+        features = timestep_features(timesteps, self.config.block_out_channels[0])
+        time = self.time_embedding(features.to(self.conv_in.weight.dtype))
         if self.class_embedding is not None:
             time = time + self.class_embedding(class_labels)
         return F.silu(time)

@@ -6,6 +6,9 @@ Every codec here has ``encode(images) -> latents`` of unit standard deviation, `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
 import torch
@@ -65,15 +68,18 @@ class VectorQuantizer(nn.Module):
         return z + (entries - z).detach(), indices.view(pixels.shape[:-1]), loss
 
 
+def _resnets(channels: Iterable[int], groups: int) -> nn.ModuleList:
+    """Residual blocks in a row, whose inputs and outputs have these numbers of channels."""
+    return nn.ModuleList(starmap(partial(ResnetBlock, groups=groups, eps=VAE_NORM_EPS), pairwise(channels)))
+
+
 class _Middle(nn.Module):
     """Block, attention over all pixels with one head, block."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([Attention(channels, num_heads=1, bias=True, groups=groups)])
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(channels, channels, groups=groups, eps=VAE_NORM_EPS) for _ in range(2)]
-        )
+        self.resnets = _resnets([channels] * 3, groups)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         x = self.resnets[0](x)
@@ -95,12 +101,7 @@ class _Level(nn.Module):
         up: bool = False,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [
-                ResnetBlock(in_channels if i == 0 else channels, channels, groups=groups, eps=VAE_NORM_EPS)
-                for i in range(layers)
-            ]
-        )
+        self.resnets = _resnets([in_channels] + [channels] * layers, groups)
         self.downsamplers = nn.ModuleList([Downsample(channels, asymmetric=True)] if down else [])
         self.upsamplers = nn.ModuleList([Upsample(channels)] if up else [])
 
@@ -115,11 +116,9 @@ class _Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        steps = enumerate(pairwise((widths[0], *widths)))
         self.down_blocks = nn.ModuleList(
-            [
-                _Level(before, width, config.layers_per_block, groups, down=i < len(widths) - 1)
-                for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
-            ]
+            [_Level(*step, config.layers_per_block, groups, down=i < len(widths) - 1) for i, step in steps]
         )
         self.mid_block = _Middle(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], VAE_NORM_EPS)
@@ -138,11 +137,9 @@ class _Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = _Middle(widths[0], groups)
+        steps = enumerate(pairwise((widths[0], *widths)))
         self.up_blocks = nn.ModuleList(
-            [
-                _Level(before, width, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
-                for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
-            ]
+            [_Level(*step, config.layers_per_block + 1, groups, up=i < len(widths) - 1) for i, step in steps]
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], VAE_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)

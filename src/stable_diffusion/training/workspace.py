@@ -21,6 +21,7 @@ from stable_diffusion.data.item import Entry, Source, stream
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import read_json, write_json
 from stable_diffusion.generation.pipeline import Parts
+from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 from stable_diffusion.training.events import TrainStep
@@ -146,7 +147,9 @@ class Workspace:
         vae = self.parts.vae
         side = pictures.shape[1] // vae.config.factor
         shape = (len(pictures), vae.config.latent_channels, side, side)
-        cache = ArrayCache(self.folder, "latents", digest(self._key, shape, *_arrays(vae)), shape, "float16")
+        cache = ArrayCache(
+            self.folder, "latents", digest(self._key, shape, *weight_bytes(vae)), shape, "float16"
+        )
 
         def blocks() -> Iterator[Array]:
             for start in range(0, len(pictures), TOGETHER):
@@ -178,12 +181,10 @@ class Workspace:
             if config.trainable:
                 caches.append(None)
                 continue
-            reads_padding = config.architecture == "clip"
-            masks = torch.cat(
-                [encoder.tokenizers[i](chunk).attention_mask | reads_padding for chunk in chunks]
-            )
+            read = [encoder.tokenizers[i](chunk).attention_mask | config.reads_padding for chunk in chunks]
+            masks = torch.cat(read)
             starts = np.concatenate([[0], np.cumsum(masks.sum(dim=1).numpy() + 1)])
-            key = digest(captions, to_dict(config), *_arrays(encoder.encoders[i]))
+            key = digest(captions, to_dict(config), *weight_bytes(encoder.encoders[i]))
             shape = (int(starts[-1]), config.hidden_size)
             cache = ArrayCache(self.folder, f"captions-{i + 1}", key, shape, "float16")
 
@@ -202,8 +203,3 @@ class Workspace:
                 yield TrainStep("encoding captions", number, len(captions))
             caches.append(TextCache(cache.read(), starts, config.context_length))
         return caches
-
-
-def _arrays(module: torch.nn.Module) -> list[Array]:
-    """A module's weights, for a cache's key."""
-    return [parameter.detach().cpu().contiguous().numpy() for parameter in module.parameters()]

@@ -133,7 +133,7 @@ class DenoiserStage(StageModule):
                 parts.append(self.text_encoder.read(i, text.pop(0), text.pop(0)))
             else:
                 tokens, mask, pooled = text.pop(0), text.pop(0), text.pop(0)
-                parts.append(PromptEmbeds(tokens, mask if config.architecture == "bert" else None, pooled))
+                parts.append(PromptEmbeds(tokens, None if config.reads_padding else mask, pooled))
         return self.text_encoder.join(parts) if parts else self.text_encoder([""] * count)
 
     def finish(self, done: bool) -> None:
