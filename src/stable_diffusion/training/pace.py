@@ -26,6 +26,7 @@ class Pace:
         total: steps planned.
         left: seconds left for the stage; None where steps, not minutes, were asked for.
         clock: gives seconds.
+        seconds: what a step takes, where it was measured for another plan to begin with.
     """
 
     def __init__(
@@ -34,10 +35,16 @@ class Pace:
         total: int,
         left: Callable[[], float] | None = None,
         clock: Clock = time.monotonic,
+        seconds: float | None = None,
     ) -> None:
         self.settings, self.total, self.left, self.clock = settings, total, left, clock
+        self.seconds = seconds
         self.last: float | None = None
         self.times: deque[float] = deque(maxlen=1000)
+
+    def begin(self, step: int) -> Replan | None:
+        """Says it if the plan is another one from the first step on, which is `step`."""
+        return None if self.seconds is None else self.plan(step, self.seconds)
 
     def tick(self, step: int) -> Replan | None:
         """Takes note of the time, `step` steps being done, and says it if the plan changes.

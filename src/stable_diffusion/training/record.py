@@ -1,65 +1,155 @@
-"""What a run's folder remembers: ``run.json``, with the plan by which the run goes on."""
+"""What a run's folder remembers: ``run.json``, with the plan by which the run goes on, and ``log.jsonl``."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stable_diffusion.config import ModelConfig, to_dict
 from stable_diffusion.data.cache import digest
 from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import read_json, write_json
 from stable_diffusion.runtime import has_native_bf16
-from stable_diffusion.training.pace import Clock
+from stable_diffusion.training.events import Event, Replan
+from stable_diffusion.training.loop import SAVE_SECONDS
+from stable_diffusion.training.observers import JsonLines
+from stable_diffusion.training.pace import Clock, Pace
+from stable_diffusion.training.stage import Stage, StageSettings
 
 FORMAT = 2  # grows when runs of older versions can no longer go on
 
 
 class RunRecord:
-    """The content of ``run.json``, and the time that the run has taken, earlier calls included.
+    """The content of ``run.json``, the log beside it, and the time that the run has taken, earlier calls included.
 
     Args:
         folder: the run's.
-        identity: digest of what must be the same for a run to go on.
-        facts: what else the file says of a new run.
+        facts: what the file says of a new run; its ``identity`` must be the same for a run to go on.
         resume: whether to go on with the run in the folder.
         clock: gives seconds.
+        writes: whether this process is the one that writes.
 
     Raises:
         InputError: another run is in the folder, or one of an older version.
     """
 
     def __init__(
-        self, folder: Path, identity: str, facts: Mapping[str, object], resume: bool, clock: Clock
+        self, folder: Path, facts: Mapping[str, object], resume: bool, clock: Clock, writes: bool
     ) -> None:
-        self.path = folder / "run.json"
-        self.content: dict[str, Any] = {"format": FORMAT, "identity": identity, **facts}
-        self.content |= {"plan": {}, "figures": {}, "spent": 0.0}
+        self.path, self.writes = folder / "run.json", writes
+        self.content: dict[str, Any] = {"format": FORMAT, **facts, "plan": {}, "figures": {}, "spent": 0.0}
         if resume and self.path.is_file():
             self.content = read_json(self.path)
-        other = "another recipe or of other pictures" if self.content.get("identity") != identity else ""
+        other = (
+            "another recipe or of other pictures" if self.content.get("identity") != facts["identity"] else ""
+        )
         if self.content.get("format") != FORMAT:
             other = "another version, which cannot go on here"
         if other:
             raise InputError(
                 f"{folder} holds a training of {other}: choose another output_dir, or resume=False to replace it"
             )
-        self._clock, self._began = clock, clock() - self.content["spent"]
+        self.log = JsonLines(folder / "log.jsonl", self.spent)
+        self.clock, self.began = clock, clock() - self.content["spent"]
 
     def spent(self) -> float:
         """Seconds of work on the run."""
-        return self._clock() - self._began
+        return self.clock() - self.began
+
+    def plan(
+        self,
+        stages: Sequence[Stage],
+        pictures: int,
+        steps: int | None,
+        minutes: float | None,
+        measured: Callable[[Stage], float],
+    ) -> dict[str, dict[str, Any]]:
+        """Steps of each stage, and the seconds of one: as they were planned before, unless others are asked for."""
+        plan = self.content["plan"]
+        if not plan or minutes not in (None, self.content["minutes"]):
+            self.content["minutes"] = minutes
+            for stage in stages:
+                settings, seconds = stage.settings, measured(stage)
+                length = max(settings.min_steps, round(settings.epochs * pictures / settings.batch_size))
+                if minutes is not None:
+                    length = max(1, int(60 * minutes * _part(stage, stages) / seconds))
+                plan[settings.name] = {"steps": length, "seconds": seconds}
+        if steps is not None:
+            self.content["minutes"] = None
+            for planned in plan.values():
+                planned["steps"] = steps
+        self.write()
+        return plan
+
+    def pace(self, stages: Sequence[Stage], measured: Callable[[Stage], float]) -> Pace:
+        """The first stage's, as planned; of a budget in minutes, these stages share what is left."""
+        stage, minutes, seconds = stages[0], self.content["minutes"], None
+        planned = self.content["plan"][stage.settings.name]
+        if minutes is None:
+            return Pace(stage.settings, planned["steps"], clock=self.clock)
+        if "until" not in planned:
+            rest = 60 * minutes - self.spent()
+            planned["until"] = self.spent() + rest * _part(stage, stages)
+            seconds = measured(stage)
+        return Pace(
+            stage.settings, planned["steps"], lambda: planned["until"] - self.spent(), self.clock, seconds
+        )
+
+    def note(self, event: Event) -> None:
+        """Keeps what a stage says: a step in the log, another plan in ``run.json``."""
+        due = self.spent() - self.content["spent"] > SAVE_SECONDS
+        if isinstance(event, Replan):
+            self.content["plan"][event.stage] |= {"steps": event.steps, "seconds": event.seconds}
+            due = True
+        if self.writes:
+            self.log(event)
+        if due:
+            self.write()
+
+    def finish(self, settings: StageSettings, done: bool) -> None:
+        """Keeps the figures of a stage, where it was trained to its end in this call."""
+        if done and self.log.stage == settings.name:
+            figures = self.log.figures(settings.name, settings.batch_size)
+            self.content["figures"][settings.name] = figures
+        self.write()
 
     def write(self) -> None:
-        """Writes the file."""
+        """Writes ``run.json``."""
         self.content["spent"] = round(self.spent(), 3)
-        write_json(self.path, self.content)
+        if self.writes:
+            write_json(self.path, self.content)
+
+
+def _part(stage: Stage, stages: Sequence[Stage]) -> float:
+    """A stage's part of the time that these stages have."""
+    return stage.share / sum(other.share for other in stages)
+
+
+def identified(
+    config: ModelConfig,
+    stages: Sequence[StageSettings],
+    entries: Sequence[Entry],
+    seed: int,
+    about: Mapping[str, object],
+) -> dict[str, object]:
+    """Recipe and data of a run, and the digest of what must be the same for it to go on."""
+    rows = [(entry.key, tuple(entry.captions), entry.weight) for entry in entries]
+    data = {"pictures": len(rows), "captions": sum(len(row[1]) for row in rows), "digest": digest(rows)}
+    model, recipe = to_dict(config), [to_dict(settings) for settings in stages]
+    trained = ("sample_size", "vae", "unet", "text_encoders", "schedule")  # not prompts nor samplers
+    return {
+        "identity": digest(data, seed, recipe, [model[name] for name in trained]),
+        "recipe": {**about, "seed": seed, "stage": recipe, "model": model},
+        "data": data,
+    }
 
 
 def machine(device: torch.device, number_format: str) -> dict[str, object]:
@@ -68,13 +158,10 @@ def machine(device: torch.device, number_format: str) -> dict[str, object]:
         ours = version("mini-stable-diffusion")
     except PackageNotFoundError:  # a folder of sources
         ours = "not installed"
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    named = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8") if info.is_file() else "")
     return {
-        "processor": name,
+        "processor": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "bf16": has_native_bf16(device),
@@ -85,9 +172,3 @@ def machine(device: torch.device, number_format: str) -> dict[str, object]:
             "python": platform.python_version(),
         },
     }
-
-
-def fingerprint(entries: Sequence[Entry]) -> dict[str, object]:
-    """What tells one set of data from another."""
-    rows = [(entry.key, tuple(entry.captions), entry.weight) for entry in entries]
-    return {"pictures": len(rows), "captions": sum(len(row[1]) for row in rows), "digest": digest(rows)}
