@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,34 +24,39 @@ StepFunction = Callable[..., dict[str, Tensor]]
 
 
 class Computer:
-    """Where and how a run's stages are computed.
+    """Computes the losses of a run's stages, and says how long that takes.
 
     Args:
-        device: the model's.
-        processes: which share each batch.
+        stages: on the model's device.
         autocast: whether to compute in 16 bits where the device is good at it.
         compiler: of all stages; they run plain, after one warning, where compiling is not possible.
+        clock: gives seconds.
+
+    Attributes:
+        processes: those that share each batch.
+        dtype: the 16-bit format; None for float32.
+        functions: what computes each stage's losses.
     """
 
     def __init__(
-        self, device: torch.device, processes: PartialState, autocast: bool, compiler: Compiler | None
+        self, stages: Sequence[Stage], autocast: bool, compiler: Compiler | None, clock: Clock
     ) -> None:
-        self.device, self.processes, self.compiler = device, processes, compiler
-        self.dtype = autocast_dtype(device) if autocast else None
+        self.device, self.compiler, self.clock = stages[0].device, compiler, clock
+        self.processes = PartialState()
+        self.dtype = autocast_dtype(self.device) if autocast else None
+        self.functions = {stage: self._function(stage) for stage in stages}
 
-    def function(self, stage: Stage) -> StepFunction:
-        """What computes a stage's losses."""
+    def _function(self, stage: Stage) -> StepFunction:
         module: nn.Module = stage
         if self.processes.num_processes > 1:
             home = self.processes.device
             devices = None if home.type == "cpu" else [home]
             module = nn.parallel.DistributedDataParallel(stage.to(home), device_ids=devices)
         compiled = module if self.compiler is None else self.compiler(module)
+        dtype = self.dtype or torch.bfloat16
 
         def step(*batch: Tensor) -> dict[str, Tensor]:
-            with torch.autocast(
-                self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
-            ):
+            with torch.autocast(self.device.type, dtype, enabled=self.dtype is not None):
                 if self.compiler is not None:
                     try:
                         return compiled(*batch)
@@ -59,13 +64,31 @@ class Computer:
                         self.compiler = None
                         inner = error.inner_exception
                         reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
-                        warnings.warn(
-                            f"training runs uncompiled, since torch.compile failed here: {reason}",
-                            stacklevel=2,
-                        )
+                        said = f"training runs uncompiled, since torch.compile failed here: {reason}"
+                        warnings.warn(said, stacklevel=2)
                 return module(*batch)
 
         return step
+
+    @property
+    def number_format(self) -> str:
+        """Of the losses, such as ``bfloat16``."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    def measure(self, stage: Stage) -> float:
+        """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
+        parts = stage.settings.gradient_accumulation_steps
+        batch = stage.example(math.ceil(stage.settings.batch_size / (parts * self.processes.num_processes)))
+        times = []
+        for _ in range(3):
+            began = self.clock()
+            loss = torch.stack([*self.functions[stage](*batch).values()]).sum()
+            loss.backward()
+            float(loss.detach())  # waits for the device
+            times.append(self.clock() - began)
+            stage.zero_grad(set_to_none=True)
+        seconds = OVERHEAD * parts * sum(times[1:]) / 2
+        return float(broadcast_object_list([seconds])[0])  # the first process's clock counts
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -76,22 +99,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return torch.float16
     warnings.warn(f"this {device.type} is not faster in 16 bits: training in float32", stacklevel=5)
     return None
-
-
-def measure(stage: Stage, step: StepFunction, processes: int, clock: Clock) -> float:
-    """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
-    parts = stage.settings.gradient_accumulation_steps
-    batch = stage.example(math.ceil(stage.settings.batch_size / (parts * processes)))
-    times = []
-    for _ in range(3):
-        began = clock()
-        loss = torch.stack([*step(*batch).values()]).sum()
-        loss.backward()
-        float(loss.detach())  # waits for the device
-        times.append(clock() - began)
-        stage.zero_grad(set_to_none=True)
-    seconds = OVERHEAD * parts * sum(times[1:]) / 2
-    return float(broadcast_object_list([seconds])[0])  # the first process's clock counts
 
 
 def is_shared() -> bool:

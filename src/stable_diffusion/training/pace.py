@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from accelerate.utils import broadcast_object_list
 
@@ -18,29 +19,21 @@ OFTEN = 4  # steps from one look at the clock to the next
 Clock = Callable[[], float]
 
 
+@dataclass
 class Pace:
-    """The number of a stage's steps, which changes with the machine until the learning rate falls in any case.
+    """The number of a stage's steps, which changes with the machine until the learning rate falls in any case."""
 
-    Args:
-        settings: the stage's.
-        total: steps planned.
-        left: seconds left for the stage; None where steps, not minutes, were asked for.
-        clock: gives seconds.
-        seconds: what a step takes, where it was measured for another plan to begin with.
-    """
-
-    def __init__(
-        self,
-        settings: StageSettings,
-        total: int,
-        left: Callable[[], float] | None = None,
-        clock: Clock = time.monotonic,
-        seconds: float | None = None,
-    ) -> None:
-        self.settings, self.total, self.left, self.clock = settings, total, left, clock
-        self.seconds = seconds
-        self.last: float | None = None
-        self.times: deque[float] = deque(maxlen=1000)
+    settings: StageSettings
+    total: int
+    """Steps planned."""
+    left: Callable[[], float] | None = None
+    """Gives the seconds left for the stage; None where steps, not minutes, were asked for."""
+    clock: Clock = time.monotonic
+    """Gives seconds."""
+    seconds: float | None = None
+    """What a step takes, where it was measured for another plan to begin with."""
+    last: float | None = field(default=None, init=False)
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=1000), init=False)
 
     def begin(self, step: int) -> Replan | None:
         """Says it if the plan is another one from the first step on, which is `step`."""

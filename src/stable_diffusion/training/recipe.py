@@ -47,7 +47,7 @@ def read_recipe(path: Path) -> Recipe:
     if "training" in model:
         if tables is not None:
             raise InputError(
-                f"{path} has both [[stage]] and [model.training]: the list of stages is the newer form"
+                f"{path} has both [[stage]] and [model.training]: leave the latter, older one out"
             )
         tables, seed = _older(model.pop("training"))
     if "kind" in data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import read_json, write_json
 from stable_diffusion.runtime import has_native_bf16
+from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.events import Event, Replan
 from stable_diffusion.training.loop import SAVE_SECONDS
 from stable_diffusion.training.observers import JsonLines
-from stable_diffusion.training.pace import Clock, Pace
+from stable_diffusion.training.pace import Pace
 from stable_diffusion.training.stage import Stage, StageSettings
 
 FORMAT = 2  # grows when runs of older versions can no longer go on
@@ -33,19 +34,18 @@ class RunRecord:
     Args:
         folder: the run's.
         facts: what the file says of a new run; its ``identity`` must be the same for a run to go on.
-        resume: whether to go on with the run in the folder.
-        clock: gives seconds.
-        writes: whether this process is the one that writes.
+        resume: whether to go on with the run in the folder; its files are removed otherwise.
+        computer: measures the stages; of its processes, the first one writes.
 
     Raises:
         InputError: another run is in the folder, or one of an older version.
     """
 
-    def __init__(
-        self, folder: Path, facts: Mapping[str, object], resume: bool, clock: Clock, writes: bool
-    ) -> None:
-        self.path, self.writes = folder / "run.json", writes
-        self.content: dict[str, Any] = {"format": FORMAT, **facts, "plan": {}, "figures": {}, "spent": 0.0}
+    def __init__(self, folder: Path, facts: Mapping[str, object], resume: bool, computer: Computer) -> None:
+        self.path, self.computer, self.stages = folder / "run.json", computer, [*computer.functions]
+        self.clock, self.writes = computer.clock, computer.processes.is_main_process
+        self.content: dict[str, Any] = {"format": FORMAT, **facts}
+        self.content |= {"minutes": None, "plan": {}, "figures": {}, "spent": 0.0}
         if resume and self.path.is_file():
             self.content = read_json(self.path)
         other = (
@@ -57,30 +57,32 @@ class RunRecord:
             raise InputError(
                 f"{folder} holds a training of {other}: choose another output_dir, or resume=False to replace it"
             )
+        computer.processes.wait_for_everyone()  # all have read the record before one writes it
+        if self.writes and not resume:
+            for file in (
+                "run.json",
+                "log.jsonl",
+                *(f"{stage.settings.name}.safetensors" for stage in self.stages),
+            ):
+                (folder / file).unlink(missing_ok=True)
         self.log = JsonLines(folder / "log.jsonl", self.spent)
-        self.clock, self.began = clock, clock() - self.content["spent"]
+        self.began = self.clock() - self.content["spent"]
 
     def spent(self) -> float:
         """Seconds of work on the run."""
         return self.clock() - self.began
 
-    def plan(
-        self,
-        stages: Sequence[Stage],
-        pictures: int,
-        steps: int | None,
-        minutes: float | None,
-        measured: Callable[[Stage], float],
-    ) -> dict[str, dict[str, Any]]:
+    def plan(self, steps: int | None, minutes: float | None) -> dict[str, dict[str, Any]]:
         """Steps of each stage, and the seconds of one: as they were planned before, unless others are asked for."""
         plan = self.content["plan"]
         if not plan or minutes not in (None, self.content["minutes"]):
             self.content["minutes"] = minutes
-            for stage in stages:
-                settings, seconds = stage.settings, measured(stage)
+            pictures = self.content["data"]["pictures"]
+            for stage in self.stages:
+                settings, seconds = stage.settings, self.computer.measure(stage)
                 length = max(settings.min_steps, round(settings.epochs * pictures / settings.batch_size))
                 if minutes is not None:
-                    length = max(1, int(60 * minutes * _part(stage, stages) / seconds))
+                    length = max(1, int(60 * minutes * _part(stage, self.stages) / seconds))
                 plan[settings.name] = {"steps": length, "seconds": seconds}
         if steps is not None:
             self.content["minutes"] = None
@@ -89,16 +91,16 @@ class RunRecord:
         self.write()
         return plan
 
-    def pace(self, stages: Sequence[Stage], measured: Callable[[Stage], float]) -> Pace:
-        """The first stage's, as planned; of a budget in minutes, these stages share what is left."""
-        stage, minutes, seconds = stages[0], self.content["minutes"], None
+    def pace(self, stage: Stage) -> Pace:
+        """A stage's pace, as planned; of a budget in minutes, it shares what is left with those after it."""
+        minutes, seconds = self.content["minutes"], None
         planned = self.content["plan"][stage.settings.name]
         if minutes is None:
             return Pace(stage.settings, planned["steps"], clock=self.clock)
         if "until" not in planned:
             rest = 60 * minutes - self.spent()
-            planned["until"] = self.spent() + rest * _part(stage, stages)
-            seconds = measured(stage)
+            planned["until"] = self.spent() + rest * _part(stage, self.stages[self.stages.index(stage) :])
+            seconds = self.computer.measure(stage)
         return Pace(
             stage.settings, planned["steps"], lambda: planned["until"] - self.spent(), self.clock, seconds
         )
@@ -133,42 +135,36 @@ def _part(stage: Stage, stages: Sequence[Stage]) -> float:
     return stage.share / sum(other.share for other in stages)
 
 
-def identified(
-    config: ModelConfig,
-    stages: Sequence[StageSettings],
-    entries: Sequence[Entry],
-    seed: int,
-    about: Mapping[str, object],
-) -> dict[str, object]:
-    """Recipe and data of a run, and the digest of what must be the same for it to go on."""
+def facts(
+    config: ModelConfig, entries: Sequence[Entry], recipe: Mapping[str, object], computer: Computer
+) -> dict[str, Any]:
+    """What a run is: recipe, with its seed, data and machine; and a digest of what must stay for it to go on."""
     rows = [(entry.key, tuple(entry.captions), entry.weight) for entry in entries]
     data = {"pictures": len(rows), "captions": sum(len(row[1]) for row in rows), "digest": digest(rows)}
-    model, recipe = to_dict(config), [to_dict(settings) for settings in stages]
+    model, said = to_dict(config), [to_dict(stage.settings) for stage in computer.functions]
     trained = ("sample_size", "vae", "unet", "text_encoders", "schedule")  # not prompts nor samplers
     return {
-        "identity": digest(data, seed, recipe, [model[name] for name in trained]),
-        "recipe": {**about, "seed": seed, "stage": recipe, "model": model},
+        "identity": digest(data, recipe["seed"], said, [model[name] for name in trained]),
+        "recipe": {**recipe, "stage": said, "model": model},
         "data": data,
+        "machine": _machine(computer),
     }
 
 
-def machine(device: torch.device, number_format: str) -> dict[str, object]:
+def _machine(computer: Computer) -> dict[str, object]:
     """Where it is computed, and with what."""
     try:
         ours = version("mini-stable-diffusion")
     except PackageNotFoundError:  # a folder of sources
         ours = "not installed"
-    info = Path("/proc/cpuinfo")
+    info, device = Path("/proc/cpuinfo"), computer.device
     named = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8") if info.is_file() else "")
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {
         "processor": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "bf16": has_native_bf16(device),
-        "number_format": number_format,
-        "versions": {
-            "mini-stable-diffusion": ours,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "number_format": computer.number_format,
+        "versions": {"mini-stable-diffusion": ours, **versions},
     }

@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from stable_diffusion.data.item import Source
+from stable_diffusion.data.item import Entry, Source
 from stable_diffusion.errors import InputError, unknown_name
-from stable_diffusion.training import compute
 from stable_diffusion.training.compute import Compiler, Computer
 from stable_diffusion.training.events import Event, Plan
 from stable_diffusion.training.loop import train_stage
 from stable_diffusion.training.pace import Clock
-from stable_diffusion.training.record import RunRecord, identified, machine
+from stable_diffusion.training.record import RunRecord, facts
 from stable_diffusion.training.stage import Stage, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
 from stable_diffusion.training.workspace import TrainableParts, Workspace
@@ -42,33 +41,18 @@ def train_model(
 
     `clock` gives seconds; the other arguments and the errors are those of ``DiffusionModel.train``.
     """
-    stages, device = DEFAULT if stages is None else stages, parts.unet.device
-    entries, processes = data.entries(), PartialState(cpu=device.type == "cpu")
+    stages, entries = DEFAULT if stages is None else stages, data.entries()
+    processes = PartialState(cpu=parts.unet.device.type == "cpu")
     _check_lengths(steps, minutes)
-    if not entries:
-        raise InputError("there are no captioned pictures to train on: the set is empty")
-    _check_stages(stages, processes.num_processes)
-    if parts.unet.dtype != torch.float32:
-        raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
-
+    _check(parts, entries, stages, processes.num_processes)
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
-    computer = Computer(device, processes, autocast, compiler)
+
     built = [STAGES[settings.kind].stage(parts, settings) for settings in stages]
-    functions = {stage: computer.function(stage) for stage in built}
-
-    def measured(stage: Stage) -> float:
-        return compute.measure(stage, functions[stage], processes.num_processes, clock)
-
-    number_format = str(computer.dtype or torch.float32).removeprefix("torch.")
-    facts = identified(parts.config, stages, entries, seed, about or {})
-    facts |= {"machine": machine(device, number_format), "minutes": minutes}
-    record = RunRecord(output_dir, facts, resume, clock, processes.is_main_process)
-    processes.wait_for_everyone()  # all have read the record before one writes it
-    if processes.is_main_process and not resume:
-        for file in ("run.json", "log.jsonl", *(f"{settings.name}.safetensors" for settings in stages)):
-            (output_dir / file).unlink(missing_ok=True)
-    plan = record.plan(built, len(entries), steps, minutes, measured)
+    computer = Computer(built, autocast, compiler, clock)
+    run = facts(parts.config, entries, {**(about or {}), "seed": seed}, computer)
+    record = RunRecord(output_dir, run, resume, computer)
+    plan = record.plan(steps, minutes)
     workspace = Workspace(parts, data, entries, output_dir / "cache")
     yield Plan(
         name=parts.config.name,
@@ -76,31 +60,38 @@ def train_model(
         captions=len(workspace.captions) - 1,
         steps={name: planned["steps"] for name, planned in plan.items()},
         seconds={name: planned["seconds"] for name, planned in plan.items()},
-        device=str(device),
-        number_format=number_format,
+        device=str(computer.device),
+        number_format=computer.number_format,
     )
-    for i, stage in enumerate(built):
-        done = False
-        try:
-            yield from stage.prepare(workspace)
-            training = train_stage(
-                stage,
-                functions[stage],
-                pace=record.pace(built[i:], measured),
-                seed=seed,
-                path=output_dir / f"{stage.settings.name}.safetensors",
-                autocast=computer.dtype,
-                process=processes.process_index,
-                processes=processes.num_processes,
-            )
-            with contextlib.closing(training):  # saves before the stage is finished
-                for event in training:
-                    record.note(event)
-                    yield event
-            done = True
-        finally:
-            stage.finish(done)
-            record.finish(stage.settings, done)
+    for stage in built:
+        yield from _train(stage, workspace, computer, record, output_dir, seed)
+
+
+def _train(
+    stage: Stage, workspace: Workspace, computer: Computer, record: RunRecord, folder: Path, seed: int
+) -> Generator[Event, None, None]:
+    """Prepares, trains and finishes a stage, also where training is stopped on the way."""
+    done = False
+    try:
+        yield from stage.prepare(workspace)
+        training = train_stage(
+            stage,
+            computer.functions[stage],
+            pace=record.pace(stage),
+            seed=seed,
+            path=folder / f"{stage.settings.name}.safetensors",
+            autocast=computer.dtype,
+            process=computer.processes.process_index,
+            processes=computer.processes.num_processes,
+        )
+        with contextlib.closing(training):  # saves before the stage is finished
+            for event in training:
+                record.note(event)
+                yield event
+        done = True
+    finally:
+        stage.finish(done)
+        record.finish(stage.settings, done)
 
 
 def _check_lengths(steps: int | None, minutes: float | None) -> None:
@@ -112,8 +103,14 @@ def _check_lengths(steps: int | None, minutes: float | None) -> None:
             raise InputError(f"{name} must be above 0, got {value}")
 
 
-def _check_stages(stages: Sequence[StageSettings], processes: int) -> None:
-    """Raises InputError for a list of stages that cannot be trained."""
+def _check(
+    parts: TrainableParts, entries: Sequence[Entry], stages: Sequence[StageSettings], processes: int
+) -> None:
+    """Raises InputError for what cannot be trained: a model, data, or a list of stages."""
+    if not entries:
+        raise InputError("there are no captioned pictures to train on: the set is empty")
+    if parts.unet.dtype != torch.float32:
+        raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
     names = [settings.name for settings in stages]
     if not names:
         raise InputError(

@@ -27,12 +27,8 @@ class TrainState:
         self.players = players
         self.parameters = {name: p for player in players.values() for name, p in player.parameters.items()}
         self.device = next(iter(self.parameters.values())).device
-        self.average = {
-            name: parameter.detach().clone()
-            for player in players.values()
-            if player.ema_decay is not None
-            for name, parameter in player.parameters.items()
-        }
+        averaged = [player for player in players.values() if player.ema_decay is not None]
+        self.average = {name: p.detach().clone() for one in averaged for name, p in one.parameters.items()}
         self.optimizers = {name: _adamw(player, self.device) for name, player in players.items()}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.step = 0  # the next one
@@ -84,13 +80,10 @@ class TrainState:
         tensors |= {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         for name, fields in self._moments().items():
             tensors |= {f"optimizer.{field}.{name}": value for field, value in fields.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         counts = {"step": self.step, "skipped": self.skipped, "scale": self.scaler.get_scale()}
         with replacing(path) as building:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                building,
-                metadata={key: str(value) for key, value in counts.items()},
-            )
+            save_file(tensors, building, metadata={key: str(value) for key, value in counts.items()})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -125,12 +125,11 @@ class Workspace:
             write_json(record, {"rows": damaged})
 
         cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
-        pictures = yield from _filled(cache, blocks(), "reading pictures", count)
+        pictures = yield from _filled(cache, blocks(), "reading pictures", np.arange(count + 1))
         if damaged := read_json(record)["rows"]:
             names = ", ".join(self.entries[i].key for i in damaged[:3])
-            warnings.warn(
-                f"{len(damaged)} pictures cannot be decoded and are left out: {names}", stacklevel=2
-            )
+            said = f"{len(damaged)} pictures cannot be decoded and are left out: {names}"
+            warnings.warn(said, stacklevel=2)
             kept = sorted(set(range(count)) - set(damaged))
             if not kept:
                 raise InputError(f"none of the {count} pictures can be decoded: check the image folder")
@@ -152,7 +151,7 @@ class Workspace:
 
         shape = (count, *latent_shape(self.parts.config))
         cache = ArrayCache(self.folder, "latents", digest(self._key, shape, *_arrays(vae)), shape, "float16")
-        return (yield from _filled(cache, blocks(), "encoding pictures", count))
+        return (yield from _filled(cache, blocks(), "encoding pictures", np.arange(count + 1)))
 
     def text(self) -> Generator[TrainStep, None, TextCaches]:
         """Each frozen encoder's embeddings of the captions, whitened; None for an encoder that is trained."""
@@ -178,30 +177,24 @@ class Workspace:
             for chunk in chunks:
                 embeds = encoder.encode(i, chunk)
                 tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
-                mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-                if embeds.mask is not None:
-                    mask = embeds.mask.cpu()
+                mask = torch.ones(tokens.shape[:2]).bool() if embeds.mask is None else embeds.mask.cpu()
                 for said, real, whole in zip(tokens, mask, pooled, strict=True):
                     yield torch.cat([said[real], whole[None]]).numpy()
 
         key = digest(captions, to_dict(config), *_arrays(encoder.encoders[i]))
         shape = (int(starts[-1]), config.hidden_size)
         cache = ArrayCache(self.folder, f"captions-{i + 1}", key, shape, "float16")
-
-        def captions_in(rows: int) -> int:
-            return int(np.searchsorted(starts, rows))
-
-        rows = yield from _filled(cache, blocks(), "encoding captions", len(captions), captions_in)
+        rows = yield from _filled(cache, blocks(), "encoding captions", starts)
         return TextCache(rows, starts, config.context_length)
 
 
 def _filled(
-    cache: ArrayCache, blocks: Iterable[Array], doing: str, total: int, number: Callable[[int], int] = int
+    cache: ArrayCache, blocks: Iterable[Array], doing: str, starts: Array
 ) -> Generator[TrainStep, None, Array]:
-    """A cache's rows, which the first process fills; `number` says how many of `total` so many rows are."""
+    """A cache's rows, which the first process fills; `starts` are each item's first row, and the end."""
     with PartialState().main_process_first():
         for done in cache.fill(blocks):
-            yield TrainStep(doing, number(done) - 1, total)
+            yield TrainStep(doing, int(np.searchsorted(starts, done)) - 1, len(starts) - 1)
         return cache.read()
 
 

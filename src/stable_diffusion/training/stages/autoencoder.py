@@ -88,14 +88,8 @@ def normalise(
     vae: AutoencoderKL | AutoencoderTiny, pictures: Array, count: int = 2048, chunk: int = 32
 ) -> None:
     """Measures the latents of up to `count` pictures and gives them mean 0 and standard deviation 1 for good."""
-    step = max(1, len(pictures) // count)
-    indices = list(range(0, len(pictures), step))
-    sums = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
-    values = 0
-    for i in range(0, len(indices), chunk):
-        latents = vae.encode(read_pixels(pictures, indices[i : i + chunk], vae.device)).cpu().double()
-        sums += torch.stack([latents.sum(dim=(0, 2, 3)), (latents**2).sum(dim=(0, 2, 3))])
-        values += latents[:, 0].numel()
-    mean = sums[0] / values
-    std = (sums[1] / values - mean**2).clamp(min=1e-10).sqrt()
-    vae.normalise(mean.float().to(vae.device), std.float().to(vae.device))
+    indices = list(range(0, len(pictures), max(1, len(pictures) // count)))
+    chunks = [indices[i : i + chunk] for i in range(0, len(indices), chunk)]
+    latents = torch.cat([vae.encode(read_pixels(pictures, some, vae.device)).cpu() for some in chunks])
+    std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3), correction=0)
+    vae.normalise(mean.float().to(vae.device), std.clamp(min=1e-5).float().to(vae.device))
