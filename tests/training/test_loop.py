@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.training import loop, state
+from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.loop import MOST_SKIPPED, make_batches, train_stage
@@ -67,15 +68,19 @@ class Toy(Stage):
         return (torch.ones(count, 3),)
 
 
-def train(stage: Toy, path: Path, total: int = 20, pace: Pace | None = None, **settings: int) -> Any:
-    return train_stage(
-        stage,
-        stage,
-        pace=pace or Pace(stage.settings, total),
-        seed=settings.pop("seed", 0),
-        path=path,
-        **settings,
-    )
+def train(
+    stage: Toy,
+    path: Path,
+    total: int = 20,
+    pace: Pace | None = None,
+    seed: int = 0,
+    process: int = 0,
+    processes: int = 1,
+) -> Any:
+    pace = pace or Pace(stage.settings, total)
+    computer = Computer([stage])
+    computer.process, computer.processes = process, processes
+    return train_stage(stage, computer, pace=pace, seed=seed, path=path)
 
 
 # What is sampled.

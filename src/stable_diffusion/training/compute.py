@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,23 +34,29 @@ class Computer:
         clock: gives seconds.
 
     Attributes:
-        processes: those that share each batch.
+        process: number of this process, from 0.
+        processes: how many share each batch.
         dtype: the 16-bit format; None for float32.
         functions: what computes each stage's losses.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], autocast: bool, compiler: Compiler | None, clock: Clock
+        self,
+        stages: Sequence[Stage],
+        autocast: bool = False,
+        compiler: Compiler | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.device, self.compiler, self.clock = stages[0].device, compiler, clock
-        self.processes = PartialState()
+        self.state = PartialState()
+        self.process, self.processes = self.state.process_index, self.state.num_processes
         self.dtype = autocast_dtype(self.device) if autocast else None
         self.functions = {stage: self._function(stage) for stage in stages}
 
     def _function(self, stage: Stage) -> StepFunction:
         module: nn.Module = stage
-        if self.processes.num_processes > 1:
-            home = self.processes.device
+        if self.processes > 1:
+            home = self.state.device
             devices = None if home.type == "cpu" else [home]
             module = nn.parallel.DistributedDataParallel(stage.to(home), device_ids=devices)
         compiled = module if self.compiler is None else self.compiler(module)
@@ -78,7 +85,7 @@ class Computer:
     def measure(self, stage: Stage) -> float:
         """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
         parts = stage.settings.gradient_accumulation_steps
-        batch = stage.example(math.ceil(stage.settings.batch_size / (parts * self.processes.num_processes)))
+        batch = stage.example(math.ceil(stage.settings.batch_size / (parts * self.processes)))
         times = []
         for _ in range(3):
             began = self.clock()

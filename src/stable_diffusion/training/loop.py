@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stable_diffusion.data.item import ahead
 from stable_diffusion.errors import InputError
-from stable_diffusion.training.compute import StepFunction, summed
+from stable_diffusion.training.compute import Computer, summed
 from stable_diffusion.training.draw import Draw
 from stable_diffusion.training.events import Replan, TrainStep
 from stable_diffusion.training.pace import Pace
@@ -26,32 +26,27 @@ THREADS = 6  # that make batches for a GPU
 
 def train_stage(
     stage: Stage,
-    step_function: StepFunction,
+    computer: Computer,
     *,
     pace: Pace,
     seed: int,
     path: Path,
-    autocast: torch.dtype | None = None,
-    process: int = 0,
-    processes: int = 1,
 ) -> Generator[TrainStep | Replan, None, None]:
     """Trains the players of a stage to the last step of `pace`, and leaves their averages in it.
 
     Args:
         stage: what is trained.
-        step_function: what computes its losses: the stage itself, or it compiled or distributed.
+        computer: computes its losses; of the processes that share each batch, the first one writes.
         pace: optimizer updates in all, those of earlier calls included.
         seed: of order, noise and choice of captions.
         path: the checkpoint, read when it exists and written every two minutes and at the end.
-        autocast: number format that losses are computed in; None is float32.
-        process: number of this process; the first one writes.
-        processes: how many share each batch.
 
     Raises:
         InputError: the loss stays non-finite; the checkpoint keeps the last good state.
     """
     settings, count = stage.settings, stage.settings.batch_size
-    state = TrainState(stage.players(), autocast)
+    process, processes = computer.process, computer.processes
+    state = TrainState(stage.players(), computer.dtype)
     if path.is_file():
         state.load(path)
     if (change := pace.begin(state.step)) is not None:
@@ -70,7 +65,7 @@ def train_stage(
         while state.step < pace.total:
             losses: dict[str, Tensor] = {}
             for part, batch in zip(parts, batches, strict=False):
-                terms = step_function(*batch)
+                terms = computer.functions[stage](*batch)
                 # A mean over the batch is one of means over its parts; processes' gradients will be averaged.
                 loss = functools.reduce(torch.add, terms.values()) * (processes * len(part) / count)
                 state.scaler.scale(loss).backward()

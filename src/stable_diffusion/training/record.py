@@ -23,7 +23,7 @@ from stable_diffusion.training.events import Event, Replan
 from stable_diffusion.training.loop import SAVE_SECONDS
 from stable_diffusion.training.observers import JsonLines
 from stable_diffusion.training.pace import Pace
-from stable_diffusion.training.stage import Stage, StageSettings
+from stable_diffusion.training.stage import Stage
 
 FORMAT = 2  # grows when runs of older versions can no longer go on
 
@@ -43,30 +43,30 @@ class RunRecord:
 
     def __init__(self, folder: Path, facts: Mapping[str, object], resume: bool, computer: Computer) -> None:
         self.path, self.computer, self.stages = folder / "run.json", computer, [*computer.functions]
-        self.clock, self.writes = computer.clock, computer.processes.is_main_process
+        self.clock, self.writes = computer.clock, computer.process == 0
         self.content: dict[str, Any] = {"format": FORMAT, **facts}
         self.content |= {"minutes": None, "plan": {}, "figures": {}, "spent": 0.0}
         if resume and self.path.is_file():
             self.content = read_json(self.path)
-        other = (
-            "another recipe or of other pictures" if self.content.get("identity") != facts["identity"] else ""
-        )
+        other = ""
         if self.content.get("format") != FORMAT:
             other = "another version, which cannot go on here"
+        elif self.content.get("identity") != facts["identity"]:
+            other = "another recipe or of other pictures"
         if other:
             raise InputError(
                 f"{folder} holds a training of {other}: choose another output_dir, or resume=False to replace it"
             )
-        computer.processes.wait_for_everyone()  # all have read the record before one writes it
-        if self.writes and not resume:
-            for file in (
-                "run.json",
-                "log.jsonl",
-                *(f"{stage.settings.name}.safetensors" for stage in self.stages),
-            ):
-                (folder / file).unlink(missing_ok=True)
         self.log = JsonLines(folder / "log.jsonl", self.spent)
         self.began = self.clock() - self.content["spent"]
+        computer.state.wait_for_everyone()  # all have read the record before one writes it
+        if self.writes and not resume:
+            for file in (self.path, self.log.path, *map(self.checkpoint, self.stages)):
+                file.unlink(missing_ok=True)
+
+    def checkpoint(self, stage: Stage) -> Path:
+        """The file that a stage goes on from."""
+        return self.path.with_name(f"{stage.settings.name}.safetensors")
 
     def spent(self) -> float:
         """Seconds of work on the run."""
@@ -116,11 +116,11 @@ class RunRecord:
         if due:
             self.write()
 
-    def finish(self, settings: StageSettings, done: bool) -> None:
+    def finish(self, stage: Stage, done: bool) -> None:
         """Keeps the figures of a stage, where it was trained to its end in this call."""
-        if done and self.log.stage == settings.name:
-            figures = self.log.figures(settings.name, settings.batch_size)
-            self.content["figures"][settings.name] = figures
+        name = stage.settings.name
+        if done and self.log.stage == name:
+            self.content["figures"][name] = self.log.figures(name, stage.settings.batch_size)
         self.write()
 
     def write(self) -> None:

@@ -64,26 +64,18 @@ def train_model(
         number_format=computer.number_format,
     )
     for stage in built:
-        yield from _train(stage, workspace, computer, record, output_dir, seed)
+        yield from _train(stage, workspace, computer, record, seed)
 
 
 def _train(
-    stage: Stage, workspace: Workspace, computer: Computer, record: RunRecord, folder: Path, seed: int
+    stage: Stage, workspace: Workspace, computer: Computer, record: RunRecord, seed: int
 ) -> Generator[Event, None, None]:
     """Prepares, trains and finishes a stage, also where training is stopped on the way."""
     done = False
     try:
         yield from stage.prepare(workspace)
-        training = train_stage(
-            stage,
-            computer.functions[stage],
-            pace=record.pace(stage),
-            seed=seed,
-            path=folder / f"{stage.settings.name}.safetensors",
-            autocast=computer.dtype,
-            process=computer.processes.process_index,
-            processes=computer.processes.num_processes,
-        )
+        pace, path = record.pace(stage), record.checkpoint(stage)
+        training = train_stage(stage, computer, pace=pace, seed=seed, path=path)
         with contextlib.closing(training):  # saves before the stage is finished
             for event in training:
                 record.note(event)
@@ -91,7 +83,7 @@ def _train(
         done = True
     finally:
         stage.finish(done)
-        record.finish(stage.settings, done)
+        record.finish(stage, done)
 
 
 def _check_lengths(steps: int | None, minutes: float | None) -> None:
