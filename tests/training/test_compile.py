@@ -19,7 +19,8 @@ import torch
 
 from stable_diffusion import DiffusionModel, cli, config
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.training import compute, run
+from stable_diffusion.training import run
+from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.stages.autoencoder import AutoencoderStage
 from stable_diffusion.training.stages.denoiser import DenoiserStage
@@ -124,7 +125,7 @@ def test_every_step_runs_compiled(
     tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage is one graph, whose Python does not run again, and the weights are those of eager training."""
-    monkeypatch.setattr(compute, "measure", lambda *_: 1.0)
+    monkeypatch.setattr(Computer, "measure", lambda *_: 1.0)
     eager: Counter[str] = Counter()
     for stage in (AutoencoderStage, DenoiserStage):
         forward = stage.forward
@@ -266,7 +267,7 @@ def test_the_sample_with_the_real_compiler(tmp_path: Path) -> None:
     warnings.filterwarnings("error", message=".*uncompiled")
     from dataclasses import replace
     from stable_diffusion import config as settings
-    from stable_diffusion.training import compute, run
+    from stable_diffusion.training import run
     from tests.tiny import STAGES, TINY
     settings.PRESETS["mini"] = replace(TINY, name="mini")
     run.DEFAULT = STAGES

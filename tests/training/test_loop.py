@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.training import loop, state
+from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.loop import MOST_SKIPPED, make_batches, train_stage
 from stable_diffusion.training.pace import Pace
-from stable_diffusion.training.stage import OptimizerSettings, Player, StageModule, StageSettings
+from stable_diffusion.training.stage import OptimizerSettings, Player, Stage, StageSettings
 from tests.training.record import copied, differing
 
 SETTINGS = StageSettings(kind="toy", batch_size=6, learning_rate=0.1, warmup_steps=2, ema_decay=0.5)
@@ -29,7 +30,7 @@ COUNT = 7  # samples; no multiple of the batch
 SAMPLES = Samples(COUNT)
 
 
-class Toy(StageModule):
+class Toy(Stage):
     """Learns a linear map; ``poisoned`` steps have NaN in their batch."""
 
     share = 1.0
@@ -67,16 +68,19 @@ class Toy(StageModule):
         return (torch.ones(count, 3),)
 
 
-def train(stage: Toy, path: Path, total: int = 20, pace: Pace | None = None, **settings: int) -> Any:
-    return train_stage(
-        stage,
-        pace=pace or Pace(stage.settings, total),
-        seed=settings.pop("seed", 0),
-        path=path,
-        step_function=stage,
-        autocast=None,
-        **settings,
-    )
+def train(
+    stage: Toy,
+    path: Path,
+    total: int = 20,
+    pace: Pace | None = None,
+    seed: int = 0,
+    process: int = 0,
+    processes: int = 1,
+) -> Any:
+    pace = pace or Pace(stage.settings, total)
+    computer = Computer([stage])
+    computer.process, computer.processes = process, processes
+    return train_stage(stage, computer, pace=pace, seed=seed, path=path)
 
 
 # What is sampled.
@@ -140,8 +144,8 @@ def test_the_global_generators_say_nothing(tmp_path: Path) -> None:
 
 def test_batches_made_ahead_are_those_made_in_turn() -> None:
     draws = [draw(step) for step in range(9)]
-    in_turn = list(make_batches(Toy(), draws, ahead=0))
-    ahead = list(make_batches(Toy(), draws, ahead=4))
+    in_turn = list(make_batches(Toy(), draws, threads=0))
+    ahead = list(make_batches(Toy(), draws, threads=4))
     assert len(ahead) == 9 and all(
         torch.equal(*pair) for a, b in zip(in_turn, ahead, strict=True) for pair in zip(a, b, strict=True)
     )
@@ -149,13 +153,13 @@ def test_batches_made_ahead_are_those_made_in_turn() -> None:
 
 def test_making_ahead_ends_with_training_and_tells_its_error() -> None:
     stage = Toy()
-    batches = make_batches(stage, (draw(step) for step in range(1000)), ahead=2)
+    batches = make_batches(stage, (draw(step) for step in range(1000)), threads=2)
     next(batches)
     batches.close()
     assert len(stage.seen) < 6 * 10
-    for ahead in (0, 2):
+    for threads in (0, 2):
         with pytest.raises(ZeroDivisionError):  # there is none to take
-            list(make_batches(Toy(count=0), [draw(0)], ahead))
+            list(make_batches(Toy(count=0), [draw(0)], threads))
 
 
 # How it steps.

@@ -14,7 +14,7 @@ import torch
 
 from stable_diffusion import InputError
 from stable_diffusion.data.coco import CocoImageLoader
-from stable_diffusion.training import compute
+from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.events import Plan, Replan, TrainStep
 from stable_diffusion.training.observers import TensorBoard
 from stable_diffusion.training.run import train_model
@@ -193,7 +193,7 @@ def test_a_changed_plan_goes_on_after_a_stop(
             training.close()
     total, before = event.total, clock.now  # type: ignore[union-attr]
     clock.now += 100_000
-    monkeypatch.setattr(compute, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(Computer, "measure", lambda *_: pytest.fail("measured again"))
     events = list(train_model(tiny_model(), data, STAGES, output_dir=tmp_path, clock=clock))
     steps = [event for event in events if isinstance(event, TrainStep) and event.losses]
     assert steps[0].index == 51 and steps[0].total == total

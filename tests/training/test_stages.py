@@ -19,11 +19,10 @@ from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.generation.denoise import UNetNetwork
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.training.draw import Draw, Samples
-from stable_diffusion.training.pixels import read_pixels
 from stable_diffusion.training.stages.autoencoder import AutoencoderStage, normalise
 from stable_diffusion.training.stages.decoder import DecoderStage, Discriminator
 from stable_diffusion.training.stages.denoiser import DenoiserStage
-from stable_diffusion.training.workspace import TextCache
+from stable_diffusion.training.workspace import TextCache, read_pixels
 from tests.tiny import DECODER, KL, STAGES, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
 from tests.training.test_caches import result, said
 

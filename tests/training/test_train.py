@@ -23,8 +23,7 @@ from stable_diffusion.config import MINILM, ModelConfig
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
-from stable_diffusion.training import compute
-from stable_diffusion.training.compute import autocast_dtype
+from stable_diffusion.training.compute import Computer, autocast_dtype
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.stage import StageSettings
 from stable_diffusion.training.workspace import Workspace
@@ -296,12 +295,12 @@ def test_minutes_are_turned_into_steps_once(
     tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"autoencoder": 0.3, "denoiser": 0.6}
-    monkeypatch.setattr(compute, "measure", lambda stage, *_: seconds[stage.settings.name])
+    monkeypatch.setattr(Computer, "measure", lambda _, stage: seconds[stage.settings.name])
     record = Record("reading pictures", 0)
     trained(tmp_path, data, record, minutes=0.1)  # 6 seconds
     steps = {"autoencoder": int(6 * 0.15 / 0.3), "denoiser": int(6 * 0.85 / 0.6)}
     assert record.plan.steps == steps
-    monkeypatch.setattr(compute, "measure", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(Computer, "measure", lambda *_: pytest.fail("measured twice"))
     again = Record("reading pictures", 1)
     trained(tmp_path, data, again, minutes=0.1)
     assert again.plan.steps == steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -65,17 +66,9 @@ class _Few:
 
 def check_stages(stages: Sequence[StageSettings]) -> list[StageSettings]:
     """Those of these stages that the check takes, long enough for eight pictures."""
-    return [
-        replace(
-            settings,
-            batch_size=BATCH,
-            gradient_accumulation_steps=1,
-            min_steps=STEPS[settings.kind],
-            epochs=1.0,
-        )
-        for settings in stages
-        if settings.kind in STEPS
-    ]
+    whole: dict[str, Any] = {"batch_size": BATCH, "gradient_accumulation_steps": 1, "epochs": 1.0}
+    taken = [settings for settings in stages if settings.kind in STEPS]
+    return [replace(settings, min_steps=STEPS[settings.kind], **whole) for settings in taken]
 
 
 def overfit(
@@ -85,7 +78,6 @@ def overfit(
     *,
     output_dir: Path,
     autocast: bool = False,
-    seed: int = 0,
 ) -> Generator[Event | Verdict, None, None]:
     """Trains `parts` on eight pictures, and generates them from their captions.
 
@@ -98,26 +90,16 @@ def overfit(
         raise InputError(
             f"the check needs at least 2 pictures with captions of their own, got {len(entries)}"
         )
-    yield from train_model(
-        parts,
-        few,
-        check_stages(DEFAULT if stages is None else stages),
-        output_dir=output_dir,
-        seed=seed,
-        resume=False,
-        autocast=autocast,
-    )
-    rendered = _rendered(parts, [entry.captions[0] for entry in entries])
+    taken = check_stages(DEFAULT if stages is None else stages)
+    yield from train_model(parts, few, taken, output_dir=output_dir, resume=False, autocast=autocast)
+    prompts = [entry.captions[0] for entry in entries]
+    request = Request.of(parts.config, prompt=prompts, seed=0, guidance_scale=1.0)
+    steps = pipeline.stream(parts, request, pipeline.plan(parts, request))
+    rendered = _array(pipeline.finished(steps).pictures)
     wanted = _array([images.cover(few.image(entry.key), size, size) for entry in entries])
     distances = ((rendered[:, None] - wanted[None]) ** 2).mean(axis=(2, 3, 4)) ** 0.5
     right = int((distances.argmin(axis=1) == np.arange(len(entries))).sum())
     yield Verdict(right, len(entries), float(distances.diagonal().mean()))
-
-
-def _rendered(parts: TrainableParts, prompts: list[str]) -> Array:
-    """What the model makes of the prompts, without guidance."""
-    request = Request.of(parts.config, prompt=prompts, seed=0, guidance_scale=1.0)
-    return _array(pipeline.finished(pipeline.stream(parts, request, pipeline.plan(parts, request))).pictures)
 
 
 def _array(pictures: Sequence[Image.Image]) -> Array:

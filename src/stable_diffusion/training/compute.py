@@ -1,50 +1,101 @@
-"""What computes a stage's losses: the stage itself, compiled or shared by processes, in the device's number format."""
+"""What computes a stage's losses: the stage, in the device's number format, compiled, shared by processes."""
 
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from stable_diffusion.runtime import has_native_bf16
-from stable_diffusion.training.loop import StepFunction
 from stable_diffusion.training.pace import Clock
 from stable_diffusion.training.stage import Stage
 
 OVERHEAD = 1.1  # reading batches, the optimizer's step, saving: beside what is measured
 
 Compiler = Callable[[nn.Module], Any]
+StepFunction = Callable[..., dict[str, Tensor]]
 
 
-class CompiledOrEager:
-    """Compiles stages; all of them run plain, after one warning, where compiling is not possible."""
+class Computer:
+    """Computes the losses of a run's stages, and says how long that takes.
 
-    def __init__(self, compiler: Compiler) -> None:
-        self.compiler = compiler
-        self.possible = True
+    Args:
+        stages: on the model's device.
+        autocast: whether to compute in 16 bits where the device is good at it.
+        compiler: of all stages; they run plain, after one warning, where compiling is not possible.
+        clock: gives seconds.
 
-    def __call__(self, stage: nn.Module) -> StepFunction:
-        compiled = self.compiler(stage)
+    Attributes:
+        process: number of this process, from 0.
+        processes: how many share each batch.
+        dtype: the 16-bit format; None for float32.
+        functions: what computes each stage's losses.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        autocast: bool = False,
+        compiler: Compiler | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.device, self.compiler, self.clock = stages[0].device, compiler, clock
+        self.state = PartialState()
+        self.process, self.processes = self.state.process_index, self.state.num_processes
+        self.dtype = autocast_dtype(self.device) if autocast else None
+        self.functions = {stage: self._function(stage) for stage in stages}
+
+    def _function(self, stage: Stage) -> StepFunction:
+        module: nn.Module = stage
+        if self.processes > 1:
+            home = self.state.device
+            devices = None if home.type == "cpu" else [home]
+            module = nn.parallel.DistributedDataParallel(stage.to(home), device_ids=devices)
+        compiled = module if self.compiler is None else self.compiler(module)
+        dtype = self.dtype or torch.bfloat16
 
         def step(*batch: Tensor) -> dict[str, Tensor]:
-            if self.possible:
-                try:
-                    return compiled(*batch)
-                except torch._dynamo.exc.BackendCompilerFailed as error:
-                    self.possible = False
-                    inner = error.inner_exception
-                    reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
-                    warnings.warn(
-                        f"training runs uncompiled, since torch.compile failed here: {reason}", stacklevel=2
-                    )
-            return stage(*batch)
+            with torch.autocast(self.device.type, dtype, enabled=self.dtype is not None):
+                if self.compiler is not None:
+                    try:
+                        return compiled(*batch)
+                    except torch._dynamo.exc.BackendCompilerFailed as error:
+                        self.compiler = None
+                        inner = error.inner_exception
+                        reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
+                        said = f"training runs uncompiled, since torch.compile failed here: {reason}"
+                        warnings.warn(said, stacklevel=2)
+                return module(*batch)
 
         return step
+
+    @property
+    def number_format(self) -> str:
+        """Of the losses, such as ``bfloat16``."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    def measure(self, stage: Stage) -> float:
+        """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
+        parts = stage.settings.gradient_accumulation_steps
+        batch = stage.example(math.ceil(stage.settings.batch_size / (parts * self.processes)))
+        times = []
+        for _ in range(3):
+            began = self.clock()
+            loss = torch.stack([*self.functions[stage](*batch).values()]).sum()
+            loss.backward()
+            float(loss.detach())  # waits for the device
+            times.append(self.clock() - began)
+            stage.zero_grad(set_to_none=True)
+        seconds = OVERHEAD * parts * sum(times[1:]) / 2
+        return float(broadcast_object_list([seconds])[0])  # the first process's clock counts
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -53,34 +104,19 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.float16
-    warnings.warn(f"this {device.type} is not faster in 16 bits: training in float32", stacklevel=4)
+    warnings.warn(f"this {device.type} is not faster in 16 bits: training in float32", stacklevel=5)
     return None
 
 
-def step_function(stage: Stage, compiling: CompiledOrEager | None, state: PartialState) -> StepFunction:
-    """What computes a stage's losses: the stage, its copies on several devices kept equal, or it compiled."""
-    assert isinstance(stage, nn.Module)
-    module: nn.Module = stage
-    if state.num_processes > 1:
-        devices = None if state.device.type == "cpu" else [state.device]
-        module = nn.parallel.DistributedDataParallel(stage.to(state.device), device_ids=devices)
-    return module if compiling is None else compiling(module)
+def is_shared() -> bool:
+    """Whether several processes share each batch."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def measure(
-    stage: Stage, step: StepFunction, dtype: torch.dtype | None, state: PartialState, clock: Clock
-) -> float:
-    """Seconds of one update: the second and third of three on random tensors. It changes no weight."""
-    parts = stage.settings.gradient_accumulation_steps
-    batch = stage.example(math.ceil(stage.settings.batch_size / (parts * state.num_processes)))
-    times = []
-    for _ in range(3):
-        began = clock()
-        with torch.autocast(batch[0].device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            losses = step(*batch)
-        loss = torch.stack([*losses.values()]).sum()
-        loss.backward()
-        float(loss.detach())  # waits for the device
-        times.append(clock() - began)
-        stage.zero_grad(set_to_none=True)
-    return OVERHEAD * parts * sum(times[1:]) / 2
+def summed(x: Tensor) -> Tensor:
+    """The sum of all processes' tensors; its gradient is that of one process that holds all of them."""
+    if not is_shared():
+        return x
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(x)

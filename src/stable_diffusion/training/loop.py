@@ -4,79 +4,68 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stable_diffusion.data.item import ahead
 from stable_diffusion.errors import InputError
+from stable_diffusion.training.compute import Computer, summed
 from stable_diffusion.training.draw import Draw
 from stable_diffusion.training.events import Replan, TrainStep
 from stable_diffusion.training.pace import Pace
-from stable_diffusion.training.parallel import summed
 from stable_diffusion.training.stage import Batch, Stage
 from stable_diffusion.training.state import TrainState
 
 SAVE_SECONDS = 120.0
 MOST_SKIPPED = 20  # steps in a row that are not finite before training gives up
-AHEAD = 6  # batches that wait for a GPU
-
-StepFunction = Callable[..., dict[str, Tensor]]
+THREADS = 6  # that make batches for a GPU
 
 
 def train_stage(
     stage: Stage,
+    computer: Computer,
     *,
     pace: Pace,
     seed: int,
     path: Path,
-    step_function: StepFunction,
-    autocast: torch.dtype | None,
-    process: int = 0,
-    processes: int = 1,
 ) -> Generator[TrainStep | Replan, None, None]:
     """Trains the players of a stage to the last step of `pace`, and leaves their averages in it.
 
     Args:
         stage: what is trained.
+        computer: computes its losses; of the processes that share each batch, the first one writes.
         pace: optimizer updates in all, those of earlier calls included.
         seed: of order, noise and choice of captions.
         path: the checkpoint, read when it exists and written every two minutes and at the end.
-        step_function: the stage itself, or compiled or distributed.
-        autocast: number format of the forward pass; None is float32.
-        process: number of this process; the first one writes.
-        processes: how many share each batch.
 
     Raises:
         InputError: the loss stays non-finite; the checkpoint keeps the last good state.
     """
     settings, count = stage.settings, stage.settings.batch_size
-    state = TrainState(stage.players(), autocast)
+    process, processes = computer.process, computer.processes
+    state = TrainState(stage.players(), computer.dtype)
     if path.is_file():
         state.load(path)
+    if (change := pace.begin(state.step)) is not None:
+        yield change
     first, in_a_row = state.step, 0
     began = saved_at = pace.clock()
-    parts = [
-        range(process + i * processes, count, processes * settings.gradient_accumulation_steps)
-        for i in range(settings.gradient_accumulation_steps)
-    ]
+    together = processes * settings.gradient_accumulation_steps
+    parts = [range(start, count, together) for start in range(process, together, processes)]
     draws = (
         Draw(seed, settings.name, step, part, count) for step in itertools.count(first) for part in parts
     )
-    batches = make_batches(stage, draws, AHEAD if state.device.type == "cuda" else 0)
+    batches = make_batches(stage, draws, THREADS if state.device.type == "cuda" else 0)
 
     stage.train()
     try:
         while state.step < pace.total:
             losses: dict[str, Tensor] = {}
             for part, batch in zip(parts, batches, strict=False):
-                with torch.autocast(
-                    state.device.type, autocast or torch.bfloat16, enabled=autocast is not None
-                ):
-                    terms = step_function(*batch)
+                terms = computer.functions[stage](*batch)
                 # A mean over the batch is one of means over its parts; processes' gradients will be averaged.
                 loss = functools.reduce(torch.add, terms.values()) * (processes * len(part) / count)
                 state.scaler.scale(loss).backward()
@@ -84,8 +73,7 @@ def train_stage(
                     losses[name] = losses.get(name, 0.0) + term.detach().float() * (len(part) / count)
             step = state.step
             rates = {name: player.settings.rate(step, pace.total) for name, player in state.players.items()}
-            finite = state.update(rates)
-            in_a_row = 0 if finite else in_a_row + 1
+            in_a_row = 0 if state.update(rates) else in_a_row + 1
             if in_a_row >= MOST_SKIPPED:
                 raise InputError(
                     f"{settings.name}: the gradient was not finite {MOST_SKIPPED} times in a row at step {step + 1};"
@@ -111,22 +99,9 @@ def train_stage(
     state.take_average()
 
 
-def make_batches(stage: Stage, draws: Iterable[Draw], ahead: int) -> Generator[Batch, None, None]:
-    """The batch of each draw, in their order; `ahead` of them are made on other threads beforehand.
+def make_batches(stage: Stage, draws: Iterable[Draw], threads: int) -> Generator[Batch, None, None]:
+    """The batch of each draw, in their order, made on so many threads beforehand.
 
-    A GPU would wait for them. On a CPU, where they take cores from training, `ahead` is 0.
+    A GPU would wait for them. On a CPU, where they take cores from training, `threads` is 0.
     """
-    if ahead == 0:
-        yield from map(stage.batch, draws)
-        return
-    with ThreadPoolExecutor(ahead) as threads:
-        waiting: deque[Future[Batch]] = deque()
-        try:
-            for draw in draws:
-                waiting.append(threads.submit(stage.batch, draw))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+    yield from ahead(stage.batch, draws, threads) if threads else map(stage.batch, draws)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,10 @@ class JsonLines:
         if event.stage != self.stage:
             self.stage = event.stage
             self._forget(event)
-        line = {
-            "stage": event.stage,
-            "step": event.index,
-            "total": event.total,
-            "losses": dict(event.losses),
-            "learning_rates": dict(event.learning_rates),
-            "images_per_second": round(event.images_per_second, 2),
-            "skipped": event.skipped,
-            "elapsed": round(self.elapsed(), 3),
-        }
+        line = asdict(event)
+        line |= {"images_per_second": round(event.images_per_second, 2), "elapsed": round(self.elapsed(), 3)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"stage": line.pop("stage"), "step": line.pop("index"), **line}) + "\n")
 
     def _forget(self, event: TrainStep) -> None:
         """Leaves out what was written of this step and later ones, after the checkpoint that it goes on from."""
@@ -66,14 +59,14 @@ class JsonLines:
         lines = [line for line in self.lines() if line["stage"] == stage]
         last = lines[-LAST:]
         seconds = lines[-1]["elapsed"] - lines[0]["elapsed"]
+        speed = (len(lines) - 1) * batch_size / max(seconds, 1e-9)
+        means = {name: sum(line["losses"][name] for line in last) / len(last) for name in last[-1]["losses"]}
         return {
             "steps": len(lines),
             "skipped": lines[-1]["skipped"],
             "seconds": round(seconds, 3),
-            "images_per_second": round((len(lines) - 1) * batch_size / max(seconds, 1e-9), 2),
-            "losses": {
-                name: sum(line["losses"][name] for line in last) / len(last) for name in last[-1]["losses"]
-            },
+            "images_per_second": round(speed, 2),
+            "losses": means,
         }
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from accelerate.utils import broadcast_object_list
 
@@ -18,26 +19,25 @@ OFTEN = 4  # steps from one look at the clock to the next
 Clock = Callable[[], float]
 
 
+@dataclass
 class Pace:
-    """The number of a stage's steps, which changes with the machine until the learning rate falls in any case.
+    """The number of a stage's steps, which changes with the machine until the learning rate falls in any case."""
 
-    Args:
-        settings: the stage's.
-        total: steps planned.
-        left: seconds left for the stage; None where steps, not minutes, were asked for.
-        clock: gives seconds.
-    """
+    settings: StageSettings
+    total: int
+    """Steps planned."""
+    left: Callable[[], float] | None = None
+    """Gives the seconds left for the stage; None where steps, not minutes, were asked for."""
+    clock: Clock = time.monotonic
+    """Gives seconds."""
+    seconds: float | None = None
+    """What a step takes, where it was measured for another plan to begin with."""
+    last: float | None = field(default=None, init=False)
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=1000), init=False)
 
-    def __init__(
-        self,
-        settings: StageSettings,
-        total: int,
-        left: Callable[[], float] | None = None,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self.settings, self.total, self.left, self.clock = settings, total, left, clock
-        self.last: float | None = None
-        self.times: deque[float] = deque(maxlen=1000)
+    def begin(self, step: int) -> Replan | None:
+        """Says it if the plan is another one from the first step on, which is `step`."""
+        return None if self.seconds is None else self.plan(step, self.seconds)
 
     def tick(self, step: int) -> Replan | None:
         """Takes note of the time, `step` steps being done, and says it if the plan changes.

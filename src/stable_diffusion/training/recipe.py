@@ -47,7 +47,7 @@ def read_recipe(path: Path) -> Recipe:
     if "training" in model:
         if tables is not None:
             raise InputError(
-                f"{path} has both [[stage]] and [model.training]: the list of stages is the newer form"
+                f"{path} has both [[stage]] and [model.training]: leave the latter, older one out"
             )
         tables, seed = _older(model.pop("training"))
     if "kind" in data:
@@ -70,21 +70,19 @@ def _stages(tables: object) -> tuple[StageSettings, ...]:
 
 def _older(training: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], Any]:
     """The stages and the seed that ``[model.training]`` says, as they are written today."""
+    tables: dict[str, dict[str, Any]] = {"autoencoder": {}, "denoiser": {}}
     ours = {"loss_weight", "caption_dropout"}
-    for key in training.keys() - ours - {"seed"} - STAGES.keys():
-        raise unknown_name("stage or setting of [model.training]", key, [*STAGES, *sorted(ours), "seed"])
-    stages: list[dict[str, Any]] = []
-    for kind in ("autoencoder", "denoiser", "decoder"):
-        if kind == "decoder" and kind not in training:
-            continue
-        table = {"kind": kind, **training.get(kind, {})}
-        if kind == "denoiser":
-            table |= {key: training[key] for key in ours & training.keys()}
-        if kind == "decoder":  # whose two players shared an optimizer
-            shared = {field.name for field in fields(OptimizerSettings)} & table.keys()
-            table["discriminator"] = {key: table[key] for key in shared}
+    for key, value in training.items():
+        if key in STAGES:
+            tables[key] = {**value}
+        elif key not in {*ours, "seed"}:
+            raise unknown_name("stage or setting of [model.training]", key, [*STAGES, *sorted(ours), "seed"])
+    tables["denoiser"] |= {key: training[key] for key in ours & training.keys()}
+    if decoder := tables.get("decoder"):  # whose two players shared an optimizer
+        shared = {field.name for field in fields(OptimizerSettings)} & decoder.keys()
+        decoder["discriminator"] = {key: decoder[key] for key in shared}
+    for table in tables.values():
         if "passes" in table:
             table["epochs"] = table.pop("passes")
-        if table.get("epochs") != 0:
-            stages.append(table)
+    stages = [{"kind": kind, **table} for kind, table in tables.items() if table.get("epochs") != 0]
     return stages, training.get("seed", 0)

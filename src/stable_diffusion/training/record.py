@@ -1,9 +1,10 @@
-"""What a run's folder remembers: ``run.json``, with the plan by which the run goes on."""
+"""What a run's folder remembers: ``run.json``, with the plan by which the run goes on, and ``log.jsonl``."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,83 +12,159 @@ from typing import Any
 
 import torch
 
+from stable_diffusion.config import ModelConfig, to_dict
 from stable_diffusion.data.cache import digest
 from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import read_json, write_json
 from stable_diffusion.runtime import has_native_bf16
-from stable_diffusion.training.pace import Clock
+from stable_diffusion.training.compute import Computer
+from stable_diffusion.training.events import Event, Replan
+from stable_diffusion.training.loop import SAVE_SECONDS
+from stable_diffusion.training.observers import JsonLines
+from stable_diffusion.training.pace import Pace
+from stable_diffusion.training.stage import Stage
 
 FORMAT = 2  # grows when runs of older versions can no longer go on
 
 
 class RunRecord:
-    """The content of ``run.json``, and the time that the run has taken, earlier calls included.
+    """The content of ``run.json``, the log beside it, and the time that the run has taken, earlier calls included.
 
     Args:
         folder: the run's.
-        identity: digest of what must be the same for a run to go on.
-        facts: what else the file says of a new run.
-        resume: whether to go on with the run in the folder.
-        clock: gives seconds.
+        facts: what the file says of a new run; its ``identity`` must be the same for a run to go on.
+        resume: whether to go on with the run in the folder; its files are removed otherwise.
+        computer: measures the stages; of its processes, the first one writes.
 
     Raises:
         InputError: another run is in the folder, or one of an older version.
     """
 
-    def __init__(
-        self, folder: Path, identity: str, facts: Mapping[str, object], resume: bool, clock: Clock
-    ) -> None:
-        self.path = folder / "run.json"
-        self.content: dict[str, Any] = {"format": FORMAT, "identity": identity, **facts}
-        self.content |= {"plan": {}, "figures": {}, "spent": 0.0}
+    def __init__(self, folder: Path, facts: Mapping[str, object], resume: bool, computer: Computer) -> None:
+        self.path, self.computer, self.stages = folder / "run.json", computer, [*computer.functions]
+        self.clock, self.writes = computer.clock, computer.process == 0
+        self.content: dict[str, Any] = {"format": FORMAT, **facts}
+        self.content |= {"minutes": None, "plan": {}, "figures": {}, "spent": 0.0}
         if resume and self.path.is_file():
             self.content = read_json(self.path)
-        other = "another recipe or of other pictures" if self.content.get("identity") != identity else ""
+        other = ""
         if self.content.get("format") != FORMAT:
             other = "another version, which cannot go on here"
+        elif self.content.get("identity") != facts["identity"]:
+            other = "another recipe or of other pictures"
         if other:
             raise InputError(
                 f"{folder} holds a training of {other}: choose another output_dir, or resume=False to replace it"
             )
-        self._clock, self._began = clock, clock() - self.content["spent"]
+        self.log = JsonLines(folder / "log.jsonl", self.spent)
+        self.began = self.clock() - self.content["spent"]
+        computer.state.wait_for_everyone()  # all have read the record before one writes it
+        if self.writes and not resume:
+            for file in (self.path, self.log.path, *map(self.checkpoint, self.stages)):
+                file.unlink(missing_ok=True)
+
+    def checkpoint(self, stage: Stage) -> Path:
+        """The file that a stage goes on from."""
+        return self.path.with_name(f"{stage.settings.name}.safetensors")
 
     def spent(self) -> float:
         """Seconds of work on the run."""
-        return self._clock() - self._began
+        return self.clock() - self.began
+
+    def plan(self, steps: int | None, minutes: float | None) -> dict[str, dict[str, Any]]:
+        """Steps of each stage, and the seconds of one: as they were planned before, unless others are asked for."""
+        plan = self.content["plan"]
+        if not plan or minutes not in (None, self.content["minutes"]):
+            self.content["minutes"] = minutes
+            pictures = self.content["data"]["pictures"]
+            for stage in self.stages:
+                settings, seconds = stage.settings, self.computer.measure(stage)
+                length = max(settings.min_steps, round(settings.epochs * pictures / settings.batch_size))
+                if minutes is not None:
+                    length = max(1, int(60 * minutes * _part(stage, self.stages) / seconds))
+                plan[settings.name] = {"steps": length, "seconds": seconds}
+        if steps is not None:
+            self.content["minutes"] = None
+            for planned in plan.values():
+                planned["steps"] = steps
+        self.write()
+        return plan
+
+    def pace(self, stage: Stage) -> Pace:
+        """A stage's pace, as planned; of a budget in minutes, it shares what is left with those after it."""
+        minutes, seconds = self.content["minutes"], None
+        planned = self.content["plan"][stage.settings.name]
+        if minutes is None:
+            return Pace(stage.settings, planned["steps"], clock=self.clock)
+        if "until" not in planned:
+            rest = 60 * minutes - self.spent()
+            planned["until"] = self.spent() + rest * _part(stage, self.stages[self.stages.index(stage) :])
+            seconds = self.computer.measure(stage)
+        return Pace(
+            stage.settings, planned["steps"], lambda: planned["until"] - self.spent(), self.clock, seconds
+        )
+
+    def note(self, event: Event) -> None:
+        """Keeps what a stage says: a step in the log, another plan in ``run.json``."""
+        due = self.spent() - self.content["spent"] > SAVE_SECONDS
+        if isinstance(event, Replan):
+            self.content["plan"][event.stage] |= {"steps": event.steps, "seconds": event.seconds}
+            due = True
+        if self.writes:
+            self.log(event)
+        if due:
+            self.write()
+
+    def finish(self, stage: Stage, done: bool) -> None:
+        """Keeps the figures of a stage, where it was trained to its end in this call."""
+        name = stage.settings.name
+        if done and self.log.stage == name:
+            self.content["figures"][name] = self.log.figures(name, stage.settings.batch_size)
+        self.write()
 
     def write(self) -> None:
-        """Writes the file."""
+        """Writes ``run.json``."""
         self.content["spent"] = round(self.spent(), 3)
-        write_json(self.path, self.content)
+        if self.writes:
+            write_json(self.path, self.content)
 
 
-def machine(device: torch.device, number_format: str) -> dict[str, object]:
+def _part(stage: Stage, stages: Sequence[Stage]) -> float:
+    """A stage's part of the time that these stages have."""
+    return stage.share / sum(other.share for other in stages)
+
+
+def facts(
+    config: ModelConfig, entries: Sequence[Entry], recipe: Mapping[str, object], computer: Computer
+) -> dict[str, Any]:
+    """What a run is: recipe, with its seed, data and machine; and a digest of what must stay for it to go on."""
+    rows = [(entry.key, tuple(entry.captions), entry.weight) for entry in entries]
+    data = {"pictures": len(rows), "captions": sum(len(row[1]) for row in rows), "digest": digest(rows)}
+    model, said = to_dict(config), [to_dict(stage.settings) for stage in computer.functions]
+    trained = ("sample_size", "vae", "unet", "text_encoders", "schedule")  # not prompts nor samplers
+    return {
+        "identity": digest(data, recipe["seed"], said, [model[name] for name in trained]),
+        "recipe": {**recipe, "stage": said, "model": model},
+        "data": data,
+        "machine": _machine(computer),
+    }
+
+
+def _machine(computer: Computer) -> dict[str, object]:
     """Where it is computed, and with what."""
     try:
         ours = version("mini-stable-diffusion")
     except PackageNotFoundError:  # a folder of sources
         ours = "not installed"
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    info, device = Path("/proc/cpuinfo"), computer.device
+    named = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8") if info.is_file() else "")
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {
-        "processor": name,
+        "processor": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "bf16": has_native_bf16(device),
-        "number_format": number_format,
-        "versions": {
-            "mini-stable-diffusion": ours,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "number_format": computer.number_format,
+        "versions": {"mini-stable-diffusion": ours, **versions},
     }
-
-
-def fingerprint(entries: Sequence[Entry]) -> dict[str, object]:
-    """What tells one set of data from another."""
-    rows = [(entry.key, tuple(entry.captions), entry.weight) for entry in entries]
-    return {"pictures": len(rows), "captions": sum(len(row[1]) for row in rows), "digest": digest(rows)}

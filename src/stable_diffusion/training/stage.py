@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from stable_diffusion.errors import InputError
+from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.training.draw import Draw
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.workspace import Workspace
@@ -80,55 +83,42 @@ class Player(NamedTuple):
     """None for weights without an average, which stay as their last step left them."""
 
 
-class StageModule(nn.Module):
-    """What most stages have in common: one player, and nothing to do at the end."""
+class Stage(Placed, ABC):
+    """What is trained, and how well it does: all that the loop knows of a stage, over a model's parts.
+
+    Made as ``STAGES[settings.kind].stage(parts, settings)``.
+    """
+
+    share = 1.0
+    """Of a budget in minutes, relative to the other stages'."""
 
     def __init__(self, settings: StageSettings) -> None:
         super().__init__()
         self.settings = settings
 
+    @abstractmethod
+    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
+        """Fetches what the batches are made from."""
+
+    @abstractmethod
+    def batch(self, draw: Draw) -> Batch:
+        """The tensors of a step, on the device: a pure function of `draw`."""
+
+    @abstractmethod
+    def example(self, count: int) -> Batch:
+        """Tensors like those of `count` samples, to measure a step's time with before there is data."""
+
+    forward: Callable[..., dict[str, Tensor]]
+    """The weighted terms of a batch's loss, each a mean over the samples; their sum is minimised."""
+
     def players(self) -> dict[str, Player]:
-        """All parameters that require gradients."""
+        """Who is trained: one player, unless a stage says otherwise, of all parameters that require gradients."""
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         return {self.settings.kind: Player(self.settings, trained, self.settings.ema_decay)}
 
     def finish(self, done: bool) -> None:
-        """Nothing is left to do."""
-
-
-class Stage(Protocol):
-    """An `nn.Module` over a model's parts; made as ``STAGES[settings.kind](parts, settings)``."""
-
-    @property
-    def settings(self) -> StageSettings: ...
-
-    share: float
-    """Of a budget in minutes, relative to the other stages'."""
-
-    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
-        """Fetches what the batches are made from."""
-        ...
-
-    def players(self) -> dict[str, Player]:
-        """Who is trained."""
-        ...
-
-    def batch(self, draw: Draw) -> Batch:
-        """The tensors of a step, on the device: a pure function of `draw`."""
-        ...
-
-    def example(self, count: int) -> Batch:
-        """Tensors like those of `count` samples, to measure a step's time with before there is data."""
-        ...
-
-    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the loss, each a mean over the samples; their sum is minimised."""
-        ...
-
-    def finish(self, done: bool) -> None:
         """Leaves the parts fit for use, at the end and where training was stopped on the way (`done` False)."""
-        ...
 
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
-    def train(self) -> Any: ...
-    def eval(self) -> Any: ...
+    def placed(self, *tensors: Tensor) -> Batch:
+        """On the device, in the memory format that convolutions like."""
+        return tuple(x.to(self.device, memory_format=torch.channels_last) for x in tensors)

@@ -27,12 +27,8 @@ class TrainState:
         self.players = players
         self.parameters = {name: p for player in players.values() for name, p in player.parameters.items()}
         self.device = next(iter(self.parameters.values())).device
-        self.average = {
-            name: parameter.detach().clone()
-            for player in players.values()
-            if player.ema_decay is not None
-            for name, parameter in player.parameters.items()
-        }
+        averaged = [player for player in players.values() if player.ema_decay is not None]
+        self.average = {name: p.detach().clone() for one in averaged for name, p in one.parameters.items()}
         self.optimizers = {name: _adamw(player, self.device) for name, player in players.items()}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.step = 0  # the next one
@@ -42,17 +38,17 @@ class TrainState:
         """Steps all players, each at its rate, unless a gradient is not finite. Returns whether it did."""
         finite = True
         for name, player in self.players.items():
-            optimizer = self.optimizers[name]
-            self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(self.optimizers[name])
             norm = torch.nn.utils.clip_grad_norm_(player.parameters.values(), player.settings.max_grad_norm)
             finite &= bool(torch.isfinite(norm))
-            for group in optimizer.param_groups:
-                group["lr"] = rates[name]
         for name, player in self.players.items():
+            optimizer = self.optimizers[name]
             if finite:
-                self.scaler.step(self.optimizers[name])
+                for group in optimizer.param_groups:
+                    group["lr"] = rates[name]
+                self.scaler.step(optimizer)
                 self._average(player)
-            self.optimizers[name].zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.step += 1
         self.skipped += not finite
@@ -70,64 +66,49 @@ class TrainState:
         for name, mean in self.average.items():
             self.parameters[name].copy_(mean)
 
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizers keep of each parameter; empty before their first step."""
+        return {
+            name: self.optimizers[key].state[parameter]
+            for key, player in self.players.items()
+            for name, parameter in player.parameters.items()
+        }
+
     def save(self, path: Path) -> None:
         """Writes everything."""
         tensors: dict[str, Tensor] = {f"average.{name}": mean for name, mean in self.average.items()}
-        for name, parameter in self.parameters.items():
-            tensors[f"weights.{name}"] = parameter.detach()
-            for optimizer in self.optimizers.values():
-                for field, value in optimizer.state.get(parameter, {}).items():
-                    tensors[f"optimizer.{field}.{name}"] = value
+        tensors |= {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        for name, fields in self._moments().items():
+            tensors |= {f"optimizer.{field}.{name}": value for field, value in fields.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         counts = {"step": self.step, "skipped": self.skipped, "scale": self.scaler.get_scale()}
         with replacing(path) as building:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                building,
-                metadata={key: str(value) for key, value in counts.items()},
-            )
+            save_file(tensors, building, metadata={key: str(value) for key, value in counts.items()})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Restores what ``save`` wrote."""
         with safe_open(path, "pt") as file:
-            for player, optimizer in zip(self.players.values(), self.optimizers.values(), strict=True):
-                for name, parameter in player.parameters.items():
-                    parameter.copy_(file.get_tensor(f"weights.{name}"))
-                    for field in _FIELDS:
-                        key = f"optimizer.{field}.{name}"
-                        if key in file.keys():  # noqa: SIM118 (it is no dict)
-                            value = file.get_tensor(key).to(self.device)
-                            if value.shape == parameter.shape:
-                                value = torch.empty_like(parameter).copy_(value)  # in its memory format
-                            optimizer.state[parameter][field] = value
+            for name, parameter in self.parameters.items():
+                parameter.copy_(file.get_tensor(f"weights.{name}"))
             for name, mean in self.average.items():
                 mean.copy_(file.get_tensor(f"average.{name}"))
-            counts = file.metadata()
+            moments, counts = self._moments(), file.metadata()
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                kind, field, name = key.split(".", 2)
+                if kind == "optimizer":
+                    value, parameter = file.get_tensor(key).to(self.device), self.parameters[name]
+                    if value.shape == parameter.shape:
+                        value = torch.empty_like(parameter).copy_(value)  # in its memory format
+                    moments[name][field] = value
         self.step, self.skipped = int(counts["step"]), int(counts["skipped"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": float(counts["scale"])})
 
 
-_FIELDS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
-
-
 def _adamw(player: Player, device: torch.device) -> torch.optim.AdamW:
-    parameters = list(player.parameters.values())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        weight_decay=player.settings.weight_decay,
-        betas=(0.9, 0.99),
-        fused=device.type in ("cpu", "cuda"),
-    )
-
-
-def saved_step(path: Path) -> int:
-    """Steps that a checkpoint holds; 0 where there is none."""
-    if not path.is_file():
-        return 0
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"])
+    matrices = [p for p in player.parameters.values() if p.ndim > 1]
+    others = [p for p in player.parameters.values() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    decay, fused = player.settings.weight_decay, device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, weight_decay=decay, betas=(0.9, 0.99), fused=fused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from stable_diffusion import images
-from stable_diffusion.config import to_dict
+from stable_diffusion.config import ModelConfig, TextEncoderConfig, to_dict
 from stable_diffusion.data.cache import Array, ArrayCache, digest
 from stable_diffusion.data.item import Entry, Source, stream
 from stable_diffusion.errors import InputError
@@ -25,7 +26,6 @@ from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.pixels import read_pixels
 from stable_diffusion.training.whitening import TextAffine, whitening
 
 TOGETHER = 32  # pictures, or captions, that are encoded at once
@@ -56,6 +56,12 @@ class TextCache:
         self.rows, self.starts, self.context_length = rows, starts, context_length
         self.change: TextAffine | None = None
 
+    @classmethod
+    def blank(cls, config: TextEncoderConfig) -> TextCache:
+        """Of one caption of full length, to measure with."""
+        rows = np.zeros((config.context_length + 1, config.hidden_size), np.float16)
+        return cls(rows, np.array([0, len(rows)]), config.context_length)
+
     def whitening(self, most: int = 8192) -> TextAffine:
         """What whitens the embeddings, measured on up to `most` captions."""
         captions = range(0, len(self.starts) - 1, 1 + len(self.starts) // most)
@@ -75,6 +81,10 @@ class TextCache:
         if self.change is not None:
             tokens, pooled = self.change.tokens(tokens), self.change.pooled(pooled)
         return tokens, torch.from_numpy(mask).to(device), pooled
+
+
+TextCaches = Sequence[TextCache | None]
+"""Of each text encoder; None for one that is trained jointly."""
 
 
 class Workspace:
@@ -98,22 +108,16 @@ class Workspace:
         size = parts.config.sample_size
         self._key = digest([(entry.key, entry.version) for entry in entries], size)
         self._pictures: Array | None = None
-        self._state = PartialState()
 
     def pictures(self) -> Generator[TrainStep, None, Array]:
         """Every picture at the training size, ``b h w 3``, uint8."""
-        if self._pictures is None:
-            with self._state.main_process_first():
-                self._pictures = yield from self._decode()
-        return self._pictures
-
-    def _decode(self) -> Generator[TrainStep, None, Array]:
+        if self._pictures is not None:
+            return self._pictures
         count, size = len(self.entries), self.parts.config.sample_size
-        cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
         record = self.folder / "damaged.json"
-        damaged: list[int] = []
 
         def blocks() -> Iterator[Array]:
+            damaged: list[int] = []
             for i, picture in enumerate(stream(self.data, [entry.key for entry in self.entries])):
                 if isinstance(picture, InputError):  # named below; until now only its header was read
                     damaged.append(i)
@@ -121,50 +125,42 @@ class Workspace:
                 yield np.asarray(images.cover(picture, size, size))[None]
             write_json(record, {"rows": damaged})
 
-        for done in cache.fill(blocks()):
-            yield TrainStep("reading pictures", done - 1, count)
-        damaged = read_json(record)["rows"]
-        kept = sorted(set(range(count)) - set(damaged))
-        if damaged:
+        cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
+        pictures = yield from _filled(cache, blocks(), "reading pictures", np.arange(count + 1))
+        if damaged := read_json(record)["rows"]:
             names = ", ".join(self.entries[i].key for i in damaged[:3])
-            warnings.warn(
-                f"{len(damaged)} pictures cannot be decoded and are left out: {names}", stacklevel=2
-            )
-        if not kept:
-            raise InputError(f"none of the {count} pictures can be decoded: check the image folder")
-        self.kept = [self.entries[i] for i in kept]
-        pictures = cache.read()
-        return pictures[kept] if damaged else pictures
+            said = f"{len(damaged)} pictures cannot be decoded and are left out: {names}"
+            warnings.warn(said, stacklevel=2)
+            kept = sorted(set(range(count)) - set(damaged))
+            if not kept:
+                raise InputError(f"none of the {count} pictures can be decoded: check the image folder")
+            self.kept, pictures = [self.entries[i] for i in kept], pictures[kept]
+        self._pictures = pictures
+        return pictures
 
     def latents(self) -> Generator[TrainStep, None, Array]:
         """The latents of every picture, in float16."""
-        pictures = yield from self.pictures()
-        with self._state.main_process_first():
-            return (yield from self._encode(pictures))
+        pictures, vae = (yield from self.pictures()), self.parts.vae
+        count = len(pictures)
 
-    @torch.no_grad()
-    def _encode(self, pictures: Array) -> Generator[TrainStep, None, Array]:
-        vae = self.parts.vae
-        side = pictures.shape[1] // vae.config.factor
-        shape = (len(pictures), vae.config.latent_channels, side, side)
-        cache = ArrayCache(
-            self.folder, "latents", digest(self._key, shape, *weight_bytes(vae)), shape, "float16"
-        )
-
+        @torch.no_grad()
         def blocks() -> Iterator[Array]:
-            for start in range(0, len(pictures), TOGETHER):
-                indices = list(range(start, min(start + TOGETHER, len(pictures))))
+            for start in range(0, count, TOGETHER):
+                indices = list(range(start, min(start + TOGETHER, count)))
                 pixels = read_pixels(pictures, indices, vae.device)
                 yield vae.encode(pixels.contiguous(memory_format=torch.channels_last)).cpu().numpy()
 
-        for done in cache.fill(blocks()):
-            yield TrainStep("encoding pictures", done - 1, len(pictures))
-        return cache.read()
+        shape = (count, *latent_shape(self.parts.config))
+        cache = ArrayCache(
+            self.folder, "latents", digest(self._key, shape, *weight_bytes(vae)), shape, "float16"
+        )
+        return (yield from _filled(cache, blocks(), "encoding pictures", np.arange(count + 1)))
 
-    def text(self) -> Generator[TrainStep, None, list[TextCache | None]]:
+    def text(self) -> Generator[TrainStep, None, TextCaches]:
         """Each frozen encoder's embeddings of the captions, whitened; None for an encoder that is trained."""
-        with self._state.main_process_first():
-            caches = yield from self._encode_captions()
+        caches: list[TextCache | None] = []
+        for i, config in enumerate(self.parts.text_encoder.configs):
+            caches.append(None if config.trainable else (yield from self._encoded(i, config)))
         # Eigenvectors may differ from one machine to another: the first process's count.
         changes = broadcast_object_list([[cache and cache.whitening() for cache in caches]])[0]
         for cache, change in zip(caches, changes, strict=True):
@@ -172,34 +168,47 @@ class Workspace:
                 cache.change = change
         return caches
 
-    @torch.no_grad()
-    def _encode_captions(self) -> Generator[TrainStep, None, list[TextCache | None]]:
+    def _encoded(self, i: int, config: TextEncoderConfig) -> Generator[TrainStep, None, TextCache]:
         captions, encoder = self.captions, self.parts.text_encoder
-        caches: list[TextCache | None] = []
-        chunks = [captions[i : i + TOGETHER] for i in range(0, len(captions), TOGETHER)]
-        for i, config in enumerate(encoder.configs):
-            if config.trainable:
-                caches.append(None)
-                continue
-            read = [encoder.tokenizers[i](chunk).attention_mask | config.reads_padding for chunk in chunks]
-            masks = torch.cat(read)
-            starts = np.concatenate([[0], np.cumsum(masks.sum(dim=1).numpy() + 1)])
-            key = digest(captions, to_dict(config), *weight_bytes(encoder.encoders[i]))
-            shape = (int(starts[-1]), config.hidden_size)
-            cache = ArrayCache(self.folder, f"captions-{i + 1}", key, shape, "float16")
+        chunks = [captions[start : start + TOGETHER] for start in range(0, len(captions), TOGETHER)]
+        read = [encoder.tokenizers[i](chunk).attention_mask | config.reads_padding for chunk in chunks]
+        masks = torch.cat(read)
+        starts = np.concatenate([[0], np.cumsum(masks.sum(dim=1).numpy() + 1)])
 
-            def blocks(i: int = i) -> Iterator[Array]:
-                for chunk in chunks:
-                    embeds = encoder.encode(i, chunk)
-                    tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
-                    mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-                    if embeds.mask is not None:
-                        mask = embeds.mask.cpu()
-                    for said, real, whole in zip(tokens, mask, pooled, strict=True):
-                        yield torch.cat([said[real], whole[None]]).numpy()
+        @torch.no_grad()
+        def blocks() -> Iterator[Array]:
+            for chunk in chunks:
+                embeds = encoder.encode(i, chunk)
+                tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
+                mask = torch.ones(tokens.shape[:2]).bool() if embeds.mask is None else embeds.mask.cpu()
+                for said, real, whole in zip(tokens, mask, pooled, strict=True):
+                    yield torch.cat([said[real], whole[None]]).numpy()
 
-            for done in cache.fill(blocks()):
-                number = int(np.searchsorted(starts, done)) - 1
-                yield TrainStep("encoding captions", number, len(captions))
-            caches.append(TextCache(cache.read(), starts, config.context_length))
-        return caches
+        key = digest(captions, to_dict(config), *weight_bytes(encoder.encoders[i]))
+        shape = (int(starts[-1]), config.hidden_size)
+        cache = ArrayCache(self.folder, f"captions-{i + 1}", key, shape, "float16")
+        rows = yield from _filled(cache, blocks(), "encoding captions", starts)
+        return TextCache(rows, starts, config.context_length)
+
+
+def _filled(
+    cache: ArrayCache, blocks: Iterable[Array], doing: str, starts: Array
+) -> Generator[TrainStep, None, Array]:
+    """A cache's rows, which the first process fills; `starts` are each item's first row, and the end."""
+    with PartialState().main_process_first():
+        for done in cache.fill(blocks):
+            yield TrainStep(doing, int(np.searchsorted(starts, done)) - 1, len(starts) - 1)
+        return cache.read()
+
+
+def read_pixels(
+    pictures: Array, indices: list[int], device: torch.device | str = "cpu"
+) -> Float[Tensor, "b 3 h w"]:
+    """Rows of the picture cache as floats in [-1, 1]."""
+    return torch.from_numpy(pictures[indices]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def latent_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Channels and sides of the latents of a model's training pictures."""
+    side = config.sample_size // config.vae.factor
+    return config.vae.latent_channels, side, side

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from stable_diffusion.data.cache import Array
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
-from stable_diffusion.training.draw import Draw, Samples
-from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.parallel import is_shared, summed
-from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise, shapes
-from stable_diffusion.training.stage import Batch, StageModule, StageSettings
-from stable_diffusion.training.workspace import TrainableParts, Workspace
+from stable_diffusion.training.compute import is_shared, summed
+from stable_diffusion.training.draw import Draw
+from stable_diffusion.training.pictures import LATENT_NOISE, PictureStage, distance
+from stable_diffusion.training.stage import Batch, StageSettings
+from stable_diffusion.training.workspace import TrainableParts, read_pixels
 
 POOLED_WEIGHT = 0.25  # pooled latents decode to the pooled picture: latents that diffuse well (EQ-VAE, 2025)
 KL_WEIGHT = 1e-6  # Rombach et al. 2022, section 3.1: just enough to keep latents together
@@ -34,32 +32,21 @@ class AutoencoderSettings(StageSettings):
     ema_decay: float = 0.995
 
 
-class AutoencoderStage(StageModule):
+class AutoencoderStage(PictureStage):
     """Absolute error of pixels, of their differences, and of half-size pictures from half-size latents."""
 
     share = 0.15
-    pictures: Array  # b h w 3, uint8
 
     def __init__(self, parts: TrainableParts, settings: AutoencoderSettings) -> None:
-        super().__init__(settings)
+        super().__init__(parts, settings)
         self.vae = parts.vae
-        self.size, self.latent_shape = shapes(parts.config)
-
-    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
-        """Decodes the pictures."""
-        self.pictures = yield from workspace.pictures()
-        self.samples = Samples(len(self.pictures))
 
     def batch(self, draw: Draw) -> Batch:
-        """Pictures in [-1, 1], and the noise of their latents."""
-        pixels = read_pixels(self.pictures, draw.indices(self.samples), self.vae.device)
-        most = LATENT_NOISE if isinstance(self.vae, AutoencoderTiny) else None
-        return placed(self.vae.device, pixels, sample_noise(draw, self.latent_shape, most))
-
-    def example(self, count: int) -> Batch:
-        """Random pictures and noise."""
-        noise = torch.randn(count, *self.latent_shape)
-        return placed(self.vae.device, torch.rand(count, 3, self.size, self.size), noise)
+        """Pictures, and the noise of their latents."""
+        pixels = read_pixels(self.pictures, draw.indices(self.samples), self.device)
+        return self.placed(
+            pixels, self.noise(draw, LATENT_NOISE if isinstance(self.vae, AutoencoderTiny) else None)
+        )
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c y x"]) -> dict[str, Tensor]:
         latents, penalties = self._latents(pixels, noise)
@@ -101,14 +88,8 @@ def normalise(
     vae: AutoencoderKL | AutoencoderTiny, pictures: Array, count: int = 2048, chunk: int = 32
 ) -> None:
     """Measures the latents of up to `count` pictures and gives them mean 0 and standard deviation 1 for good."""
-    step = max(1, len(pictures) // count)
-    indices = list(range(0, len(pictures), step))
-    sums = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
-    values = 0
-    for i in range(0, len(indices), chunk):
-        latents = vae.encode(read_pixels(pictures, indices[i : i + chunk], vae.device)).cpu().double()
-        sums += torch.stack([latents.sum(dim=(0, 2, 3)), (latents**2).sum(dim=(0, 2, 3))])
-        values += latents[:, 0].numel()
-    mean = sums[0] / values
-    std = (sums[1] / values - mean**2).clamp(min=1e-10).sqrt()
-    vae.normalise(mean.float().to(vae.device), std.float().to(vae.device))
+    indices = list(range(0, len(pictures), max(1, len(pictures) // count)))
+    chunks = [indices[i : i + chunk] for i in range(0, len(indices), chunk)]
+    latents = torch.cat([vae.encode(read_pixels(pictures, some, vae.device)).cpu() for some in chunks])
+    std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3), correction=0)
+    vae.normalise(mean.float().to(vae.device), std.clamp(min=1e-5).float().to(vae.device))

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stable_diffusion.data.cache import Array
-from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.draw import Draw
 from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.pixels import LATENT_NOISE, distance, placed, read_pixels, sample_noise, shapes
-from stable_diffusion.training.stage import Batch, OptimizerSettings, Player, StageModule, StageSettings
-from stable_diffusion.training.workspace import TrainableParts, Workspace
+from stable_diffusion.training.pictures import LATENT_NOISE, PictureStage, distance
+from stable_diffusion.training.stage import Batch, OptimizerSettings, Player, StageSettings
+from stable_diffusion.training.workspace import TrainableParts, Workspace, read_pixels
 
 ADVERSARIAL_WEIGHT = 0.15  # of fooling the discriminator, beside the absolute error
 DETAIL_GAIN = 4.0  # of fine detail before the discriminator, beside pixels in [-1, 1]
@@ -54,55 +54,45 @@ class Discriminator(nn.Module):
         return self.layers(torch.cat([images, DETAIL_GAIN * details], dim=1))
 
 
-class DecoderStage(StageModule):
+class DecoderStage(PictureStage):
     """The decoder alone against a discriminator, on latents that stay as they are (Esser et al. 2021, section 3.1).
 
     Absolute error leaves soft what the latents leave open; what decides between styles is sharp.
     """
 
     share = 0.1
-    pictures: Array  # b h w 3, uint8
     latents: Array  # b c h w, float16
 
     def __init__(self, parts: TrainableParts, settings: DecoderSettings) -> None:
-        super().__init__(settings)
+        super().__init__(parts, settings)
         self.judge_settings = settings.discriminator
         self.vae = (parts.vae,)  # in a tuple, since only what decodes is trained
         self.decoder = parts.vae.decoder
         self.post_quant_conv = getattr(parts.vae, "post_quant_conv", None)
         with torch.random.fork_rng(devices=[]):  # the same start, whatever was sampled before
             torch.manual_seed(0)
-            discriminator = Discriminator(parts.vae.config.in_channels)
-        self.discriminator = discriminator.to(parts.vae.device)
-        self.size, self.latent_shape = shapes(parts.config)
+            self.discriminator = Discriminator(parts.vae.config.in_channels)
+        self.discriminator.to(parts.vae.device)
 
     def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
         """Decodes the pictures and encodes their latents."""
-        self.pictures = yield from workspace.pictures()
+        yield from super().prepare(workspace)
         self.latents = yield from workspace.latents()
-        self.samples = Samples(len(self.pictures))
 
     def players(self) -> dict[str, Player]:
         """The decoder, and the discriminator that it is to fool."""
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        judge = {name: p for name, p in trained.items() if name.startswith("discriminator.")}
-        decoder = {name: p for name, p in trained.items() if name not in judge}
-        return {
-            "decoder": Player(self.settings, decoder, self.settings.ema_decay),
-            "discriminator": Player(self.judge_settings, judge, None),
-        }
+        ((kind, both),) = super().players().items()
+        judge = {name: p for name, p in both.parameters.items() if name.startswith("discriminator.")}
+        decoder = {name: p for name, p in both.parameters.items() if name not in judge}
+        discriminator = Player(self.judge_settings, judge, ema_decay=None)
+        return {kind: both._replace(parameters=decoder), "discriminator": discriminator}
 
     def batch(self, draw: Draw) -> Batch:
-        """Pictures in [-1, 1], and their latents with noise of any standard deviation up to `LATENT_NOISE`."""
-        indices, device = draw.indices(self.samples), self.vae[0].device
-        latents = torch.from_numpy(self.latents[indices]).to(device).float()
-        noise = sample_noise(draw, latents.shape[1:], LATENT_NOISE)
-        return placed(device, read_pixels(self.pictures, indices, device), latents + noise.to(device))
-
-    def example(self, count: int) -> Batch:
-        """Random pictures and latents."""
-        latents = torch.randn(count, *self.latent_shape)
-        return placed(self.vae[0].device, torch.rand(count, 3, self.size, self.size), latents)
+        """Pictures, and their latents with noise of any standard deviation up to `LATENT_NOISE`."""
+        indices = draw.indices(self.samples)
+        latents = torch.from_numpy(self.latents[indices]).to(self.device).float()
+        noise = self.noise(draw, LATENT_NOISE).to(self.device)
+        return self.placed(read_pixels(self.pictures, indices, self.device), latents + noise)
 
     def forward(
         self, pixels: Float[Tensor, "b 3 h w"], latents: Float[Tensor, "b c y x"]

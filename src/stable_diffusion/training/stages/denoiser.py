@@ -7,21 +7,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stable_diffusion.config import TextEncoderConfig
 from stable_diffusion.data.cache import Array
 from stable_diffusion.diffusion.objective import loss_weight, target
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.pixels import placed, shapes
-from stable_diffusion.training.stage import Batch, StageModule, StageSettings
+from stable_diffusion.training.stage import Batch, Stage, StageSettings
 from stable_diffusion.training.whitening import whitened
-from stable_diffusion.training.workspace import TextCache, TrainableParts, Workspace
+from stable_diffusion.training.workspace import TextCache, TextCaches, TrainableParts, Workspace, latent_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +35,13 @@ class DenoiserSettings(StageSettings):
     """Weight of each noise level in the loss (`diffusion.objective`)."""
 
 
-class DenoiserStage(StageModule):
+class DenoiserStage(Stage):
     """Weighted squared error of the prediction at random noise levels (Ho et al. 2020, algorithm 1)."""
 
     share = 0.85
     latents: Array  # b c h w, float16
     captions_of: Sequence[Sequence[int]]  # numbers of each picture's captions
-    text_caches: Sequence[TextCache | None]  # of each frozen encoder
+    text_caches: TextCaches
 
     def __init__(self, parts: TrainableParts, settings: DenoiserSettings) -> None:
         super().__init__(settings)
@@ -76,38 +73,33 @@ class DenoiserStage(StageModule):
             self.captions_of[index][int(lot * len(self.captions_of[index]))] if keep else 0
             for index, lot, keep in zip(indices, chosen.tolist(), dropped >= self.dropout, strict=True)
         ]
-        latents = torch.from_numpy(self.latents[indices]).to(self.unet.device).float()
+        latents = torch.from_numpy(self.latents[indices]).to(self.device).float()
         return self._tensors(latents, noise, uniform, captions, self.text_caches)
 
     def example(self, count: int) -> Batch:
         """Random latents with the empty caption, or a blank one of full length."""
-        latents = torch.randn(count, *shapes(self.config)[1])
+        latents = torch.randn(count, *latent_shape(self.config))
         times = torch.linspace(0.1, 0.9, count)
-        blank = [_blank(config) for config in self.text_encoder.configs]
+        configs = self.text_encoder.configs
+        blank = [None if config.trainable else TextCache.blank(config) for config in configs]
         return self._tensors(latents, latents.flip(0), times, [0] * count, blank)
 
     def _tensors(
-        self,
-        x0: Tensor,
-        noise: Tensor,
-        uniform: Tensor,
-        captions: list[int],
-        caches: Sequence[TextCache | None],
+        self, x0: Tensor, noise: Tensor, uniform: Tensor, captions: list[int], caches: TextCaches
     ) -> Batch:
-        device = self.unet.device
         timesteps = self.scheduler.training_timesteps(uniform)
         alpha, sigma = self.scheduler.alpha_sigma(timesteps)
         prediction = self.scheduler.config.prediction_type
         weight = loss_weight(self.loss_weight, prediction, timesteps, self.scheduler)
         text: list[Tensor] = []
-        for i, cache in enumerate(caches):
+        for cache, tokenizer in zip(caches, self.text_encoder.tokenizers, strict=True):
             if cache is not None:
-                text += cache.read(captions, device)
+                text += cache.read(captions, self.device)
             else:
-                tokens = self.text_encoder.tokenizers[i]([self.captions[c] for c in captions])
+                tokens = tokenizer([self.captions[number] for number in captions])
                 text += [tokens.input_ids, tokens.attention_mask]
-        scalars = [value.float().to(device) for value in (timesteps, alpha, sigma, weight)]
-        return (*placed(device, x0, noise), *scalars, *(value.to(device) for value in text))
+        scalars = [value.float() for value in (timesteps, alpha, sigma, weight)]
+        return (*self.placed(x0, noise), *(value.to(self.device) for value in scalars + text))
 
     def forward(
         self,
@@ -139,11 +131,3 @@ class DenoiserStage(StageModule):
     def finish(self, done: bool) -> None:
         """Folds the change of basis into the layers that read text: they read it as it is again."""
         self.whitened.close()
-
-
-def _blank(config: TextEncoderConfig) -> TextCache | None:
-    """A frozen encoder's cache of one caption of full length, to measure with."""
-    if config.trainable:
-        return None
-    rows = config.context_length + 1
-    return TextCache(np.zeros((rows, config.hidden_size), np.float16), np.array([0, rows]), rows - 1)

@@ -1,0 +1,50 @@
+"""What the stages on pictures share: pictures as batches, noise of their latents, and the distance of two pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stable_diffusion.data.cache import Array
+from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.events import TrainStep
+from stable_diffusion.training.stage import Batch, Stage, StageSettings
+from stable_diffusion.training.workspace import TrainableParts, Workspace, latent_shape
+
+GRADIENT_WEIGHT = 0.5  # edges: without it thin lines soften
+LATENT_NOISE = 0.25  # most that a decoder must bear, in the latents' standard deviations
+
+
+class PictureStage(Stage):
+    """A stage whose batches are pictures in [-1, 1], and something of their latents' shape."""
+
+    pictures: Array  # b h w 3, uint8
+
+    def __init__(self, parts: TrainableParts, settings: StageSettings) -> None:
+        super().__init__(settings)
+        self.size, self.latent_shape = parts.config.sample_size, latent_shape(parts.config)
+
+    def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
+        """Decodes the pictures."""
+        self.pictures = yield from workspace.pictures()
+        self.samples = Samples(len(self.pictures))
+
+    def example(self, count: int) -> Batch:
+        """Random pictures and latents."""
+        return self.placed(torch.rand(count, 3, self.size, self.size), torch.randn(count, *self.latent_shape))
+
+    def noise(self, draw: Draw, most: float | None) -> Tensor:
+        """Normal noise for each picture's latents: of standard deviation 1, or of one between 0 and `most`."""
+        generator = draw.generator()
+        noise = torch.randn(draw.batch_size, *self.latent_shape, generator=generator)
+        if most is not None:
+            noise *= most * torch.rand(draw.batch_size, 1, 1, 1, generator=generator)
+        return draw.share(noise)
+
+
+def distance(error: Tensor) -> dict[str, Tensor]:
+    """Absolute error of pixels and, weighted, of their differences along both sides."""
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return {"pixels": error.abs().mean(), "edges": GRADIENT_WEIGHT * edges}
