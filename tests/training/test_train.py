@@ -276,7 +276,7 @@ def test_the_first_line_says_stages_steps_and_time(
     assert len(out.splitlines()) == 1 and err == "", "no bar where nobody looks"
     assert re.fullmatch(
         r"training tiny on 9 pictures with \d+ captions: autoencoder 2 steps, denoiser 2 steps;"
-        r" about \d+ minutes on cpu in float32",
+        r" under a minute of steps on cpu in float32, after reading the data",
         out.strip(),
     )
     assert str(record.plan) == out.strip()
@@ -289,6 +289,17 @@ def test_epochs_give_the_length(tmp_path: Path, data: CocoImageLoader) -> None:
     assert record.plan.steps == {"autoencoder": round(5 * 9 / 4), "denoiser": 3}, (
         "epochs, but at least min_steps"
     )
+
+
+def test_a_short_trial_is_not_the_whole_training(tmp_path: Path, data: CocoImageLoader) -> None:
+    """The steps of a trial are those of that call: without them, the recipe's length holds again."""
+    record = Record()
+    trained(tmp_path, data, record, steps=1)
+    assert record.plan.steps == {"autoencoder": 1, "denoiser": 1}
+    whole = Record()
+    trained(tmp_path, data, whole)
+    assert whole.plan.steps == {"autoencoder": 3, "denoiser": 3}
+    assert [step.index for step in whole.stage("denoiser")] == [1, 2]
 
 
 def test_minutes_are_turned_into_steps_once(
@@ -304,7 +315,7 @@ def test_minutes_are_turned_into_steps_once(
     again = Record("reading pictures", 1)
     trained(tmp_path, data, again, minutes=0.1)
     assert again.plan.steps == steps
-    assert json.loads((tmp_path / "run.json").read_text())["minutes"] == 0.1
+    assert json.loads((tmp_path / "run.json").read_text())["asked"] == {"steps": None, "minutes": 0.1}
 
 
 def test_measuring_is_about_right(tmp_path: Path, data: CocoImageLoader) -> None:

@@ -25,7 +25,8 @@ class Plan:
         minutes = sum(count * self.seconds[stage] for stage, count in self.steps.items()) / 60
         return (
             f"training {self.name} on {self.pictures} pictures with {self.captions} captions: {stages};"
-            f" about {minutes:.0f} minutes on {self.device} in {self.number_format}"
+            f" {'under a minute' if minutes < 1 else f'about {minutes:.0f} min'} of steps on {self.device} in"
+            f" {self.number_format}, after reading the data"
         )
 
 

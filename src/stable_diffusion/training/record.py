@@ -45,7 +45,7 @@ class RunRecord:
         self.path, self.computer, self.stages = folder / "run.json", computer, [*computer.functions]
         self.clock, self.writes = computer.clock, computer.process == 0
         self.content: dict[str, Any] = {"format": FORMAT, **facts}
-        self.content |= {"minutes": None, "plan": {}, "figures": {}, "spent": 0.0}
+        self.content |= {"asked": None, "plan": {}, "figures": {}, "spent": 0.0}
         if resume and self.path.is_file():
             self.content = read_json(self.path)
         other = ""
@@ -55,7 +55,8 @@ class RunRecord:
             other = "another recipe or of other pictures"
         if other:
             raise InputError(
-                f"{folder} holds a training of {other}: choose another output_dir, or resume=False to replace it"
+                f"{folder} holds a training of {other}: choose another output_dir (--output), or"
+                " resume=False (--fresh) to replace it"
             )
         self.log = JsonLines(folder / "log.jsonl", self.spent)
         self.began = self.clock() - self.content["spent"]
@@ -73,27 +74,29 @@ class RunRecord:
         return self.clock() - self.began
 
     def plan(self, steps: int | None, minutes: float | None) -> dict[str, dict[str, Any]]:
-        """Steps of each stage, and the seconds of one: as they were planned before, unless others are asked for."""
-        plan = self.content["plan"]
-        if not plan or minutes not in (None, self.content["minutes"]):
-            self.content["minutes"] = minutes
+        """Steps of each stage, and the seconds of one.
+
+        As planned before, unless another length is asked for; none means the rest of a run that was stopped, and the
+        recipe's length for one that is through: a short trial is not the whole training.
+        """
+        plan, asked = self.content["plan"], {"steps": steps, "minutes": minutes}
+        goes_on = steps is minutes is None and not plan.keys() <= self.content["figures"].keys()
+        if self.content["asked"] != asked and not goes_on:
             pictures = self.content["data"]["pictures"]
             for stage in self.stages:
-                settings, seconds = stage.settings, self.computer.measure(stage)
+                settings, known = stage.settings, plan.get(stage.settings.name)
+                seconds = known["seconds"] if known else self.computer.measure(stage)
                 length = max(settings.min_steps, round(settings.epochs * pictures / settings.batch_size))
                 if minutes is not None:
                     length = max(1, int(60 * minutes * _part(stage, self.stages) / seconds))
-                plan[settings.name] = {"steps": length, "seconds": seconds}
-        if steps is not None:
-            self.content["minutes"] = None
-            for planned in plan.values():
-                planned["steps"] = steps
+                plan[settings.name] = {"steps": steps or length, "seconds": seconds}
+            self.content["asked"] = asked
         self.write()
         return plan
 
     def pace(self, stage: Stage) -> Pace:
         """A stage's pace, as planned; of a budget in minutes, it shares what is left with those after it."""
-        minutes, seconds = self.content["minutes"], None
+        minutes, seconds = self.content["asked"]["minutes"], None
         planned = self.content["plan"][stage.settings.name]
         if minutes is None:
             return Pace(stage.settings, planned["steps"], clock=self.clock)
