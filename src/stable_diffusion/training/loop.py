@@ -25,12 +25,7 @@ THREADS = 6  # that make batches for a GPU
 
 
 def train_stage(
-    stage: Stage,
-    computer: Computer,
-    *,
-    pace: Pace,
-    seed: int,
-    path: Path,
+    stage: Stage, computer: Computer, *, pace: Pace, seed: int, path: Path
 ) -> Generator[TrainStep | Replan, None, None]:
     """Trains the players of a stage to the last step of `pace`, and leaves their averages in it.
 
