@@ -168,7 +168,7 @@ def test_a_second_text_encoder_is_refused(copy: Path) -> None:
         ("unet/config.json", "block_out_channels", 3, "must be lists of one length"),
         ("unet/config.json", "attention_head_dim", "eight", "num_attention_heads must be"),
         ("unet/config.json", "up_block_types", ["UpBlock2D"] * 3, "up_block_types must mirror"),
-        ("unet/config.json", "sample_size", [64, 64], "sample_size must be a whole number"),
+        ("unet/config.json", "sample_size", [64, 64], "sample_size must be of type int"),
         ("unet/config.json", "norm_num_groups", 7, "no network has the configuration"),
         ("unet/config.json", "norm_num_groups", 0, "no network has the configuration"),
         ("vae/config.json", "block_out_channels", 8, "block_out_channels must be"),

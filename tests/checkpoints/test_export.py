@@ -17,12 +17,12 @@ from torch import Tensor
 
 from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints import files as weight_files
-from stable_diffusion.checkpoints.diffusers.folder import misfit
 from stable_diffusion.checkpoints.diffusers.settings import (
     sampler_config,
     schedule_config,
     scheduler_settings,
 )
+from stable_diffusion.checkpoints.families import misfit
 from stable_diffusion.cli import main
 from stable_diffusion.config import MINILM, SD15, SD21, ModelConfig, SamplerConfig, ScheduleConfig
 from stable_diffusion.diffusion.names import SAMPLERS

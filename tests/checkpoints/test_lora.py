@@ -709,12 +709,12 @@ def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--lora", "nowhere.safetensors"), "nowhere.safetensors is no file"),
-        (("--lora", "nowhere.safetensors:0.5"), "nowhere.safetensors is no file"),
+        (("--lora", "nowhere.safetensors"), "nowhere.safetensors is not a file"),
+        (("--lora", "nowhere.safetensors:0.5"), "nowhere.safetensors is not a file"),
         (("--lora", "a.safetensors:much"), "NAME:WEIGHT such as a.safetensors:0.8, got 'much'"),
         (("--lora", "a.safetensors:nan"), "must be a number, got nan"),
         (("--lora", "a.safetensors"), "none of 5 modules"),
-        (("--embedding", "a.safetensors"), "no textual inversion"),
+        (("--embedding", "a.safetensors"), "not a textual inversion"),
         (("--vae", "a.safetensors"), "a LoRA: use --lora"),
     ],
 )

@@ -147,13 +147,13 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     refused(b"", "is empty")
     refused(b"hello, world", "is not a file of PyTorch")
     refused(b"PK\x03\x04" + bytes(100), "truncated, damaged")
-    refused(pickle.dumps({"a": 1}, protocol=4), "no file of weights")
-    refused(pickle.dumps({"a": 1}, protocol=2), "no file of weights")
+    refused(pickle.dumps({"a": 1}, protocol=4), "not a file of weights")
+    refused(pickle.dumps({"a": 1}, protocol=2), "not a file of weights")
     zip_with(tmp_path / "a.ckpt", readme_txt=b"hello")
     refused(None, "a zip archive without weights")
     torch.save([1, 2], tmp_path / "a.ckpt")
     refused(None, "holds a list")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         pickles.read(tmp_path)
 
 

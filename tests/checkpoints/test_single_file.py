@@ -581,7 +581,7 @@ def test_damaged_files(folder: Path, tmp_path: Path) -> None:
     path.write_bytes(b"<!doctype html><html>not found</html>")
     with pytest.raises(InputError, match="not a whole safetensors file"):
         single_file.read_vae(path)
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         single_file.read(tmp_path)
 
 

@@ -10,7 +10,7 @@ import torch
 from stable_diffusion.checkpoints import diffusers, hub, native, single_file
 from stable_diffusion.checkpoints.checkpoint import Checkpoint
 from stable_diffusion.checkpoints.files import is_weights
-from stable_diffusion.config import ScheduleConfig, from_dict
+from stable_diffusion.config import ModelConfig, from_dict
 from stable_diffusion.errors import InputError, unknown_name
 
 __all__ = ["Checkpoint", "export", "read"]
@@ -43,19 +43,15 @@ def read(
         return single_file.read(path, prediction_type=prediction_type, ema=ema)
     else:
         raise InputError(
-            f"{path} is no model folder: it has neither config.json (ours) nor model_index.json (diffusers)"
+            f"{path} is not a model folder: it has neither config.json (ours) nor model_index.json (diffusers)"
         )
     if prediction_type is None:
         return checkpoint
-    schedule = from_dict(
-        ScheduleConfig, {"prediction_type": prediction_type}, base=checkpoint.config.schedule
-    )
-    others = tuple(note for note in checkpoint.notes if not note.startswith("The U-Net predicts "))
-    return replace(
-        checkpoint,
-        config=replace(checkpoint.config, schedule=schedule),
-        notes=(f"The U-Net predicts {prediction_type}: it was asked for.", *others),
-    )
+    asked = {"schedule": {"prediction_type": prediction_type}}
+    config = from_dict(ModelConfig, asked, base=checkpoint.config)
+    others = (note for note in checkpoint.notes if not note.startswith("The U-Net predicts "))
+    notes = (f"The U-Net predicts {prediction_type}: it was asked for.", *others)
+    return replace(checkpoint, config=config, notes=notes)
 
 
 def export(path: Path, checkpoint: Checkpoint, format: str, dtype: torch.dtype | None) -> tuple[str, ...]:

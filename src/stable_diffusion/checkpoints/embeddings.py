@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def add(text: PromptEncoder, config: ModelConfig, path: Path, token: str | None 
     where there is none.
 
     Raises:
-        InputError: the file is damaged, no textual inversion, for another model, or its word is there already.
+        InputError: the file is damaged, not a textual inversion, for another model, or its word is there already.
             Nothing is added then.
     """
     words = read(path, token)
@@ -56,11 +57,8 @@ def add(text: PromptEncoder, config: ModelConfig, path: Path, token: str | None 
         check_width(path, vectors.shape[1], width)
     table = encoder.embeddings.token_embedding
     first = table.num_embeddings + (len(table.added) if isinstance(table, ExtendedEmbedding) else 0)
-    rows = {}
-    for word, vectors in words.items():
-        rows[word] = list(range(first, first + len(vectors)))
-        first += len(vectors)
-    tokenizer.add_tokens(rows)
+    rows = itertools.count(first)
+    tokenizer.add_tokens({word: [next(rows) for _ in vectors] for word, vectors in words.items()})
     encoder.embeddings.token_embedding = ExtendedEmbedding(table, torch.cat(list(words.values())))
     return list(words)
 
@@ -84,7 +82,7 @@ def read(path: Path, token: str | None = None) -> State:
         isinstance(v, Tensor) and v.is_floating_point() and v.ndim in (1, 2) for v in found.values()
     )
     if not sound or not found or len(found) > 100:
-        raise InputError(f"{path} is no textual inversion: it must hold a vector, or a few, for each word")
+        raise InputError(f"{path} is not a textual inversion: it must hold a vector, or a few, for each word")
     if token is not None:
         if len(found) > 1:
             raise InputError(f"{path} has {len(found)} words, so {token!r} cannot be the name of all")

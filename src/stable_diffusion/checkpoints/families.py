@@ -108,9 +108,8 @@ def whole(name: str) -> str:
 
 def other(path: object, says: str) -> InputError:
     """The error for a file of a kind that is not wanted."""
-    return InputError(
-        f"{path} is {says}{'' if ':' in says else ': only Stable Diffusion 1.x and 2.x are supported'}"
-    )
+    supported = "" if ":" in says else ": only Stable Diffusion 1.x and 2.x are supported"
+    return InputError(f"{path} is {says}{supported}")
 
 
 def long_name(width: int | None) -> str:
@@ -127,12 +126,15 @@ def short_name(width: int | None) -> str:
     return f"{WIDTHS[width]} ({width})" if width in WIDTHS else f"a model of width {width}"
 
 
+def wrong_base(path: object, wanted: str, model: int | None) -> InputError:
+    """The error for a file that is for other models than the one of this text width."""
+    return InputError(f"{path} does not fit: this file is for {wanted}, the model is {short_name(model)}")
+
+
 def check_width(path: object, width: int, model: int | None) -> None:
     """Raises InputError for a file that is for models of another text width."""
     if width != model:
-        raise InputError(
-            f"{path} does not fit: this file is for {short_name(width)}, the model is {short_name(model)}"
-        )
+        raise wrong_base(path, short_name(width), model)
 
 
 def lora_part(name: str) -> tuple[str, str] | None:
@@ -163,4 +165,6 @@ def misfit(config: ModelConfig) -> str | None:
         return "its text tokens are projected"
     if unet.pooled_projection_dim is not None or unet.num_class_embeds is not None:
         return "its U-Net reads more than the text's tokens"
+    if (config.schedule.kind == "flow") != (config.schedule.prediction_type == "flow_prediction"):
+        return f"no scheduler of diffusers has {config.schedule.prediction_type} with {config.schedule.kind}"
     return None

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stable_diffusion.checkpoints import pickles
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, three_of
 from stable_diffusion.files import replacing
 
 State = dict[str, Tensor]
@@ -42,7 +42,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         InputError: the file is missing, damaged, or asks to run something.
     """
     if not path.is_file():
-        raise InputError(f"{path} is no file: give a .safetensors, .ckpt, .pt or .bin file")
+        raise InputError(f"{path} is not a file: give a .safetensors, .ckpt, .pt or .bin file")
     kind = sniff(path)
     if kind == "pickle" or (kind is None and path.suffix in PICKLED):
         return {str(name): value for name, value in pickles.read(path).items()}, {}
@@ -50,9 +50,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}): copy or download it again"
-        ) from None
+        message = f"{path} is not a whole safetensors file ({error}): copy or download it again"
+        raise InputError(message) from None
 
 
 def read_tensors(path: Path) -> State:
@@ -82,7 +81,7 @@ def write_tensors(
 def count(names: Iterable[str], total: int) -> str:
     """A number of tensors, and three of their names."""
     names = sorted(names)
-    return f"{len(names)} of {total} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    return f"{len(names)} of {total} tensors ({three_of(names)})"
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from stable_diffusion.checkpoints.diffusers.weights import WEIGHTS, choose_weights
 from stable_diffusion.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+SHARD = re.compile(r"(.*-)\d+-of-(\d+)(\..*)")
 
 PARTS = re.compile(r"(unet|vae|text_encoder(_\d+)?|text_projection|tokenizer(_\d+)?|scheduler)")
 
@@ -47,9 +50,7 @@ def fetch(name: str, *, variant: str | None = None) -> Path:
     try:
         wanted = needed(HfApi().list_repo_files(name), variant)
         if not wanted:
-            raise InputError(
-                f"the hub's {name} is not a model folder: download one of its files and give the file's path"
-            )
+            raise InputError(f"the hub's {name} is not a model folder: download a file and give its path")
         return Path(snapshot_download(name, allow_patterns=wanted))
     except InputError:
         raise
@@ -87,13 +88,7 @@ def is_whole(names: list[str], variant: str | None = None) -> bool:
     wanted = needed(names, variant)
     whole = all(any(name.startswith(f"{part}/diffusion_") for name in wanted) for part in ("unet", "vae"))
     asked = variant is None or any(f".{variant}" in name for name in wanted)
-    shards = [re.fullmatch(r"(.*-)\d+(-of-(\d+)\..*)", name) for name in wanted]
-    counts = {(m[1], m[2]): int(m[3]) for m in shards if m}
-    found = [(m[1], m[2]) for m in shards if m]
+    shards = Counter((m[1], m[3], int(m[2])) for m in map(SHARD.fullmatch, wanted) if m)
     indices = sum(".index." in name for name in wanted)
-    return (
-        whole
-        and asked
-        and len(counts) == indices
-        and all(found.count(key) == count for key, count in counts.items())
-    )
+    complete = len(shards) == indices and all(count == total for (*_, total), count in shards.items())
+    return whole and asked and complete

@@ -71,10 +71,8 @@ def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
     config = checkpoint.config
-    yield (
-        f"{config.name}: {config.sample_size} pixels, {config.schedule.kind} schedule,"
-        f" predicts {config.schedule.prediction_type}"
-    )
+    process = f"{config.schedule.kind} schedule, predicts {config.schedule.prediction_type}"
+    yield f"{config.name}: {config.sample_size} pixels, {process}"
     yield f"  {form}, {_version(config)}"
     yield _part("unet", checkpoint.unet)
     yield _part("vae", checkpoint.vae)
@@ -82,10 +80,8 @@ def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
         yield _part(f"text encoder {i + 1}", state)
     for note in checkpoint.notes:
         yield f"  {note}"
-    yield (
-        f"  by default {config.num_inference_steps} steps of {config.sampler.name},"
-        f" guidance {config.guidance.scale}"
-    )
+    steps = f"{config.num_inference_steps} steps of {config.sampler.name}"
+    yield f"  by default {steps}, guidance {config.guidance.scale}"
     for prompt in config.prompts:
         yield f'  minisd generate "{prompt}"'
     if config.styles != Styles():
@@ -97,7 +93,7 @@ def _version(config: ModelConfig) -> str:
         return "of this project's own kind"
     width = config.unet.cross_attention_dim
     name = long_name(width) if width in WIDTHS else f"of Stable Diffusion's kind, text width {width}"
-    return name + ", inpainting" * (config.unet.in_channels == 9)
+    return name + ", inpainting" * config.reads_mask
 
 
 def _lora(path: Path, tensors: State, metadata: dict[str, str]) -> Iterator[str]:

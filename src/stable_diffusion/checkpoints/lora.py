@@ -20,7 +20,7 @@ from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.files import State, read_weights
 from stable_diffusion.checkpoints.single_file.names import unet_blocks
 from stable_diffusion.config import ModelConfig, UNetConfig
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, three_of
 from stable_diffusion.nn.adapters import Layer, LoRA, checked
 from stable_diffusion.nn.text import PromptEncoder
 from stable_diffusion.nn.unet import UNet
@@ -37,8 +37,8 @@ def read(
     Warns where the model has a place for only a part. `weight` times each change is tried on its layer.
 
     Raises:
-        InputError: the file is damaged, no LoRA, for another model, or has no place here, or `weight` is no number or
-            would make the layers' weights infinite.
+        InputError: the file is damaged, not a LoRA, for another model, or has no place here, or `weight` is not a
+            number or would make the layers' weights infinite.
     """
     weight = checked(path.stem, weight)
     tensors, metadata = read_weights(path)
@@ -54,11 +54,9 @@ def read(
             raise InputError(f"{path} has two changes for the same module, the second is {name}")
         found[layer] = _lora(f"{name} of {path}", layer, parts, weight, _peft(path, name, metadata))
     count, total = len(found), len(found) + len(strange)
-    examples = ", ".join(sorted(strange)[:3]) + (", …" if len(strange) > 3 else "")
+    examples = three_of(sorted(strange)) or "empty"
     if not found:
-        raise InputError(
-            f"{path}: none of {total} modules is in the model {config.name!r} ({examples or 'empty'})"
-        )
+        raise InputError(f"{path}: none of {total} modules is in the model {config.name!r} ({examples})")
     result = f"{path.name}: {count} of {total} modules applied"
     if strange:
         warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
@@ -93,9 +91,7 @@ def check_base(path: Path, modules: dict[str, State], metadata: dict[str, str], 
     ours = config.unet.cross_attention_dim
     for pattern, kind in families.OTHER_LORAS.items():
         if any(re.search(pattern, name) for name in modules):
-            raise InputError(
-                f"{path} does not fit: this file is for {kind}, the model is {families.short_name(ours)}"
-            )
+            raise families.wrong_base(path, kind, ours)
     downs = {name: parts["down"] for name, parts in modules.items()}
     # Many shapes are the same in all versions; what metadata say is of published ones alone.
     for width in families.lora_widths(downs, metadata if ours in families.WIDTHS else {}):

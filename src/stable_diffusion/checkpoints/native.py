@@ -45,9 +45,8 @@ def read(folder: Path) -> Checkpoint:
         states.append(read_text_encoder(path, text_config) if written else packaged_text_encoder(text_config))
         tokenizers.append(tokenizer if tokenizer.is_dir() else packaged(str(text_config.packaged)))
     projections = read_tensors(folder / PROJECTION) if (folder / PROJECTION).is_file() else {}
-    return Checkpoint(
-        config, read_tensors(folder / VAE), read_tensors(folder / UNET), states, tokenizers, projections
-    )
+    vae, unet = read_tensors(folder / VAE), read_tensors(folder / UNET)
+    return Checkpoint(config, vae, unet, states, tokenizers, projections)
 
 
 def read_text_encoder(folder: Path, config: TextEncoderConfig) -> State:

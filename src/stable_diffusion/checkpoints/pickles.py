@@ -14,7 +14,7 @@ from stable_diffusion.errors import InputError
 
 ZIP, PICKLE = STARTS = (b"PK\x03\x04", b"\x80")
 """How files of PyTorch begin: a zip archive, or a pickle by itself."""
-DAMAGED = "is truncated, damaged or no file of weights: copy or download it again"
+DAMAGED = "is truncated, damaged or not a file of weights: copy or download it again"
 
 
 class _Inert:
@@ -47,20 +47,15 @@ _ParameterDict.__qualname__ = "ParameterDict"
 
 STAND_INS: list[Any] = [
     _ParameterDict,
-    *map(
-        _stand_in,
-        (
-            # Real checkpoints hold these: Lightning before 1.5 keys a dictionary by the class of its callback,
-            # and what it monitors is a scalar of numpy. `_codecs.encode` and `set` PyTorch allows by itself.
-            "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-            "numpy.core.multiarray.scalar",
-            "numpy.core.multiarray._reconstruct",
-            "numpy._core.multiarray.scalar",
-            "numpy._core.multiarray._reconstruct",
-            "numpy.dtype",
-            "numpy.ndarray",
-        ),
-    ),
+    # Real checkpoints hold these: Lightning before 1.5 keys a dictionary by the class of its callback,
+    # and what it monitors is a scalar of numpy. `_codecs.encode` and `set` PyTorch allows by itself.
+    _stand_in("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    _stand_in("numpy.core.multiarray.scalar"),
+    _stand_in("numpy.core.multiarray._reconstruct"),
+    _stand_in("numpy._core.multiarray.scalar"),
+    _stand_in("numpy._core.multiarray._reconstruct"),
+    _stand_in("numpy.dtype"),
+    _stand_in("numpy.ndarray"),
 ]
 
 
@@ -68,11 +63,11 @@ def read(path: Path) -> dict[str, Any]:
     """What a pickle of PyTorch holds, with stand-ins for the foreign objects; a bare tensor gets the name "".
 
     Raises:
-        InputError: the file is missing, empty, truncated, no pickle of PyTorch or a zip bomb, holds no
+        InputError: the file is missing, empty, truncated, not a pickle of PyTorch or a zip bomb, holds no
             dictionary, or asks to run anything else, which is named and not run.
     """
     if not path.is_file():
-        raise InputError(f"{path} is no file: give a .ckpt, .pt or .bin file")
+        raise InputError(f"{path} is not a file: give a .ckpt, .pt or .bin file")
     with path.open("rb") as file:
         start = file.read(4)
     if not start:
@@ -81,9 +76,7 @@ def read(path: Path) -> dict[str, Any]:
     if zipped:
         _check_archive(path)
     elif not start.startswith(STARTS):
-        raise InputError(
-            f"{path} is not a file of PyTorch (it begins with {start!r}): give a file of weights"
-        )
+        raise InputError(f"{path} is not a file of PyTorch (it begins with {start!r}): give one of weights")
     try:
         with torch.serialization.safe_globals(STAND_INS):
             root = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
@@ -115,9 +108,7 @@ def _check_archive(path: Path) -> None:
             " refused as a zip bomb"
         )
     if not any(member.filename.endswith("/data.pkl") for member in members):
-        raise InputError(
-            f"{path} is a zip archive without weights of PyTorch: give a .ckpt, .pt or .bin file"
-        )
+        raise InputError(f"{path} is a zip archive without PyTorch's weights: give a .ckpt, .pt or .bin file")
 
 
 def _check_tensors(path: Path, root: object) -> None:

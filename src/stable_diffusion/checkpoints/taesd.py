@@ -19,11 +19,8 @@ from stable_diffusion.files import read_json
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 
-WEIGHTS = [
-    f"diffusion_pytorch_model{variant}.{ending}"
-    for ending in ("safetensors", "bin")
-    for variant in ("", ".fp16")
-]
+ENDINGS = ("safetensors", "fp16.safetensors", "bin", "fp16.bin")
+WEIGHTS = [f"diffusion_pytorch_model.{ending}" for ending in ENDINGS]
 PAIRS = [f"taesd_decoder.{ending}" for ending in ("safetensors", "pth")]
 # What an AutoencoderTiny must be like, or say nothing of, for ours to be the same.
 TINY_SETTINGS = {"act_fn": "relu", "upsampling_scaling_factor": 2, "scaling_factor": 1, "shift_factor": 0}
@@ -60,9 +57,7 @@ def tiny_config(path: Path, settings: dict[str, Any]) -> AutoencoderTinyConfig:
     """Our configuration for an ``AutoencoderTiny``'s ``config.json``; TAESD's where there is none."""
     for key, value in TINY_SETTINGS.items():
         if settings.get(key, value) != value:
-            raise InputError(
-                f"the autoencoder {path} has {key} {settings[key]!r}: only {value!r} is supported"
-            )
+            raise InputError(f"the autoencoder {path} has {key} {settings[key]!r}: it must be {value!r}")
     return replace(
         TAESD,
         latent_channels=settings.get("latent_channels", TAESD.latent_channels),

@@ -12,7 +12,7 @@ from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, published_text_state, text_state
 from stable_diffusion.checkpoints.diffusers import settings, weights
 from stable_diffusion.checkpoints.files import State, write_tensors
-from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig
+from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, typed
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.files import read_json, replacing_folder, write_json
 
@@ -38,15 +38,13 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
             variant.
     """
     aside = _left_aside(folder)
-    text = settings.text_encoder_config(
-        _json(folder / "text_encoder" / "config.json", "max_position_embeddings")
-    )
-    schedule = _json(folder / "scheduler" / "scheduler_config.json", "_class_name")
-    unet = _json(folder / "unet" / "config.json", *settings.UNET_KEYS)
-    vae = settings.autoencoder_config(_json(folder / "vae" / "config.json", *settings.VAE_KEYS))
+    text = settings.text_encoder_config(_json(folder / "text_encoder/config.json", "max_position_embeddings"))
+    schedule = _json(folder / "scheduler/scheduler_config.json", "_class_name")
+    unet = _json(folder / "unet/config.json", *settings.UNET_KEYS)
+    vae = settings.autoencoder_config(_json(folder / "vae/config.json", *settings.VAE_KEYS))
     config = ModelConfig(
         name=folder.resolve().name,
-        sample_size=_number(unet, "sample_size", 64) * vae.factor,
+        sample_size=typed(int, unet.get("sample_size", 64), "sample_size") * vae.factor,
         vae=vae,
         unet=settings.unet_config(unet),
         text_encoders=(text,),
@@ -61,9 +59,7 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
     if schedule.get("clip_sample", clips) or schedule.get("thresholding"):
         notes.append("Left aside: the scheduler's clipping of what it sees in the noise (clip_sample).")
     states = {part: weights.read_part(folder / part, stem, variant) for part, stem in weights.WEIGHTS.items()}
-    if variant is not None and not any(
-        weights.has_variant(weights.names_in(folder / part), variant) for part in weights.WEIGHTS
-    ):
+    if variant is not None and not weights.has_variant(folder, variant):
         raise InputError(
             f"{folder} has no files of the variant {variant!r}: {weights.variants_there(folder)}"
         )
@@ -83,14 +79,11 @@ def _left_aside(folder: Path) -> list[str]:
     name = str(index.get("_class_name", PIPELINES[0]))
     for prefix, family in families.OTHER_PIPELINES.items():
         if name.startswith(prefix):
-            raise InputError(
-                f"{folder} is a {family} model ({name}): not supported, Stable Diffusion 1.x and 2.x are"
-            )
+            raise families.other(folder, f"a {family} model ({name})")
     for part in ("text_encoder_2", "transformer", "prior"):
         if _is_there(index, part) or (folder / part).is_dir():
-            raise InputError(
-                f"{folder} has a {part}, as SDXL, Stable Diffusion 3 and Flux have it: not supported, Stable"
-                " Diffusion 1.x and 2.x are"
+            raise families.other(
+                folder, f"a model that has a {part}, as SDXL, Stable Diffusion 3 and Flux do"
             )
     if name not in PIPELINES:
         raise unknown_name("pipeline class", name, PIPELINES)
@@ -110,22 +103,6 @@ def _json(path: Path, *needed: str) -> dict[str, Any]:
             f"{path} does not say {', '.join(missing)}: it is not a configuration of Stable Diffusion 1.x or 2.x"
         )
     return found
-
-
-def _number(found: dict[str, Any], key: str, default: int) -> int:
-    value = found.get(key, default)
-    if type(value) is not int or value < 1:
-        raise InputError(f"{key} must be a whole number, at least 1, got {value!r}")
-    return value
-
-
-def misfit(config: ModelConfig) -> str | None:
-    """Why ``StableDiffusionPipeline`` cannot hold a model, as the end of a sentence; None where it can."""
-    if (reason := families.misfit(config)) is not None:
-        return reason
-    if (config.schedule.kind == "flow") != (config.schedule.prediction_type == "flow_prediction"):
-        return f"no scheduler of diffusers has {config.schedule.prediction_type} with {config.schedule.kind}"
-    return None
 
 
 def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> tuple[str, ...]:
@@ -148,7 +125,7 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists: choose another name")
     config = checkpoint.config
-    reason = misfit(config)
+    reason = families.misfit(config)
     kl = isinstance(config.vae, AutoencoderKLConfig) and config.vae.codebook_size is None
     text = config.unet.cross_attention_dim is not None  # diffusers' U-Net cannot be without
     written = [part for part, is_there in (("unet", text), ("vae", kl)) if is_there]
@@ -180,7 +157,7 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         )
     elif config.schedule.kind != "flow" and config.schedule.steps_offset != 1:
         notes.append(
-            "Diffusers' pipeline sets steps_offset to 1: with leading timesteps its pictures differ."
+            "Diffusers' pipeline sets steps_offset to 1: its pictures differ with leading timesteps."
         )
     if config.schedule.kind == "flow":
         notes.append(
@@ -192,9 +169,8 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
 
 def pipeline_index(config: ModelConfig) -> dict[str, Any]:
     """The ``model_index.json``."""
-    inpaints = config.unet.in_channels == 2 * config.vae.latent_channels + 1
     return {
-        "_class_name": "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if config.reads_mask else "StableDiffusionPipeline",
         "_diffusers_version": settings.VERSION,
         **{part: [None, None] for part in LEFT_ASIDE},
         "requires_safety_checker": False,

@@ -221,7 +221,7 @@ def _check_fixed(file: str, settings: dict[str, Any], fixed: dict[str, Any]) -> 
     for key, value in fixed.items():
         if settings.get(key, value) != value:
             raise InputError(
-                f"{file}: {key} must be {value!r}, as in Stable Diffusion 1.x and 2.x, got {settings[key]!r}"
+                f"{file}: {key} must be {value!r}, as in published models, got {settings[key]!r}"
             )
 
 

@@ -33,9 +33,9 @@ def choose_weights(names: Collection[str], stem: str, variant: str | None = None
     return []
 
 
-def has_variant(names: Collection[str], variant: str) -> bool:
-    """Whether one of the files in a part's folder is of that variant."""
-    return any(f".{variant}" in name for name in names)
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a part of the pipeline has a file of that variant."""
+    return any(f".{variant}" in name for part in WEIGHTS for name in names_in(folder / part))
 
 
 def read_part(folder: Path, stem: str, variant: str | None) -> State:
@@ -43,9 +43,8 @@ def read_part(folder: Path, stem: str, variant: str | None) -> State:
     names = names_in(folder)
     chosen = choose_weights(names, stem, variant)
     if not chosen:
-        raise InputError(
-            f"{folder} has no weights, neither {stem}.safetensors nor a .bin: {variants_there(folder.parent)}"
-        )
+        there = variants_there(folder.parent)
+        raise InputError(f"{folder} has no weights, neither {stem}.safetensors nor a .bin: {there}")
     if not chosen[0].endswith(".json"):
         return read_tensors(folder / chosen[0])
     places = read_json(folder / chosen[0]).get("weight_map")

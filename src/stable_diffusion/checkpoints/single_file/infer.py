@@ -69,9 +69,9 @@ def model_config(file: File, stored: ModelConfig | None, asked: str | None) -> t
         unet=replace(unet, upcast_attention=v and openclip),
         text_encoders=(text_config(file, openclip),),
         schedule=ScheduleConfig(prediction_type=prediction),
-        sampler=SamplerConfig(name="ddim" if v or unet.in_channels == 9 else "pndm"),
     )
-    return config, how
+    sampler = SamplerConfig(name="ddim" if v or config.reads_mask else "pndm")
+    return replace(config, sampler=sampler), how
 
 
 def prediction_type(file: File, asked: str | None, heuristic: bool, openclip: bool) -> tuple[str, str]:
@@ -94,13 +94,9 @@ def prediction_type(file: File, asked: str | None, heuristic: bool, openclip: bo
     if openclip and isinstance(file.global_step, int) and file.global_step in STEPS:
         return STEPS[file.global_step], f"its global_step {file.global_step} is that of a published model"
     if heuristic and (bias := file.tensors.get(UNET + TELLTALE)) is not None:
-        deviation = float(bias.float().std())
-        sign = ">" if deviation > TELLTALE_STD else "<="
-        guess = "v" if deviation > TELLTALE_STD else "eps"
-        return (
-            guess,
-            f"a guess from one bias, whose standard deviation {deviation:.3f} is {sign} {TELLTALE_STD}",
-        )
+        std = float(bias.float().std())
+        guess, sign = ("v", ">") if std > TELLTALE_STD else ("eps", "<=")
+        return guess, f"a guess from one bias, whose standard deviation {std:.3f} is {sign} {TELLTALE_STD}"
     return "eps", f"nothing says otherwise, and most models of {'2.x inpainting' if openclip else '1.x'} do"
 
 

@@ -25,8 +25,8 @@ from stable_diffusion.nn.vae import AutoencoderKL
 
 # What sampling does not need: the schedule's 12 tables, counters, losses, position numbers, CLIP's head.
 UNUSED = re.compile(
-    r"^\w*alphas_cumprod(_prev)?$|^betas$|^posterior_\w+$|^scale_factor$|^model_ema\.|"
-    r"^v_pred$|^ztsnr$|position_ids$|^first_stage_model\.(loss|model_ema)\.|"
+    r"^\w*alphas_cumprod(_prev)?$|^betas$|^posterior_\w+$|^scale_factor$|^model_ema\.(?!diffusion_model)|"
+    r"^ztsnr$|position_ids$|^first_stage_model\.(loss|model_ema)\.|"
     r"^cond_stage_model\.\w+\.(text_model\.)?(text_projection|logit_scale|attn_mask)"
 )
 
@@ -51,11 +51,10 @@ def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -
     (text,) = config.text_encoders
     notes = [f"The U-Net predicts {config.schedule.prediction_type}: {found}."]
     if any(key.startswith(EMA) for key in file.tensors):
-        notes.append(
-            f"The U-Net's {'averaged (EMA)' if ema else 'plain, not its averaged (EMA),'} weights are read."
-        )
-    parts = (UNET, VAE, CLIP, OPEN_CLIP)
-    if others := [key for key in file.tensors if not key.startswith(parts) and not UNUSED.search(key)]:
+        which = "averaged (EMA)" if ema else "plain, not its averaged (EMA),"
+        notes.append(f"The U-Net's {which} weights are read.")
+    parts = (UNET, VAE, CLIP, OPEN_CLIP, EMA, "v_pred")
+    if others := [key for key in file.tensors if not key.startswith(parts)]:
         notes.append(f"{count(others, len(file.tensors))} belong to no part of the model and are left out.")
     return Checkpoint(
         config,
@@ -94,12 +93,11 @@ def _load(path: Path) -> File:
     found = families.kind(root)
     if found in families.KINDS:
         raise families.other(path, families.KINDS[found][1])
-    tensors = {
-        families.whole(k): t.detach() for k, t in root.items() if isinstance(k, str) and isinstance(t, Tensor)
-    }
+    named = {k: t for k, t in root.items() if isinstance(k, str) and isinstance(t, Tensor)}
+    tensors = {families.whole(k): t.detach() for k, t in named.items()}
     if found is None:
         raise InputError(f"{path} has {len(tensors)} tensors, none of Stable Diffusion 1.x or 2.x")
-    return File(path, tensors, metadata, step)
+    return File(path, {k: t for k, t in tensors.items() if not UNUSED.search(k)}, metadata, step)
 
 
 def _stored_config(file: File) -> ModelConfig | None:
@@ -127,24 +125,21 @@ def _unet_state(file: File, config: UNetConfig, ema: bool) -> State:
         averaged = file.part(EMA)
         if not averaged:
             raise InputError(f"{file.path} holds no averaged (EMA) weights: read its plain ones")
-        flat_names = {
-            name.replace(".", ""): name
-            for name in (names.rename(ours, table) for ours in module.state_dict())
-        }
+        published = (names.rename(ours, table) for ours in module.state_dict())
+        flat_names = {name.replace(".", ""): name for name in published}
         state = {flat_names.get(flat, flat): tensor for flat, tensor in averaged.items()}
     return _fitted(file, "U-Net", module, table, state)
 
 
 def _vae_state(file: File, config: AutoencoderKLConfig) -> State:
     module = _built(file, AutoencoderKL, config)
-    state = {k: t for k, t in file.part(VAE).items() if not UNUSED.search(VAE + k)}
-    return _fitted(file, "autoencoder", module, names.vae_blocks(config), state)
+    return _fitted(file, "autoencoder", module, names.vae_blocks(config), file.part(VAE))
 
 
 def _text_state(file: File, config: TextEncoderConfig) -> State:
     module = _built(file, TextEncoder, config)
     prefix = OPEN_CLIP if names.in_openclip_layout(config) else CLIP
-    state = {k: t for k, t in file.part(prefix).items() if not UNUSED.search(prefix + k)}
+    state = file.part(prefix)
     if names.in_openclip_layout(config):  # the last layer, which the U-Net does not read
         beyond = f"transformer.resblocks.{config.num_hidden_layers}."
         state = {k: t for k, t in _split(state).items() if not k.startswith(beyond)}
