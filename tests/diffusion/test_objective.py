@@ -14,7 +14,7 @@ from stable_diffusion.diffusion.objective import (
     TARGETS,
     convert,
     loss_weight,
-    posterior_deviation,
+    posterior_std,
     target,
     to_eps,
     to_x0,
@@ -173,11 +173,11 @@ def test_weights_are_finite_at_the_ends(schedule: Schedule, prediction: str) -> 
 
 
 @pytest.mark.parametrize("t", [1, 2, 500, 999])
-def test_posterior_deviation(t: int) -> None:
+def test_posterior_std(t: int) -> None:
     """Ho et al. 2020, equation 7: beta-tilde of neighbouring timesteps; 0 to clean latents."""
-    deviation = posterior_deviation(DDPM.level(t), DDPM.level(t - 1))
+    deviation = posterior_std(DDPM.level(t), DDPM.level(t - 1))
     assert deviation**2 == pytest.approx(beta_tilde(DDPM, t), rel=1e-9)
-    assert posterior_deviation(DDPM.level(t), CLEAN) == 0.0
+    assert posterior_std(DDPM.level(t), CLEAN) == 0.0
 
 
 def test_posterior_variances_of_ddpm_against_the_reference() -> None:
@@ -185,13 +185,13 @@ def test_posterior_variances_of_ddpm_against_the_reference() -> None:
     reference = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="fixed_small")
     reference.alphas_cumprod = DDPM.alphas_cumprod
     for t in range(1, 1000, 37):
-        ours = posterior_deviation(DDPM.level(t), DDPM.level(t - 1)) ** 2
+        ours = posterior_std(DDPM.level(t), DDPM.level(t - 1)) ** 2
         assert ours == pytest.approx(float(reference._get_variance(t)), rel=1e-9)
 
 
 def test_posterior_from_pure_noise_is_a_fresh_draw() -> None:
     """From alpha = 0 q(x_s | x_t, x_0) forgets x_t: its deviation is sigma_s."""
-    assert posterior_deviation(Level(999, 0.0, 1.0), Level(500, 0.6, 0.8)) == 0.8
+    assert posterior_std(Level(999, 0.0, 1.0), Level(500, 0.6, 0.8)) == 0.8
 
 
 def grid(values: list[int]) -> Tensor:

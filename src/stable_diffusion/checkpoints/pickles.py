@@ -108,7 +108,7 @@ def _check_archive(path: Path) -> None:
             " refused as a zip bomb"
         )
     if not any(member.filename.endswith("/data.pkl") for member in members):
-        raise InputError(f"{path} is a zip archive without PyTorch's weights: give a .ckpt, .pt or .bin file")
+        raise InputError(f"{path} is a zip archive without weights: give a .ckpt, .pt or .bin file")
 
 
 def _check_tensors(path: Path, root: object) -> None:

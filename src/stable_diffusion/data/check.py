@@ -72,9 +72,8 @@ class SplitReport:
         spread = f"smallest {smallest}, median {median}, largest {largest}"
         lines.append(f"sizes: {spread}" if smallest != largest else f"sizes: all {smallest}")
         if self.enlarged:
-            lines.append(
-                f"enlarged to {self.training_size} pixels: {len(self.enlarged)} ({three_of(self.enlarged)})"
-            )
+            number, names = len(self.enlarged), three_of(self.enlarged)
+            lines.append(f"enlarged to {self.training_size} pixels: {number} ({names})")
         if self.cropped:
             lines.append(
                 f"cropped to a square: {self.cropped}, which lose {self.cropped_area:.0%} of their area on average"

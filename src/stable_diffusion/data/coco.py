@@ -207,30 +207,21 @@ def _read(path: Path) -> tuple[list[Any], list[Any]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(
-            f"cannot open the captions file {str(path)!r}{test_split}: {error.strerror}"
-        ) from error
+        reason = f"{test_split}: {error.strerror}"
+        raise InputError(f"cannot open the captions file {str(path)!r}{reason}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"the captions file {str(path)!r} is not JSON ({error}): fetch it again") from error
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
-        raise InputError(
-            f"{str(path)!r} is not a COCO captions file: it needs the lists 'images' and 'annotations'"
-        )
+        raise InputError(f"{str(path)!r} is not a COCO captions file, which lists 'images' and 'annotations'")
     annotations = data.get("annotations")
     if not isinstance(annotations, list):
-        raise InputError(
-            f"{str(path)!r} lists pictures and no captions ({_TEST_SPLIT}, or another captions file)"
-        )
+        raise InputError(f"{str(path)!r} lists pictures and no captions ({_TEST_SPLIT}, or another file)")
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or not isinstance(annotation.get("image_id"), (int, str)):
-            raise InputError(
-                f"annotation {number} in {str(path)!r} has no 'image_id': fetch or export the file again"
-            )
+            raise InputError(f"annotation {number} in {str(path)!r} has no 'image_id': export the file again")
     if annotations and not any("caption" in annotation for annotation in annotations):
-        raise InputError(
-            f"the annotations in {str(path)!r} have no captions: use the captions_….json of the same set"
-        )
+        raise InputError(f"the annotations in {str(path)!r} have no captions: use the set's captions_….json")
     return images, annotations
 
 
@@ -246,9 +237,7 @@ def _names(images: list[Any], captions_file: Path) -> dict[int | str, str]:
         parts = (*PurePosixPath(file_name).parts, *PureWindowsPath(file_name).parts)
         anchor = PurePosixPath(file_name).anchor or PureWindowsPath(file_name).anchor
         if anchor or ".." in parts:
-            raise InputError(
-                f"{where} names a file outside the folder, {file_name!r}: use paths relative to it"
-            )
+            raise InputError(f"{where} names a file outside the folder, {file_name!r}: use relative paths")
         name = str(PurePosixPath(file_name))
         if names.setdefault(key, name) != name:
             raise InputError(f"{where} has the id {key!r} of another picture: give each picture its own")

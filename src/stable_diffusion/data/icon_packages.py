@@ -216,10 +216,8 @@ def _why(code: str) -> str:
 
 def _svgs(icons: dict[str, Any]) -> dict[str, str]:
     """The drawings of an ``icons.json``, mirrored aliases included; those of its past are hidden."""
-    svgs = {}
-    for name, icon in icons["icons"].items():
-        if not icon.get("hidden"):
-            svgs[name] = _svg({**icons, **icon}, icon["body"])
+    shown = {name: icon for name, icon in icons["icons"].items() if not icon.get("hidden")}
+    svgs = {name: _svg({**icons, **icon}, icon["body"]) for name, icon in shown.items()}
     for name, alias in icons.get("aliases", {}).items():
         parent = icons["icons"].get(alias["parent"])
         if parent is not None and alias.get("hFlip") and not alias.get("hidden"):
@@ -230,10 +228,8 @@ def _svgs(icons: dict[str, Any]) -> dict[str, str]:
 
 
 def _svg(icon: dict[str, Any], body: str) -> str:
-    box = " ".join(
-        str(icon.get(key, default))
-        for key, default in {"left": 0, "top": 0, "width": 16, "height": 16}.items()
-    )
+    sides = {"left": 0, "top": 0, "width": 16, "height": 16}
+    box = " ".join(str(icon.get(key, default)) for key, default in sides.items())
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {spaces} viewBox="{box}" width="{{size}}" height="{{size}}">{body}</svg>'
 

@@ -124,9 +124,7 @@ def merged(things: Sequence[Thing]) -> Thing:
     """
     genders = {thing.gender for thing in things} - {None}
     gender = next(iter(genders)) if len(genders) == 1 else None
-    return min(
-        things, key=lambda thing: (thing.tone is not None, thing.gender != gender, thing.order, thing.code)
-    )
+    return min(things, key=lambda one: (one.tone is not None, one.gender != gender, one.order, one.code))
 
 
 def _file(style: str, thing: Thing) -> str:
@@ -161,9 +159,7 @@ def _write_split(
             "weight": round(_weight(thing, roles[thing.role]), 4),
         }
         pictures.append((image, captions(thing, style)))
-    named = [
-        {"id": number, "name": name, "url": url} for number, (name, url) in enumerate(licences.items(), 1)
-    ]
+    named = [{"id": i, "name": name, "url": url} for i, (name, url) in enumerate(licences.items(), 1)]
     write_captions(out, split, info | {"split": split, "rule": SPLITS[split]}, pictures, licenses=named)
 
 

@@ -38,9 +38,7 @@ def make_set(
         except (InputError, KeyError, TypeError, ValueError):
             there = {}
         if not str(there.get("description")).startswith(f"mini-stable-diffusion {kind}"):
-            raise InputError(
-                f"{str(folder)!r} holds something else than a set of {kind}: give an empty or a new folder"
-            )
+            raise InputError(f"{str(folder)!r} holds something else than a set of {kind}: give a new folder")
         if there == info:
             return
     try:

@@ -177,20 +177,18 @@ def _draw(rng: random.Random, figures: tuple[_Figure, ...], background: str, siz
     for figure in figures:
         side = SIZES[figure.size] * rng.uniform(0.96, 1.04)
         x, y = (centre + rng.uniform(-0.01, 0.01) for centre in PLACES[figure.place])
-        colour = tuple(
-            min(255, max(0, value + rng.randint(-_JITTER, _JITTER))) for value in COLOURS[figure.colour]
-        )
+        jittered = (value + rng.randint(-_JITTER, _JITTER) for value in COLOURS[figure.colour])
+        colour = tuple(min(255, max(0, value)) for value in jittered)
         left, top = (math.floor((centre - side / 2) * size) for centre in (x, y))
         edge = math.ceil(side * size) + 2  # the mask's side in pixels
         mask = Image.new("L", (edge * _SUPERSAMPLING, edge * _SUPERSAMPLING))
         pen = ImageDraw.Draw(mask)
         for number, outline in enumerate(SHAPES[figure.shape]):
-            corners = [
+            corners = (
                 ((x + px * side / 2) * size - left, (y + py * side / 2) * size - top) for px, py in outline
-            ]
-            pen.polygon(
-                [(px * _SUPERSAMPLING, py * _SUPERSAMPLING) for px, py in corners], fill=0 if number else 255
             )
+            fine = [(px * _SUPERSAMPLING, py * _SUPERSAMPLING) for px, py in corners]
+            pen.polygon(fine, fill=0 if number else 255)
         image.paste(colour, (left, top), mask.reduce(_SUPERSAMPLING))
     return image
 

@@ -155,20 +155,20 @@ def variational_bound(
             yield weight * ((predicted - x0) ** 2).sum(dim=(1, 2, 3)) * bits
         else:
             # The last step's posterior variance is 0; its decoder takes the next one up, as in the DDPM code.
-            deviation = posterior_deviation(schedule.level(1), level)
-            yield -_discrete_log_likelihood(x0, predicted, deviation).sum(dim=(1, 2, 3)) * bits
+            std = posterior_std(schedule.level(1), level)
+            yield -_discrete_log_likelihood(x0, predicted, std).sum(dim=(1, 2, 3)) * bits
 
 
-def posterior_deviation(level: Level, to: Level) -> float:
+def posterior_std(level: Level, to: Level) -> float:
     """Standard deviation of q(x_s | x_t, x_0), s < t: sqrt(beta-tilde) (Ho et al. 2020, equation 7)."""
     ratio = (to.sigma * level.alpha) / (level.sigma * to.alpha)
     return to.sigma * math.sqrt(max(1 - ratio**2, 0.0))
 
 
-def _discrete_log_likelihood(x0: Latents, mean: Latents, deviation: float) -> Latents:
+def _discrete_log_likelihood(x0: Latents, mean: Latents, std: float) -> Latents:
     """log of the Gaussian's mass in the bin of 1/127.5 around x0, open at both ends (equation 13)."""
-    lower = torch.special.ndtr((x0 - mean - 1 / 255) / deviation)
-    upper = torch.special.ndtr((x0 - mean + 1 / 255) / deviation)
+    lower = torch.special.ndtr((x0 - mean - 1 / 255) / std)
+    upper = torch.special.ndtr((x0 - mean + 1 / 255) / std)
     lower = torch.where(x0 < -0.999, torch.zeros_like(lower), lower)
     upper = torch.where(x0 > 0.999, torch.ones_like(upper), upper)
     return (upper - lower).clamp(min=1e-12).log()

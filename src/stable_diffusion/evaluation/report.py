@@ -138,9 +138,8 @@ def page(report: Report, shown: Shown) -> str:
             " Below 0.33 a picture counts as memorised. Where training holds near copies of a picture, the ratio"
             " cannot tell.</p>"
         )
-        parts.append(
-            _figures([([n.generated, n.training], f"{n.ratio:.2f} · {n.caption}") for n in shown.neighbours])
-        )
+        pairs = [([n.generated, n.training], f"{n.ratio:.2f} · {n.caption}") for n in shown.neighbours]
+        parts.append(_figures(pairs))
     parts.append(_explained(report))
     title = escape(f"{report.model} on {report.data}")
     return (

@@ -200,9 +200,7 @@ class Adapters(nn.Module):
         weights = self._known(weights)
         for name, weight in self.fused.items():
             if weights.get(name, 0.0) != weight:
-                raise InputError(
-                    f"the LoRA {name!r} is fused with the weight {weight}: unfuse for another one"
-                )
+                raise InputError(f"the LoRA {name!r} is fused with the weight {weight}: unfuse for another")
         return weights
 
     @contextmanager
@@ -226,7 +224,7 @@ class Adapters(nn.Module):
             keep: whether to keep the layers' own weights, without which nothing is undone.
 
         Raises:
-            InputError: a name that is not there, no number, or weights that would become infinite. Nothing is fused.
+            InputError: a name that is not there, not a number, or weights that would become infinite. Nothing is fused.
         """
         chosen = self._known(self.weights if weights is None else weights)
         self.unfuse()
@@ -279,7 +277,7 @@ class Adapters(nn.Module):
 
 
 def checked(name: str, weight: object) -> float:
-    """An adapter's weight. Raises InputError where it is no finite number."""
+    """An adapter's weight. Raises InputError where it is not a finite number."""
     if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
         raise InputError(f"a LoRA's weight must be a number, got {weight!r} for {name!r}")
     return float(weight)

@@ -230,10 +230,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # The published names have a gap at 1, where training had dropout.
-        self.net = nn.ModuleList(
-            [self.GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)]
-        )
+        gated, out = self.GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.net = nn.ModuleList([gated, nn.Identity(), out])  # published names have a gap: dropout
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         return self.net[2](self.net[0](x))

@@ -144,9 +144,8 @@ class PromptEmbeds(NamedTuple):
         if not isinstance(other, PromptEmbeds):
             return NotImplemented
         mask = None if self.mask is None or other.mask is None else torch.cat([self.mask, other.mask])
-        return PromptEmbeds(
-            torch.cat([self.tokens, other.tokens]), mask, torch.cat([self.pooled, other.pooled])
-        )
+        tokens, pooled = torch.cat([self.tokens, other.tokens]), torch.cat([self.pooled, other.pooled])
+        return PromptEmbeds(tokens, mask, pooled)
 
 
 class PromptEncoder(nn.Module):
@@ -165,9 +164,8 @@ class PromptEncoder(nn.Module):
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList([TextEncoder(config) for config in configs])
         single = len(configs) == 1 and configs[0].hidden_size == width
-        self.projections = nn.ModuleList(
-            [] if single else [nn.Linear(config.hidden_size, width) for config in configs]
-        )
+        projected = () if single else configs
+        self.projections = nn.ModuleList([nn.Linear(config.hidden_size, width) for config in projected])
         for encoder, config in zip(self.encoders, configs, strict=True):
             encoder.requires_grad_(config.trainable)
 
@@ -183,9 +181,8 @@ class PromptEncoder(nn.Module):
         """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
         if not self.encoders:  # a model without text: tokens of no length
             return PromptEmbeds(torch.empty(count, 0, 0), None, torch.empty(count, 0))
-        return self.join(
-            [self.read(i, batch.input_ids, batch.attention_mask) for i, batch in enumerate(batches)]
-        )
+        read = [self.read(i, batch.input_ids, batch.attention_mask) for i, batch in enumerate(batches)]
+        return self.join(read)
 
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """One encoder's states for the texts, before the projection: what training caches of a frozen encoder."""
