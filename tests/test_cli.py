@@ -370,6 +370,24 @@ def test_a_place_that_cannot_be_written_is_named(minisd: Any, model: str) -> Non
     assert everything() == ["given.png"]
 
 
+def test_places_that_cannot_be_written_are_one_sentence(minisd: Any, model: str) -> None:
+    """Whatever the command: no traceback, exit code 2, and the place is named."""
+    minisd("data", "shapes", "--out", "shapes", "--count", 4, "--size", 32)
+    Path("file").touch()
+    images = ("--images", "shapes/train", "--captions", "shapes/annotations/captions_train.json")
+    for arguments in (
+        ("export", model, "file/x"),
+        ("train", *images, "--steps", 1, "--output", "file"),
+        ("train", *images, "--steps", 1, "--output", "file/x"),
+        ("evaluate", model, "--data", "shapes", "--out", "file", "--count", 2, "--cache", "file"),
+        ("info", "x" * 5000),
+    ):
+        result = minisd(*arguments)
+        last = result.err.splitlines()[-1]
+        assert result.code == 2 and last.startswith("minisd: "), arguments
+        assert "file" in last or "x" * 50 in last
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

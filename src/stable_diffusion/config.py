@@ -415,7 +415,7 @@ def typed(hint: Any, value: Any, key: str, base: Any = None) -> Any:
         if value in typing.get_args(hint):
             return value
         raise unknown_name(key, value, map(str, typing.get_args(hint)))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 10**300:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value

@@ -117,6 +117,21 @@ def test_json_that_cannot_be_read(data: dict[str, Any], message: str) -> None:
         parse(data)
 
 
+@pytest.mark.parametrize("data", [[], None, 3, "x"])
+def test_a_request_is_an_object(data: Any) -> None:
+    with pytest.raises(InputError, match="a request must be an object of settings"):
+        Request.from_dict(data)
+
+
+@pytest.mark.parametrize("field", ["guidance_scale", "strength", "eta", "lora"])
+def test_numbers_without_bounds_are_refused(field: str) -> None:
+    value: Any = {"a": 10**400} if field == "lora" else 10**400
+    with pytest.raises(InputError):
+        Request.of(CONFIG, prompt="a", **{field: value})
+    with pytest.raises(InputError):
+        parse({field: value})
+
+
 def test_json_must_be_whole() -> None:
     with pytest.raises(InputError, match=r"seed, .* not given"):
         Request.from_dict({"prompt": "a"})

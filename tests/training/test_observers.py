@@ -201,6 +201,15 @@ def test_a_changed_plan_goes_on_after_a_stop(
     assert 280 < before + clock.now - 100_000 - before < 330
 
 
+def test_a_damaged_record_is_refused(tmp_path: Path, data: CocoImageLoader) -> None:
+    train(tmp_path, data, steps=1)
+    content = json.loads((tmp_path / "run.json").read_text())
+    for broken in ({"plan": []}, {"spent": "x"}, {"figures": None}, {"asked": 3}):
+        (tmp_path / "run.json").write_text(json.dumps(content | broken))
+        with pytest.raises(InputError, match=r"whose run\.json is damaged"):
+            train(tmp_path, data, steps=1)
+
+
 def test_no_stage_at_all(tmp_path: Path, data: CocoImageLoader) -> None:
     with pytest.raises(InputError, match="no stage to train"):
         train(tmp_path, data, stages=())

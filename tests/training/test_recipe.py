@@ -159,8 +159,29 @@ def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
         ("seed = 1.5", r"seed must be of type int, got 1\.5"),
         ("[[stage]]\nkind = 'decoder'\n[stage.discriminator]\nema_decay = 0.9", r"'ema_decay'"),
         ("[[stage]]\nkind = 'denoiser'\nname = 'a/b'", r"name must be letters, digits, _ or -, got 'a/b'"),
-        ("[[stage]]\nkind = 'denoiser'\nepochs = 0", r"'denoiser' must have epochs above 0"),
+        (
+            "[[stage]]\nkind = 'denoiser'\nepochs = 0",
+            r"epochs must be above 0 in the stage 'denoiser', got 0.0",
+        ),
         ("[[stage]]\nkind = 'denoiser'\nschedule = 'cosine'", r"unknown schedule 'cosine'"),
+        ("[[stage]]\nkind = 'denoiser'\nlearning_rate = nan", "learning_rate must be above 0, got nan"),
+        ("[[stage]]\nkind = 'denoiser'\nepochs = inf", "epochs must be above 0"),
+        ("[[stage]]\nkind = 'denoiser'\nweight_decay = -1.0", "weight_decay must be at least 0, got -1.0"),
+        ("[[stage]]\nkind = 'denoiser'\nmax_grad_norm = 0.0", "max_grad_norm must be above 0, got 0.0"),
+        ("[[stage]]\nkind = 'denoiser'\nema_decay = 2.0", "ema_decay must be from 0 to below 1, got 2.0"),
+        (
+            "[[stage]]\nkind = 'denoiser'\ncaption_dropout = 2.0",
+            "caption_dropout must be from 0 to 1, got 2.0",
+        ),
+        ("[[stage]]\nkind = 'denoiser'\nbatch_size = 0", "batch_size must be at least 1, got 0"),
+        (
+            "[[stage]]\nkind = 'decoder'\n[stage.discriminator]\nlearning_rate = -1.0",
+            "learning_rate must be above 0",
+        ),
+        ("[[stage]]\nkind = ['denoiser']", "unknown stage kind"),
+        ("data = 3", r"\[data\] of a recipe must be a table, got 3"),
+        ("[model]\ntraining = 3", r"\[model.training\] of a recipe must be a table, got 3"),
+        ("[model.training]\ndenoiser = 3", r"\[model.training.denoiser\] of a recipe must be a table, got 3"),
         (
             "[[stage]]\nkind = 'denoiser'\nlearning_rate = 'fast'",
             r"learning_rate must be of type float, got 'fast'",
@@ -176,6 +197,15 @@ def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_recipe(written(tmp_path, text))
+
+
+def test_an_older_recipe_of_another_preset_has_the_older_lengths(tmp_path: Path) -> None:
+    """Only the preset mini had lengths of its own."""
+    text = "[model]\nbase = 'sd15'\n[model.training.denoiser]\nbatch_size = 8"
+    general = {"learning_rate": 1e-3, "epochs": 10.0, "min_steps": 1000, "ema_decay": 0.999}
+    autoencoder = AutoencoderSettings(batch_size=64, **general)  # type: ignore[arg-type]
+    denoiser = DenoiserSettings(batch_size=8, **general)  # type: ignore[arg-type]
+    assert read_recipe(written(tmp_path, text)).stages == (autoencoder, denoiser)
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:

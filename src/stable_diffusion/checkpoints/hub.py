@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import sys
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -39,13 +39,18 @@ def fetch(name: str, *, variant: str | None = None) -> Path:
             " pip install 'mini-stable-diffusion[hub]'"
         ) from None
     # Its failures: of the network (httpx's, before version 1 requests'), of the disk, and of names.
-    network: type[Exception] = getattr(sys.modules.get("httpx"), "HTTPError", OSError)
+    network = tuple(
+        error
+        for name in ("httpx", "httpx2")
+        if importlib.util.find_spec(name)
+        and (error := getattr(importlib.import_module(name), "HTTPError", None))
+    )
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
         names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
         if is_whole(names, variant):
             return cached
-    except (OSError, ValueError, network):
+    except (OSError, ValueError, *network):
         pass
     try:
         wanted = needed(HfApi().list_repo_files(name), variant)
@@ -54,7 +59,7 @@ def fetch(name: str, *, variant: str | None = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except InputError:
         raise
-    except (OSError, ValueError, network) as error:
+    except (OSError, ValueError, *network) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
             f"{name} does not exist: give a model folder; as a name of the Hugging Face hub it is not whole in the"

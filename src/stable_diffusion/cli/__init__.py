@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"minisd: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:  # a place that cannot be read or written, a full disk
+        if error.errno is None:
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        print(f"minisd: cannot read or write{place}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == 0 and list(arguments[:1]) == ["generate"]:
             for line in generate.examples():  # which tyro has no place for

@@ -128,7 +128,8 @@ class Request:
             elif isinstance(value, SamplerConfig):
                 values |= _sampler(value)
             elif value is not None or name == "model":
-                values[name] = float(value) if type(value) is int and HINTS[name] is float else value
+                whole = type(value) is int and abs(value) < 10**300
+                values[name] = float(value) if whole and HINTS[name] is float else value
         values = _opened(values)
         values.setdefault("seed", int.from_bytes(os.urandom(4), "big"))
         return cls(**_size(config, values.get("image")) | values)
@@ -263,6 +264,8 @@ def parse(data: Mapping[str, Any]) -> dict[str, Any]:
         InputError: an unknown field, or a value of another type.
     """
     values: dict[str, Any] = {}
+    if not isinstance(data, Mapping):
+        raise InputError(f"a request must be an object of settings, got {data!r}")
     for name, value in data.items():
         if name not in FIELDS or name == "latents":
             raise _unknown(name)
@@ -312,7 +315,7 @@ def _weights(lora: object) -> dict[str, float]:
     for name, said in pairs:
         try:
             weight = 1.0 if said is None else float(said)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"lora must be NAME or NAME:WEIGHT such as {name}:0.8, got {said!r}") from None
         check_number(f"the weight of the LoRA {name!r}", weight)
         weights[name] = weights.get(name, 0.0) + weight
@@ -371,5 +374,6 @@ def _integer(name: str, value: object, least: int, most: int | None = None) -> N
 
 def check_number(name: str, value: object) -> None:
     """Raises InputError unless it is a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    if not number:
         raise InputError(f"{name} must be a number, got {value!r}")

@@ -38,9 +38,9 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"{path} does not exist: give a recipe file, or --images and --captions") from None
     except OSError as error:
         raise InputError(f"cannot open {path}: {error.strerror}; give a recipe file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
-    data, model = dict(content.pop("data", {})), dict(content.pop("model", {}))
+    data, model = (_table(content.pop(name, {}), f"[{name}]") for name in ("data", "model"))
     seed, tables = content.pop("seed", 0), content.pop("stage", None)
     for table in content:
         raise InputError(f"{path} has {table!r}: a recipe has [data], [model], seed and [[stage]]")
@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> Recipe:
             raise InputError(
                 f"{path} has both [[stage]] and [model.training]: leave the latter, older one out"
             )
-        tables, seed = _older(model.pop("training"))
+        tables, seed = _older(_table(model.pop("training"), "[model.training]"), model.get("base", "mini"))
     if "kind" in data:
         data["source"] = data.pop("kind")
     if type(seed) is not int:
@@ -59,22 +59,30 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(name=path.stem, data=source_config(data), config=config, stages=stages, seed=seed)
 
 
+def _table(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{name} of a recipe must be a table, got {value!r}")
+    return dict(value)
+
+
 def _stages(tables: object) -> tuple[StageSettings, ...]:
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise InputError("a recipe's stages are written as [[stage]], one such table each")
     for table in tables:
-        if table.get("kind") not in STAGES:
+        if not isinstance(table.get("kind"), str) or table["kind"] not in STAGES:
             raise unknown_name("stage kind", table.get("kind"), STAGES)
     return tuple(from_dict(STAGES[table["kind"]].settings, table) for table in tables)
 
 
-def _older(training: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], Any]:
+def _older(training: Mapping[str, Any], base: str) -> tuple[Sequence[Mapping[str, Any]], Any]:
     """The stages and the seed that ``[model.training]`` says, as they are written today."""
-    tables: dict[str, dict[str, Any]] = {"autoencoder": {}, "denoiser": {}}
+    # Only the preset mini had lengths of its own.
+    general = {} if base == "mini" else {**_GENERAL}
+    tables: dict[str, dict[str, Any]] = {"autoencoder": {**general}, "denoiser": {**general}}
     ours = {"loss_weight", "caption_dropout"}
     for key, value in training.items():
         if key in STAGES:
-            tables[key] = {**value}
+            tables[key] = tables.get(key, {}) | _table(value, f"[model.training.{key}]")
         elif key not in {*ours, "seed"}:
             raise unknown_name("stage or setting of [model.training]", key, [*STAGES, *sorted(ours), "seed"])
     tables["denoiser"] |= {key: training[key] for key in ours & training.keys()}
@@ -82,7 +90,9 @@ def _older(training: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], An
         shared = {field.name for field in fields(OptimizerSettings)} & decoder.keys()
         decoder["discriminator"] = {key: decoder[key] for key in shared}
     for table in tables.values():
-        if "passes" in table:
-            table["epochs"] = table.pop("passes")
+        table |= {"epochs": table.pop("passes")} if "passes" in table else {}
     stages = [{"kind": kind, **table} for kind, table in tables.items() if table.get("epochs") != 0]
     return stages, training.get("seed", 0)
+
+
+_GENERAL = {"batch_size": 64, "learning_rate": 1e-3, "epochs": 10.0, "min_steps": 1000, "ema_decay": 0.999}

@@ -49,13 +49,16 @@ class RunRecord:
         if resume and self.path.is_file():
             self.content = read_json(self.path)
         other = ""
+        kinds = {"asked": dict | None, "plan": dict, "figures": dict, "spent": float, "data": dict}
         if self.content.get("format") != FORMAT:
-            other = "another version, which cannot go on here"
+            other = "of another version, which cannot go on here"
+        elif not all(isinstance(self.content.get(key), kind) for key, kind in kinds.items()):
+            other = "whose run.json is damaged"
         elif self.content.get("identity") != facts["identity"]:
-            other = "another recipe or of other pictures"
+            other = "of another recipe or of other pictures"
         if other:
             raise InputError(
-                f"{folder} holds a training of {other}: choose another output_dir (--output), or"
+                f"{folder} holds a training {other}: choose another output_dir (--output), or"
                 " resume=False (--fresh) to replace it"
             )
         self.log = JsonLines(folder / "log.jsonl", self.spent)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,16 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     """Of matrices and kernels; biases and norms have none."""
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check(("learning_rate", "max_grad_norm"), lambda x: 0 < x < math.inf, "above 0")
+        self.check(("weight_decay", "warmup_steps"), lambda x: 0 <= x < math.inf, "at least 0")
+
+    def check(self, names: Sequence[str], holds: Callable[[float], bool], what: str) -> None:
+        """Raises InputError for a setting that is not what it must be."""
+        for name in names:
+            if not holds(getattr(self, name)):
+                raise InputError(f"{name} must be {what}, got {getattr(self, name)}")
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of a step."""
@@ -65,8 +76,10 @@ class StageSettings(OptimizerSettings):
         object.__setattr__(self, "name", self.name or self.kind)
         if not re.fullmatch(r"[\w-]+", self.name):
             raise InputError(f"a stage's name must be letters, digits, _ or -, got {self.name!r}")
-        if not self.epochs > 0:
-            raise InputError(f"the stage {self.name!r} must have epochs above 0, got {self.epochs}")
+        super().__post_init__()
+        self.check(("epochs",), lambda x: 0 < x < math.inf, f"above 0 in the stage {self.name!r}")
+        self.check(("min_steps", "batch_size"), lambda x: x >= 1, "at least 1")
+        self.check(("ema_decay",), lambda x: 0 <= x < 1, "from 0 to below 1")
         if not 1 <= self.gradient_accumulation_steps <= self.batch_size:
             raise InputError(
                 f"the stage {self.name!r} must have gradient_accumulation_steps from 1 to its batch_size"

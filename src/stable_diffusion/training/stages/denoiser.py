@@ -34,6 +34,10 @@ class DenoiserSettings(StageSettings):
     loss_weight: Literal["simple", "min_snr", "bound"] = "simple"
     """Weight of each noise level in the loss (`diffusion.objective`)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(("caption_dropout",), lambda x: 0 <= x <= 1, "from 0 to 1")
+
 
 class DenoiserStage(Stage):
     """Weighted squared error of the prediction at random noise levels (Ho et al. 2020, algorithm 1)."""
