@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from stable_diffusion.config import ModelConfig, Styles, documented, from_dict
+from stable_diffusion.config import ModelConfig, Styles, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.errors import InputError
 from stable_diffusion.generation.request import (
+    DOCS,
     FIELDS,
     HINTS,
     LOADING,
     PICTURES,
     REQUIRED,
     SHORT,
-    Request,
     parse,
     split_file,
 )
@@ -54,11 +54,10 @@ MORE = {
 def _options() -> type:
     """The fields of a request as options: nothing given takes the model's own value."""
     options: list[Any] = []
-    sentences = documented(Request)
     for name in FIELDS:
         if name in ("prompt", "latents"):
             continue
-        help = sentences.get(name, "") + MORE.get(name, "")
+        help = DOCS.get(name, "") + MORE.get(name, "")
         aliases = [f"--{SHORT[name]}"] if name in SHORT else []
         argument = tyro.conf.arg(help=help, help_behavior_hint="", aliases=aliases)
         if name in ("lora", "embedding"):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from stable_diffusion import images
-from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, to_dict, typed
+from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, documented, to_dict, typed
 from stable_diffusion.diffusion.names import sampler_name
 from stable_diffusion.errors import InputError, unknown_name
 
@@ -243,6 +243,8 @@ REQUIRED = [
     for name, described in FIELDS.items()
     if described.default is described.default_factory is dataclasses.MISSING
 ]
+DOCS = documented(Request)
+Request.__doc__ = f"{Request.__doc__}\n\nFields:\n" + "\n".join(f"    {name}: {DOCS[name]}" for name in DOCS)
 SHORT = {
     "negative_prompt": "negative",
     "num_inference_steps": "steps",
