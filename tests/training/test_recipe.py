@@ -164,7 +164,7 @@ def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
             r"epochs must be above 0 in the stage 'denoiser', got 0.0",
         ),
         ("[[stage]]\nkind = 'denoiser'\nschedule = 'cosine'", r"unknown schedule 'cosine'"),
-        ("[[stage]]\nkind = 'denoiser'\nlearning_rate = nan", "learning_rate must be above 0, got nan"),
+        ("[[stage]]\nkind = 'denoiser'\nlearning_rate = nan", "learning_rate must be at least 0, got nan"),
         ("[[stage]]\nkind = 'denoiser'\nepochs = inf", "epochs must be above 0"),
         ("[[stage]]\nkind = 'denoiser'\nweight_decay = -1.0", "weight_decay must be at least 0, got -1.0"),
         ("[[stage]]\nkind = 'denoiser'\nmax_grad_norm = 0.0", "max_grad_norm must be above 0, got 0.0"),
@@ -176,7 +176,7 @@ def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
         ("[[stage]]\nkind = 'denoiser'\nbatch_size = 0", "batch_size must be at least 1, got 0"),
         (
             "[[stage]]\nkind = 'decoder'\n[stage.discriminator]\nlearning_rate = -1.0",
-            "learning_rate must be above 0",
+            "learning_rate must be at least 0",
         ),
         ("[[stage]]\nkind = ['denoiser']", "unknown stage kind"),
         ("data = 3", r"\[data\] of a recipe must be a table, got 3"),

@@ -37,8 +37,9 @@ class OptimizerSettings:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        self.check(("learning_rate", "max_grad_norm"), lambda x: 0 < x < math.inf, "above 0")
-        self.check(("weight_decay", "warmup_steps"), lambda x: 0 <= x < math.inf, "at least 0")
+        self.check(("max_grad_norm",), lambda x: 0 < x < math.inf, "above 0")
+        others = ("learning_rate", "weight_decay", "warmup_steps")
+        self.check(others, lambda x: 0 <= x < math.inf, "at least 0")
 
     def check(self, names: Sequence[str], holds: Callable[[float], bool], what: str) -> None:
         """Raises InputError for a setting that is not what it must be."""
