@@ -13,6 +13,7 @@ import itertools
 import types
 import typing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stable_diffusion.errors import InputError, unknown_name
@@ -362,10 +363,10 @@ def from_dict(cls: type[T], data: dict[str, Any], *, base: T | None = None) -> T
 def documented(cls: type) -> dict[str, str]:
     """The sentences below a class's fields, by the field: what ``--help`` shows of it."""
     try:
-        (tree,) = ast.parse(inspect.getsource(cls)).body
+        module = ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))
     except OSError:  # a package without its sources
         return {}
-    assert isinstance(tree, ast.ClassDef)
+    (tree,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     pairs = itertools.pairwise(tree.body)
     return {
         field.target.id: " ".join(str(text.value.value).split())

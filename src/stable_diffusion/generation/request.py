@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from stable_diffusion import images
 from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, documented, to_dict, typed
 from stable_diffusion.diffusion.names import sampler_name
 from stable_diffusion.errors import InputError, unknown_name
@@ -347,6 +346,8 @@ def _size(config: ModelConfig, picture: Image.Image | None) -> dict[str, int]:
 
 def _opened(values: dict[str, Any]) -> dict[str, Any]:
     """The values with pictures in place of their paths, which the pictures remember."""
+    from stable_diffusion import images  # with numpy, which help has no need of
+
     pictures: dict[str, Image.Image] = {}
     for name in PICTURES:
         value = values.get(name)
