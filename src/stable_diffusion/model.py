@@ -171,7 +171,7 @@ class DiffusionModel(ModelParts):
             stages: settings of what is trained, in order (`training.stages`), such as a recipe's.
             seed: of order, noise and choice of captions.
             steps: optimizer steps of each stage. None: the stages' epochs.
-            minutes: time for everything, turned into steps by measuring as it runs; not with `steps`.
+            minutes: time for the steps of all stages, measured as it runs; not with `steps`.
             output_dir: folder of checkpoints, caches and the finished model; None: ``runs/`` and the
                 configuration's name.
             resume: whether to go on from a checkpoint in `output_dir`; False begins anew.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.events import Plan, Replan, TrainStep
 from stable_diffusion.training.observers import TensorBoard
 from stable_diffusion.training.run import train_model
+from stable_diffusion.training.stages.denoiser import DenoiserStage
+from stable_diffusion.training.workspace import Workspace
 from tests.tiny import DECODER, STAGES, tiny_model
 from tests.training.record import Record
 
@@ -181,6 +184,23 @@ def test_a_busy_start_costs_only_its_own_time(
     assert any(isinstance(event, Replan) for event in events)
     said = json.loads((tmp_path / "run.json").read_text())
     assert said["plan"]["denoiser"]["steps"] == counts["denoiser"]
+
+
+def test_what_prepares_a_stage_takes_nothing_from_a_budget(
+    tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading pictures and captions may take longer than the minutes that were asked for."""
+    clock, prepare = Work(monkeypatch, busy=0.0), DenoiserStage.prepare
+
+    def slowly(stage: DenoiserStage, workspace: Workspace) -> Iterator[TrainStep]:
+        clock.now += 1000.0
+        yield from prepare(stage, workspace)
+
+    monkeypatch.setattr(DenoiserStage, "prepare", slowly)
+    events = list(train_model(tiny_model(), data, STAGES, output_dir=tmp_path, minutes=2.0, clock=clock))
+    steps = [event for event in events if isinstance(event, TrainStep) and event.stage == "denoiser"]
+    assert 85 < len(steps) < 110, "of 120 seconds, 85 % are the denoiser's"
+    assert json.loads((tmp_path / "run.json").read_text())["spent"] < 130
 
 
 def test_a_changed_plan_goes_on_after_a_stop(

@@ -43,7 +43,7 @@ def train(
         start: A model to go on from, instead of random weights. Its autoencoder's latents stay as they are.
         output: Folder of checkpoints and of the finished model; by default runs/ and the model's name.
         steps: Steps of each stage, instead of the recipe's epochs.
-        minutes: Time for the whole training, instead of steps; measured again as it runs.
+        minutes: Time for the steps of all stages, which begin once the data is read; measured again as it runs.
         fresh: Begin anew instead of going on from a checkpoint.
         autocast: Compute in 16 bits where the device is good at it.
         compile: Compile each stage first, for a minute or two: faster steps where latents are large.

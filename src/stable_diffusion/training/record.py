@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,17 @@ class RunRecord:
         return self.path.with_name(f"{stage.settings.name}.safetensors")
 
     def spent(self) -> float:
-        """Seconds of work on the run."""
+        """Seconds of training, without what prepares it."""
         return self.clock() - self.began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within it does not count as spent."""
+        spent = self.spent()
+        try:
+            yield
+        finally:
+            self.began = self.clock() - spent
 
     def plan(self, steps: int | None, minutes: float | None) -> dict[str, dict[str, Any]]:
         """Steps of each stage, and the seconds of one.

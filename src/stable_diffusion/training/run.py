@@ -73,7 +73,8 @@ def _train(
     """Prepares, trains and finishes a stage, also where training is stopped on the way."""
     done = False
     try:
-        yield from stage.prepare(workspace)
+        with record.paused():  # a budget is for steps
+            yield from stage.prepare(workspace)
         pace, path = record.pace(stage), record.checkpoint(stage)
         training = train_stage(stage, computer, pace=pace, seed=seed, path=path)
         with contextlib.closing(training):  # saves before the stage is finished
