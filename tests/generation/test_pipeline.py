@@ -74,17 +74,17 @@ def mask(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).choice([0, 255], (height, width)).astype(np.uint8))
 
 
-def count_rows(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The batch sizes that the U-Net is run with."""
-    sizes: list[int] = []
-    forward = model.unet.predict
+def given_to(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The latents that the U-Net is run with."""
+    given: list[Tensor] = []
+    predict = model.unet.predict
 
-    def counting(x: Tensor, *args: Any) -> Tensor:
-        sizes.append(len(x))
-        return forward(x, *args)
+    def keeping(x: Tensor, *args: Any) -> Tensor:
+        given.append(x)
+        return predict(x, *args)
 
-    monkeypatch.setattr(model.unet, "predict", counting)
-    return sizes
+    monkeypatch.setattr(model.unet, "predict", keeping)
+    return given
 
 
 # The same seed in any batch
@@ -194,15 +194,15 @@ def test_text_negative_text_guidance_and_steps_change_the_picture(flow: Diffusio
 def test_guidance_1_runs_half_the_batch_and_is_the_conditional_prediction(
     flow: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = count_rows(flow, monkeypatch)
+    given = given_to(flow, monkeypatch)
     one, _ = walk(flow, ["a", "b"], "no", seed=0, guidance_scale=1, num_inference_steps=2)
-    assert sizes == [2, 2]
-    sizes.clear()
+    assert [len(x) for x in given] == [2, 2]
+    given.clear()
     other, _ = walk(flow, ["a", "b"], "other", seed=0, guidance_scale=1.0, num_inference_steps=2)
     assert torch.equal(one, other)
-    sizes.clear()
+    given.clear()
     almost, _ = walk(flow, ["a", "b"], "no", seed=0, guidance_scale=1 + 1e-6, num_inference_steps=2)
-    assert sizes == [4, 4]
+    assert [len(x) for x in given] == [4, 4]
     assert torch.allclose(one, almost, atol=1e-3)
 
 
@@ -217,11 +217,11 @@ def test_guidance_0_ignores_the_prompt(flow: DiffusionModel) -> None:
 def test_outside_its_interval_guidance_is_the_conditional_prediction(
     flow: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = count_rows(flow, monkeypatch)
+    given = given_to(flow, monkeypatch)
     inside, _ = walk(
         flow, "a", seed=0, guidance_scale=Guidance(scale=4.0, interval=(0.4, 0.6)), num_inference_steps=4
     )
-    assert sizes == [1, 1, 2, 1]  # t = 1, 3/4, 1/2, 1/4
+    assert [len(x) for x in given] == [1, 1, 2, 1]  # t = 1, 3/4, 1/2, 1/4
     never, _ = walk(
         flow, "a", seed=0, guidance_scale=Guidance(scale=4.0, interval=(0.55, 0.6)), num_inference_steps=4
     )
@@ -351,14 +351,7 @@ def test_strength_takes_the_last_k_of_n_steps(
 def test_image_to_image_begins_at_the_picture_noised_to_the_first_level(
     eps: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[Tensor] = []
-    forward = eps.unet.predict
-
-    def keep(x: Tensor, *args: Any) -> Tensor:
-        given.append(x)
-        return forward(x, *args)
-
-    monkeypatch.setattr(eps.unet, "predict", keep)
+    given = given_to(eps, monkeypatch)
     seen: list[Step] = []
     eps.generate(
         "a",
@@ -412,21 +405,15 @@ def test_inpainting_is_held_to_the_picture_at_every_level(
 ) -> None:
     where = np.zeros((32, 32), dtype=np.uint8)
     where[:, 16:] = 255
-    given: list[Tensor] = []
-    forward = eps.unet.predict
-
-    def keep(x: Tensor, *args: Any) -> Tensor:
-        given.append(x[:1])
-        return forward(x, *args)
-
-    monkeypatch.setattr(eps.unet, "predict", keep)
+    given = given_to(eps, monkeypatch)
     steps: list[Step] = []
     eps.generate(
         "a", image=picture(), mask_image=Image.fromarray(where), seed=2, sampler="ddim", callback=steps.append
     )
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(2))[None]
     clean = eps.encode(picture())
-    for x, step in zip(given, steps, strict=True):
+    for both, step in zip(given, steps, strict=True):
+        x = both[:1]
         noised = eps.scheduler.add_noise(clean, noise, step.level.t)
         assert torch.allclose(x[..., :4], noised[..., :4], atol=1e-5)
         assert not torch.allclose(x[..., 4:], noised[..., 4:], atol=1e-2) or step.index == 0
@@ -435,14 +422,7 @@ def test_inpainting_is_held_to_the_picture_at_every_level(
 
 def test_a_network_for_inpainting_reads_mask_and_masked_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     network = shared(INPAINT)
-    given: list[Tensor] = []
-    forward = network.unet.predict
-
-    def keep(x: Tensor, *args: Any) -> Tensor:
-        given.append(x)
-        return forward(x, *args)
-
-    monkeypatch.setattr(network.unet, "predict", keep)
+    given = given_to(network, monkeypatch)
     where = np.zeros((32, 32), dtype=np.uint8)
     where[:, 16:] = 255
     network.generate(["a", "b"], image=picture(), mask_image=Image.fromarray(where), seed=2, sampler="ddim")
