@@ -89,7 +89,7 @@ class DiffusionModel(ModelParts):
         """The request of this model's defaults and the given fields (see ``Request``).
 
         Raises:
-            InputError: an unknown field, or a value that the field or the model cannot have.
+            InputError: an unknown field, or a value that the field cannot have; ``stream`` says what the model cannot.
         """
         own = {"lora": self.adapters.weights | self.adapters.fused, **self.origin}
         given = {name: value for name, value in fields.items() if value is not None}
@@ -132,7 +132,7 @@ class DiffusionModel(ModelParts):
                 `guidance_scale`, `sampler`, `seed`, `num_images_per_prompt`, `latents` and the rest.
 
         Raises:
-            InputError: an argument outside what ``Request`` says.
+            InputError: an argument outside what ``Request`` says, or what this model cannot make.
         """
         from stable_diffusion.progress import show_steps
 

@@ -252,7 +252,7 @@ class ModelParts(nn.Module):
         return self.unet(sample, timesteps, encoder_hidden_states, encoder_attention_mask, class_labels)
 
     def adapted(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
-        """Within it, the networks compute with the LoRAs of these names, each at its weight, in this thread alone."""
+        """Within it, the networks compute with the LoRAs of these names, each at its weight, in this context alone."""
         return self.adapters.active(weights)
 
     @property

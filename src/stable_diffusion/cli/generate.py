@@ -25,7 +25,6 @@ from stable_diffusion.generation.request import (
     HINTS,
     LOADING,
     PICTURES,
-    REQUIRED,
     SHORT,
     parse,
     split_file,
@@ -141,15 +140,11 @@ def _stored(path: Path) -> dict[str, Any]:
 
     stored = read_settings(path)
     try:
-        fields = parse(stored)
-        missing = [name for name in REQUIRED if name not in fields]
-        if missing:
-            raise InputError(f"{', '.join(missing[:3])} not given")
+        return parse(stored, whole=True)
     except InputError as error:
         raise InputError(
             f"the settings in {path} are not this version's ({error}): give a PNG that it wrote and no program changed"
         ) from None
-    return fields
 
 
 def _add(

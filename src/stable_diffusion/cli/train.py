@@ -74,9 +74,8 @@ def train(
     data = finished(open_source(plan.data, Path("datasets") / plan.name))
     folder = Path("runs") / plan.config.name if output is None else output
     where = Config(device).DEVICE
-    torch.manual_seed(
-        plan.seed
-    )  # of the first weights: a recipe gives one model, and a stopped run finds them again
+    # Of the first weights: a recipe gives one model, and a run that was stopped finds them again.
+    torch.manual_seed(plan.seed)
     if check:
         model = DiffusionModel(plan.config).to(where)
         folder = folder.with_name(f"{folder.name}-check")

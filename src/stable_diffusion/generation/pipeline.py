@@ -41,7 +41,7 @@ class Parts(Protocol):
     def scheduler(self) -> Schedule: ...
 
     def adapted(self, weights: Mapping[str, float]) -> AbstractContextManager[object]:
-        """Within it, the networks compute with the LoRAs of these names, each at its weight, in this thread alone."""
+        """Within it, the networks compute with the LoRAs of these names, each at its weight, in this context alone."""
         ...
 
     def widened(self) -> Parts:

@@ -91,7 +91,7 @@ class Request:
             _integer(name, getattr(self, name), 1)
         _integer("seed", self.seed, 0, LARGEST_SEED)
         for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
-            check_number(name, getattr(self, name))
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not isinstance(self.sampler, str):
             raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
         sampler_name(self.sampler)
@@ -127,8 +127,7 @@ class Request:
             elif isinstance(value, SamplerConfig):
                 values |= _sampler(value)
             elif value is not None or name == "model":
-                whole = type(value) is int and abs(value) < 10**300
-                values[name] = float(value) if whole and HINTS[name] is float else value
+                values[name] = value
         values = _opened(values)
         values.setdefault("seed", int.from_bytes(os.urandom(4), "big"))
         return cls(**_size(config, values.get("image")) | values)
@@ -229,10 +228,7 @@ class Request:
         Raises:
             InputError: a field that is missing, unknown or of another type, or a picture that cannot be opened.
         """
-        values = parse(data)
-        if missing := [name for name in REQUIRED if name not in values]:
-            raise InputError(f"a request needs {', '.join(REQUIRED)}; {', '.join(missing)} not given")
-        return cls(**_opened(values))
+        return cls(**_opened(parse(data, whole=True)))
 
 
 FIELDS = {described.name: described for described in dataclasses.fields(Request)}
@@ -258,11 +254,15 @@ LOADING = ("model", "prediction_type", "variant", "ema", "vae", "embedding")
 _PATH = ("path",)  # of a picture's file, in its `info`: no key that a file could have brought along
 
 
-def parse(data: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values as fields, as far as they are given; pictures stay paths.
+def parse(data: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
+    """JSON values as fields; pictures stay paths.
+
+    Args:
+        data: the object.
+        whole: whether it has to have every field without a default, as what ``to_dict`` gave does.
 
     Raises:
-        InputError: an unknown field, or a value of another type.
+        InputError: an unknown field, a value of another type, or a field that is missing.
     """
     values: dict[str, Any] = {}
     if not isinstance(data, Mapping):
@@ -278,6 +278,8 @@ def parse(data: Mapping[str, Any]) -> dict[str, Any]:
             alone = name in ("prompt", "negative_prompt", "embedding") and isinstance(value, str)
             value = typed(HINTS[name], [value] if alone else value, name)
         values[name] = value
+    if whole and (missing := [name for name in REQUIRED if name not in values]):
+        raise InputError(f"{', '.join(missing)} not given")
     return values
 
 
@@ -318,8 +320,7 @@ def _weights(lora: object) -> dict[str, float]:
             weight = 1.0 if said is None else float(said)
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"lora must be NAME or NAME:WEIGHT such as {name}:0.8, got {said!r}") from None
-        check_number(f"the weight of the LoRA {name!r}", weight)
-        weights[name] = weights.get(name, 0.0) + weight
+        weights[name] = weights.get(name, 0.0) + _number(f"the weight of the LoRA {name!r}", weight)
     return weights
 
 
@@ -375,8 +376,8 @@ def _integer(name: str, value: object, least: int, most: int | None = None) -> N
         raise InputError(f"{name} must be a whole number, {limits}, got {value!r}")
 
 
-def check_number(name: str, value: object) -> None:
-    """Raises InputError unless it is a finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    if not number:
+def _number(name: str, value: object) -> float:
+    """The value. Raises InputError unless it is a finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
         raise InputError(f"{name} must be a number, got {value!r}")
+    return float(value)
