@@ -48,6 +48,11 @@ class UNetConfig:
     """Number of class labels, whose embeddings are added to the timestep embedding; None for none."""
     pooled_projection_dim: int | None = None
     """Width of a pooled text vector that is added to the timestep embedding; None for none."""
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
+    """What is between the way down and the way up; None for nothing, as in compressed models (Kim et al. 2023)."""
+    time_cond_proj_dim: int | None = None
+    """Width of the embedded guidance scale of a network distilled from a guided one (Luo et al. 2023); None for others,
+    which classifier-free guidance evaluates twice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -247,9 +247,11 @@ class ModelParts(nn.Module):
         encoder_hidden_states: Float[Tensor, "b n d"] | None = None,
         encoder_attention_mask: Bool[Tensor, "b n"] | None = None,
         class_labels: Tensor | None = None,
+        timestep_cond: Float[Tensor, "b g"] | None = None,
     ) -> Float[Tensor, "b c2 h w"]:
         """The U-Net's prediction for noisy latents (see `nn.unet.UNet.forward`)."""
-        return self.unet(sample, timesteps, encoder_hidden_states, encoder_attention_mask, class_labels)
+        text = (encoder_hidden_states, encoder_attention_mask)
+        return self.unet(sample, timesteps, *text, class_labels, timestep_cond)
 
     def adapted(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Within it, the networks compute with the LoRAs of these names, each at its weight, in this context alone."""

@@ -177,12 +177,15 @@ class Pull:
     """A network of plain Python: it pulls latents towards a number that the prompt's length gives."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    reads_guidance = False
 
     def __init__(self) -> None:
         self.prepared: list[tuple[int, tuple[float, ...]]] = []
         self.asked: list[float] = []
 
-    def prepare(self, prompt_embeds: PromptEmbeds, timesteps: Collection[float]) -> Tensor:
+    def prepare(
+        self, prompt_embeds: PromptEmbeds, timesteps: Collection[float], guidance_scale: float
+    ) -> Tensor:
         self.prepared.append((len(prompt_embeds.pooled), tuple(sorted(timesteps))))
         return prompt_embeds.pooled.mean(dim=1)[:, None, None, None]
 

@@ -98,6 +98,8 @@ def generate(parts: Parts, request: Request, levels: list[Level], notes: list[st
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
     image, mask = fitted(request)
     embeds = encode_prompts(parts, request, notes)
+    if parts.network.reads_guidance and any(request.negative_prompts):
+        notes.append("the negative prompt has no effect: this model reads its guidance as a number")
     noise = seeded_noise(parts, request)
     drawn = noise()
     start = drawn if request.latents is None else request.latents.to(drawn)
