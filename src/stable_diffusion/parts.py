@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -87,6 +86,8 @@ class ModelParts(nn.Module):
         prediction_type: str | None = None,
         variant: str | None = None,
         ema: bool = False,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
     ) -> Self:
         """The model in a folder, ours or diffusers', in a single file, or under a name of the Hugging Face hub.
 
@@ -98,12 +99,16 @@ class ModelParts(nn.Module):
             prediction_type: what the U-Net predicts (``epsilon``, ``v_prediction`` …), whatever the files say.
             variant: diffusers folders: the files to prefer, such as ``fp16`` or ``non_ema``.
             ema: single files: whether to take the averaged weights where there are both.
+            vae: another autoencoder, as ``load_vae`` takes it, for a model that has none or instead of its own.
+            text_encoder: another CLIP text encoder, likewise: its folder, or that of a diffusers pipeline.
 
         Raises:
             InputError: nothing there, not a model, or files that are damaged or do not fit together.
         """
         source = packaged("model") if path is None else path
         reading: dict[str, Any] = {"prediction_type": prediction_type, "variant": variant, "ema": ema}
+        for name, given in (("vae", vae), ("text_encoder", text_encoder)):
+            reading[name] = None if given is None else str(given)
         model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
         model.origin = {"model": None if path is None else str(path), **reading}
         return model
@@ -219,15 +224,13 @@ class ModelParts(nn.Module):
         Raises:
             InputError: no such autoencoder there, or one of other latents; the model keeps its own then.
         """
-        vae = taesd.load(Path(path), self.config, self.unet)
+        config, vae = taesd.load(Path(path), self.config, self.unet)
         if preview:
             self._preview = (vae,)  # in a tuple: no part of the model's state
             return
         self.vae = vae.train(self.vae.training)
         self.origin["vae"] = str(path)
-        # The U-Net keeps its size of latents.
-        size = self.config.sample_size // self.config.vae.factor * vae.config.factor
-        self.config = dataclasses.replace(self.config, vae=vae.config, sample_size=size)
+        self.config = config
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for vae in self._preview:  # which no state holds, but which moves along

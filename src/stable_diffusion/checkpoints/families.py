@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stable_diffusion.config import AutoencoderKLConfig, ModelConfig
+from stable_diffusion.config import AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
 from stable_diffusion.errors import InputError
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
@@ -150,13 +150,19 @@ def lora_widths(downs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
         yield from (width for start, width in versions.items() if metadata.get(key, "").startswith(start))
 
 
+def vae_misfit(vae: AutoencoderKLConfig | AutoencoderTinyConfig) -> str | None:
+    """Likewise, of an autoencoder alone: Stable Diffusion's own, or a light one of TAESD's kind."""
+    if isinstance(vae, AutoencoderKLConfig):
+        return None if vae.codebook_size is None else "its autoencoder has a codebook"
+    taesd = vae.patch_size == 1 and len(set(vae.block_out_channels)) == 1
+    return None if taesd else "its light autoencoder is not Stable Diffusion's"
+
+
 def misfit(config: ModelConfig) -> str | None:
     """Why a model is not of Stable Diffusion's make, as the end of a sentence; None where it is."""
     text, unet = config.text_encoders, config.unet
-    if not isinstance(config.vae, AutoencoderKLConfig):
-        return "its light autoencoder is not Stable Diffusion's"
-    if config.vae.codebook_size is not None:
-        return "its autoencoder has a codebook"
+    if (reason := vae_misfit(config.vae)) is not None:
+        return reason
     if len(text) != 1:
         return f"it has {len(text) or 'no'} text encoders, and Stable Diffusion has one"
     if text[0].architecture != "clip":

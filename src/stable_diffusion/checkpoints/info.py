@@ -28,7 +28,7 @@ def describe(path: str | Path) -> Iterator[str]:
         path = hub.fetch(path.as_posix())
     if not path.is_file():
         folder = "diffusers folder" if is_diffusers(path) else "model folder of this project"
-        yield from _model(checkpoints.read(path), folder)
+        yield from _model(checkpoints.found(path), folder)
         if licence := _licence(path / "README.md"):
             yield f"  licence: {licence}"
         return
@@ -75,9 +75,12 @@ def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
     yield f"{config.name}: {config.sample_size} pixels, {process}"
     yield f"  {form}, {_version(config)}"
     yield _part("unet", checkpoint.unet)
-    yield _part("vae", checkpoint.vae)
-    for i, state in enumerate(checkpoint.text_encoders):
+    if checkpoint.vae:
+        yield _part("vae", checkpoint.vae)
+    for i, state in enumerate(filter(None, checkpoint.text_encoders)):
         yield _part(f"text encoder {i + 1}", state)
+    for part in checkpoint.missing:
+        yield f"  no {part}: add {checkpoints.ADD[part]}"
     for note in checkpoint.notes:
         yield f"  {note}"
     steps = f"{config.num_inference_steps} steps of {config.sampler.name}"

@@ -108,11 +108,11 @@ def generate(
         example = (*_shown(settings.get("model")).prompts, "a red circle")[0]
         raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
     reading = {name: settings.pop(name) for name in LOADING if name in settings}
-    additions = {name: reading.pop(name) for name in ("vae", "embedding") if name in reading}
+    embedding = reading.pop("embedding", ())
     model = DiffusionModel.from_pretrained(reading.pop("model", None), **reading)
     for note in model.notes:
         warnings.warn(note, stacklevel=1)
-    _add(model, **additions, lora=settings.get("lora", {}))
+    _add(model, settings.get("lora", {}), embedding)
     model = model.to(Config(device).DEVICE)
     first = settings.pop("seed", None)
     if first is None:
@@ -147,15 +147,8 @@ def _stored(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _add(
-    model: DiffusionModel,
-    vae: str | None = None,
-    lora: Mapping[str, float] = {},
-    embedding: tuple[str, ...] = (),
-) -> None:
+def _add(model: DiffusionModel, lora: Mapping[str, float], embedding: tuple[str, ...]) -> None:
     """Puts the files that the command names into the model, and says what was applied."""
-    if vae is not None:
-        model.load_vae(vae)
     for file, weight in lora.items():
         print(model.load_lora(file, weight, name=file), file=sys.stderr)
     if lora:

@@ -72,6 +72,8 @@ class Request:
     """Single files: take the averaged weights where there are both."""
     vae: str | None = None
     """Another autoencoder: a folder or file of Stable Diffusion's, or TAESD's."""
+    text_encoder: str | None = None
+    """Another CLIP text encoder: its folder, or that of a diffusers pipeline."""
     lora: Mapping[str, float] = field(default_factory=dict)
     """LoRAs by name, each with its weight; those that are not named do not act."""
     embedding: tuple[str, ...] = ()
@@ -249,7 +251,7 @@ SHORT = {
 }
 """What people type for a field on the command line."""
 PICTURES = ("image", "mask_image")
-LOADING = ("model", "prediction_type", "variant", "ema", "vae", "embedding")
+LOADING = ("model", "prediction_type", "variant", "ema", "vae", "text_encoder", "embedding")
 """Fields that say which model it is and how it was loaded: whoever loads it reads them."""
 _PATH = ("path",)  # of a picture's file, in its `info`: no key that a file could have brought along
 

@@ -148,7 +148,9 @@ class UNet(Placed):
     def keys_values(self, text: Float[Tensor, "b n d"] | None) -> list[KeysValues | None]:
         """What each transformer reads of the text tokens, in the order in which ``predict`` meets them."""
         levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        transformers = [transformer for level in levels if level is not None for transformer in level.attentions]
+        transformers = [
+            transformer for level in levels if level is not None for transformer in level.attentions
+        ]
         return [None if text is None else transformer.keys_values(text) for transformer in transformers]
 
     def predict(

@@ -17,6 +17,7 @@ from stable_diffusion.checkpoints.files import State
 from stable_diffusion.config import (
     CLIP_H,
     CLIP_L,
+    SD15,
     AutoencoderKLConfig,
     ModelConfig,
     SamplerConfig,
@@ -44,6 +45,10 @@ class File(NamedTuple):
     metadata: dict[str, str]
     global_step: object = None
 
+    def has(self, *prefixes: str) -> bool:
+        """Whether it has tensors of a part."""
+        return any(name.startswith(prefixes) for name in self.tensors)
+
     def part(self, prefix: str) -> State:
         """The tensors of one part, without the prefix."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
@@ -54,8 +59,8 @@ def model_config(file: File, stored: ModelConfig | None, asked: str | None) -> t
 
     `stored` is what the file's metadata has, `asked` what the user says that the U-Net predicts.
     """
-    openclip = any(name.startswith(OPEN_CLIP) for name in file.tensors)
     unet = unet_config(file) if stored is None else stored.unet
+    openclip = file.has(OPEN_CLIP) or (not file.has(CLIP) and unet.cross_attention_dim == CLIP_H.hidden_size)
     predicted, how = prediction_type(file, asked, openclip and unet.in_channels == 4, openclip)
     prediction = PREDICTIONS[predicted]
     if stored is not None:
@@ -65,7 +70,7 @@ def model_config(file: File, stored: ModelConfig | None, asked: str | None) -> t
     config = ModelConfig(
         name=file.path.stem,
         sample_size=int(resolution[0]) if resolution else 768 if v and openclip else 512,
-        vae=vae_config(file),
+        vae=vae_config(file) if file.has(VAE) else AutoencoderKLConfig(latent_channels=unet.out_channels),
         unet=replace(unet, upcast_attention=v and openclip),
         text_encoders=(text_config(file, openclip),),
         schedule=ScheduleConfig(prediction_type=prediction),
@@ -135,6 +140,7 @@ def unet_config(file: File) -> UNetConfig:
         cross_attention_dim=context,
         norm_num_groups=math.gcd(32, *widths),
         use_linear_projection=linear,
+        mid_block_type=SD15.unet.mid_block_type if file.has(f"{UNET}middle_block.") else None,
     )
 
 

@@ -32,7 +32,7 @@ UNUSED = re.compile(
 
 
 def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -> Checkpoint:
-    """The whole model in a single file.
+    """The model in a single file; autoencoder and text encoder are empty where it has none.
 
     Args:
         path: the file.
@@ -43,9 +43,8 @@ def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -
         InputError: the file is damaged, of another kind of model, or lacks something.
     """
     file = _load(path)
-    for name, prefixes in (("U-Net", UNET), ("autoencoder", VAE), ("text encoder", (CLIP, OPEN_CLIP))):
-        if not any(key.startswith(prefixes) for key in file.tensors):
-            raise InputError(f"{path} holds no {name}: give a file of the whole model")
+    if not file.has(UNET):
+        raise InputError(f"{path} holds no U-Net: give a file of the whole model")
     config, found = model_config(file, _stored_config(file), prediction_type)
     assert isinstance(config.vae, AutoencoderKLConfig)
     (text,) = config.text_encoders
@@ -58,9 +57,9 @@ def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -
         notes.append(f"{count(others, len(file.tensors))} belong to no part of the model and are left out.")
     return Checkpoint(
         config,
-        vae=_vae_state(file, config.vae),
+        vae=_vae_state(file, config.vae) if file.has(VAE) else {},
         unet=_unet_state(file, config.unet, ema),
-        text_encoders=[_text_state(file, text)],
+        text_encoders=[_text_state(file, text) if file.has(CLIP, OPEN_CLIP) else {}],
         # OpenCLIP's pads with "!": a folder of the same vocabulary whose special_tokens_map.json says so.
         tokenizers=[packaged("clip-tokenizer-2" if names.in_openclip_layout(text) else "clip-tokenizer")],
         notes=tuple(notes),
