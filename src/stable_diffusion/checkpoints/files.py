@@ -38,6 +38,8 @@ def is_weights(path: Path) -> bool:
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a file holds, its tensors mapped into memory, and a safetensors file's metadata.
 
+    What a pickle has in ``state_dict`` is taken out of it, as training programs put tensors there.
+
     Raises:
         InputError: the file is missing, damaged, or asks to run something.
     """
@@ -45,7 +47,11 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise InputError(f"{path} is not a file: give a .safetensors, .ckpt, .pt or .bin file")
     kind = sniff(path)
     if kind == "pickle" or (kind is None and path.suffix in PICKLED):
-        return {str(name): value for name, value in pickles.read(path).items()}, {}
+        root: dict[Any, Any] = pickles.read(path)
+        for _ in range(3):  # it may nest, but a pickle may also hold itself
+            inner = root.get("state_dict")
+            root = {**root, "state_dict": None, **inner} if isinstance(inner, dict) else root
+        return {str(name): value for name, value in root.items() if name != "state_dict"}, {}
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_diffusion.checkpoints import families
+from stable_diffusion.checkpoints.families import UNET
 from stable_diffusion.checkpoints.files import State, read_weights
 from stable_diffusion.checkpoints.single_file.names import unet_blocks
 from stable_diffusion.config import ModelConfig, UNetConfig
@@ -42,7 +43,7 @@ def read(
     """
     weight = checked(path.stem, weight)
     tensors, metadata = read_weights(path)
-    modules, strange = _modules(path, tensors)
+    modules, strange = modules_in(path, tensors)
     check_base(path, modules, metadata, config)
     table = _table(unet, text, config)
     found: dict[Layer, LoRA] = {}
@@ -63,8 +64,11 @@ def read(
     return found, result
 
 
-def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], list[str]]:
-    """Each module's tensors by what they are, and names that belong to no module."""
+def modules_in(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], list[str]]:
+    """Each module's tensors by what they are, and names that belong to no module.
+
+    Raises InputError where the file holds another kind of adapter, or is damaged.
+    """
     modules: dict[str, State] = {}
     strange = []
     for name, tensor in tensors.items():
@@ -124,9 +128,11 @@ def unet_spellings(path: str, config: UNetConfig) -> list[str]:
     block = path
     while block and block not in blocks:
         block = block.rpartition(".")[0]
-    names = [path, f"unet.{path}", f"base_model.model.{path}", f"lora_unet_{path.replace('.', '_')}"]
+    names = [path, f"unet.{path}", f"base_model.model.{path}"]
+    names += [f"{prefix}_{path.replace('.', '_')}" for prefix in ("lora_unet", "lycoris")]
     if block:
-        names.append(f"lora_unet_{blocks[block]}{path.removeprefix(block)}".replace(".", "_"))
+        compvis = blocks[block] + path.removeprefix(block)
+        names += [f"lora_unet_{compvis.replace('.', '_')}", f"diffusion_model.{compvis}", UNET + compvis]
     parent, _, leaf = path.removesuffix(".0").rpartition(".")
     if leaf in OLD_TEXT_NAMES.values():
         for old in (f"{parent}.processor.{leaf}", f"{parent}.{leaf}"):
@@ -138,6 +144,7 @@ def text_spellings(path: str) -> list[str]:
     """The published names of a module of CLIP's text encoder whose path is ours, which is transformers'."""
     parent, _, leaf = path.rpartition(".")
     names = [f"lora_te_{model}{path.replace('.', '_')}" for model in ("text_model_", "")]
+    names += [f"text_encoders.clip_{size}.transformer.text_model.{path}" for size in "lh"]
     for model in ("", "text_model."):
         for prefix in ("", "text_encoder.", "base_model.model."):
             names.append(f"{prefix}{model}{path}")

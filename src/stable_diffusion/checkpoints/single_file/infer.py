@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -109,16 +110,16 @@ def unet_config(file: File) -> UNetConfig:
     """The U-Net's configuration. Raises InputError for one that ours cannot be."""
     state = file.part(UNET)
     levels: list[list[tuple[int, bool]]] = [[]]
-    n = 1
-    while block := [name for name in state if name.startswith(f"input_blocks.{n}.")]:
+    numbers = input_blocks(state)
+    for n in numbers if has_gaps(state) else takewhile(numbers.__contains__, range(1, len(numbers) + 1)):
+        block = [name for name in state if name.startswith(f"input_blocks.{n}.")]
         if any(name.startswith(f"input_blocks.{n}.0.op.") for name in block):
             levels.append([])
         else:
             width = _axis(state, rf"input_blocks\.{n}\.0\.(emb_layers\.1|out_layers\.\d)\.", 0, 32)
             levels[-1].append((width, any(name.startswith(f"input_blocks.{n}.1.") for name in block)))
-        n += 1
     if not all(levels):
-        raise InputError(f"{file.path} holds no whole U-Net: it has {n - 1} input blocks")
+        raise InputError(f"{file.path} holds no whole U-Net: it has {len(numbers)} input blocks")
     channels = _axis(state, r"input_blocks\.0\.0\.weight$", 1, 4)
     context = _axis(state, r"attn2\.to_k\.weight$", 1, 768)
     if channels in families.CHANNELS:
@@ -142,6 +143,18 @@ def unet_config(file: File) -> UNetConfig:
         use_linear_projection=linear,
         mid_block_type=SD15.unet.mid_block_type if file.has(f"{UNET}middle_block.") else None,
     )
+
+
+def input_blocks(state: State) -> list[int]:
+    """The numbers of a U-Net's blocks on the way down that are in a file, without the first convolution."""
+    found = (re.match(r"input_blocks\.([1-9]\d*)\.", name) for name in state)
+    return sorted({int(match[1]) for match in found if match})
+
+
+def has_gaps(state: State) -> bool:
+    """Whether a compressed model's blocks are named with gaps (see ``names.unet_blocks``)."""
+    numbers = input_blocks(state)
+    return 2 not in numbers and 3 in numbers
 
 
 def vae_config(file: File) -> AutoencoderKLConfig:

@@ -15,7 +15,13 @@ from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged
 from stable_diffusion.checkpoints.families import CLIP, EMA, OPEN_CLIP, UNET, VAE
 from stable_diffusion.checkpoints.files import State, building, count, mismatch, read_weights
 from stable_diffusion.checkpoints.single_file import names
-from stable_diffusion.checkpoints.single_file.infer import File, model_config, unet_config, vae_config
+from stable_diffusion.checkpoints.single_file.infer import (
+    File,
+    has_gaps,
+    model_config,
+    unet_config,
+    vae_config,
+)
 from stable_diffusion.checkpoints.single_file.write import CONFIG, check_fits
 from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, UNetConfig, from_dict
 from stable_diffusion.errors import InputError
@@ -87,12 +93,10 @@ def _load(path: Path) -> File:
     """A file's tensors, mapped into memory. Raises InputError for a damaged file or one of another kind."""
     root, metadata = read_weights(path)
     step = root.get("global_step")
-    for _ in range(3):  # it may nest, but a pickle may also hold itself
-        root = root["state_dict"] if isinstance(root.get("state_dict"), dict) else root
     found = families.kind(root)
     if found in families.KINDS:
         raise families.other(path, families.KINDS[found][1])
-    named = {k: t for k, t in root.items() if isinstance(k, str) and isinstance(t, Tensor)}
+    named = {k: t for k, t in root.items() if isinstance(t, Tensor)}
     tensors = {families.whole(k): t.detach() for k, t in named.items()}
     if found is None:
         raise InputError(f"{path} has {len(tensors)} tensors, none of Stable Diffusion 1.x or 2.x")
@@ -119,7 +123,8 @@ def _stored_config(file: File) -> ModelConfig | None:
 
 def _unet_state(file: File, config: UNetConfig, ema: bool) -> State:
     module = _built(file, UNet, config)
-    table, state = names.unet_blocks(config), file.part(UNET)
+    state = file.part(UNET)
+    table = names.unet_blocks(config, gaps=has_gaps(state))
     if ema:
         averaged = file.part(EMA)
         if not averaged:
