@@ -72,11 +72,13 @@ def modules_in(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], l
     modules: dict[str, State] = {}
     strange = []
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):  # what a training program keeps beside the weights
+            continue
         for pattern, kind in families.OTHER_ADAPTERS.items():
             if re.search(pattern, name):
                 raise InputError(f"{path} holds {kind} ({name}): only LoRA and DoRA files can be applied")
         part = families.lora_part(name)
-        if part is None or not isinstance(tensor, Tensor):
+        if part is None:
             strange.append(name)
             continue
         if not tensor.numel() or not torch.isfinite(tensor.float()).all():
