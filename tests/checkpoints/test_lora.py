@@ -800,3 +800,28 @@ def test_info_says_of_a_damaged_file_what_loading_says(
     with pytest.raises(InputError) as saying:
         list(describe(path))
     assert str(saying.value) == str(loading.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "settings"),
+    [
+        ("Hyper-SD15-1step-lora", {}, "--steps 1 --guidance 1 --sampler ddim --spacing trailing"),
+        ("Hyper-SD15-8steps-CFG-lora", {}, "--steps 8 --guidance 5 --sampler ddim --spacing trailing"),
+        ("lcm-lora-sdv1-5/pytorch_lora_weights", {}, "--steps 4 --guidance 1 --sampler lcm"),
+        ("a", {"ss_output_name": "my_LCM_lora_6steps"}, "--steps 6 --guidance 1 --sampler lcm"),
+        ("realcmyk", {}, None),
+        ("lcm/style", {}, None),
+    ],
+)
+def test_loras_of_few_steps_are_applied_whole_and_say_their_settings(
+    name: str, metadata: dict[str, str], settings: str | None, model: DiffusionModel, tmp_path: Path
+) -> None:
+    """They change every layer of the U-Net, convolutions and time embeddings included."""
+    path = tmp_path / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = kohya(model, convolutions=True, rank=2)
+    written({key: tensor for key, tensor in tensors.items() if key.startswith("lora_unet")}, path, metadata)
+    layers = len(targets(model.unet, convolutions=True))
+    result = f"{path.name}: {layers} of {layers} modules applied"
+    end = "" if settings is None else f"; its card's settings: {settings}"
+    assert model.load_lora(path) == result + end

@@ -28,6 +28,8 @@ from stable_diffusion.nn.unet import UNet
 
 OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 PEFT_SETTINGS = "lora_adapter_metadata"
+FEW_STEPS = {r"hyper.?sd": "ddim --spacing trailing", r"(?<![a-z])lcm(?![a-z])": "lcm"}
+"""Samplers of published LoRAs that distil a model to few steps, by their names."""
 
 
 def read(
@@ -58,10 +60,26 @@ def read(
     examples = three_of(sorted(strange)) or "empty"
     if not found:
         raise InputError(f"{path}: none of {total} modules is in the model {config.name!r} ({examples})")
-    result = f"{path.name}: {count} of {total} modules applied"
+    result = f"{path.name}: {count} of {total} modules applied{advice(path, metadata)}"
     if strange:
         warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
     return found, result
+
+
+def advice(path: Path, metadata: dict[str, str]) -> str:
+    """How a published few-step LoRA (Hyper-SD, LCM) is to be used, as the end of a sentence; empty for others.
+
+    The settings are those of its card, which no tensor tells: the names do that the file, or its folder where it has
+    diffusers' own, and its metadata have.
+    """
+    said = path.parent.name if path.stem == "pytorch_lora_weights" else path.stem
+    name = " ".join([said, *(metadata.get(key, "") for key in ("ss_output_name", "modelspec.title"))]).lower()
+    for word, sampler in FEW_STEPS.items():
+        if re.search(word, name):
+            found, guidance = re.search(r"(\d+)[-_ ]?steps?", name), 5 if "cfg" in name else 1
+            steps = found[1] if found else 4
+            return f"; its card's settings: --steps {steps} --guidance {guidance} --sampler {sampler}"
+    return ""
 
 
 def modules_in(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], list[str]]:

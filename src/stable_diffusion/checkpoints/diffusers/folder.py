@@ -23,7 +23,7 @@ from stable_diffusion.config import (
     TextEncoderConfig,
     typed,
 )
-from stable_diffusion.diffusion.names import SAMPLERS
+from stable_diffusion.diffusion.names import SAMPLERS, sampler_name
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.files import read_json, replacing_folder, write_json
 
@@ -250,16 +250,15 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
 
 def pipeline_index(config: ModelConfig) -> dict[str, Any]:
     """The ``model_index.json``."""
-    scheduler = settings.scheduler_settings(config)["_class_name"]
     kind = "StableDiffusionInpaintPipeline" if config.reads_mask else "StableDiffusionPipeline"
-    if config.unet.time_cond_proj_dim is not None and scheduler == "LCMScheduler":
+    if config.unet.time_cond_proj_dim is not None and sampler_name(config.sampler.name) == "lcm":
         kind = "LatentConsistencyModelPipeline"
     return {
         "_class_name": kind,
         "_diffusers_version": settings.VERSION,
         **{part: [None, None] for part in LEFT_ASIDE},
         "requires_safety_checker": False,
-        "scheduler": ["diffusers", scheduler],
+        "scheduler": ["diffusers", settings.scheduler_settings(config)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
