@@ -24,6 +24,7 @@ from stable_diffusion.images import (
     free_name,
     mask_tensor,
     open_image,
+    open_mask,
     to_pil,
     to_rgb,
     to_tensor,
@@ -318,7 +319,7 @@ def test_cover_is_antialiased() -> None:
 def test_mask_is_binary_and_white_is_one() -> None:
     mask = Image.new("L", (4, 1))
     mask.putdata([0, 127, 128, 255])
-    tensor = mask_tensor(binary_mask(mask, 4, 1))
+    tensor = mask_tensor(binary_mask(mask, 4, 1)[0])
     assert tensor.tolist() == [[[[0, 0, 1, 1]]]]
     assert tensor.dtype == torch.float32
 
@@ -327,7 +328,7 @@ def test_mask_is_binary_and_white_is_one() -> None:
 def test_mask_modes_and_sizes(mode: str) -> None:
     mask = Image.new("L", (96, 48))
     mask.paste(255, (48, 0, 96, 48))  # the right half; the square in the middle is half of it
-    tensor = mask_tensor(binary_mask(mask.convert(mode), 16, 16))
+    tensor = mask_tensor(binary_mask(mask.convert(mode), 16, 16)[0])
     assert tensor.shape == (1, 1, 16, 16)
     assert (tensor[0, 0, :, :8] == 0).all()
     assert (tensor[0, 0, :, 8:] == 1).all()
@@ -335,8 +336,100 @@ def test_mask_modes_and_sizes(mode: str) -> None:
 
 def test_16_bit_mask() -> None:
     mask = Image.fromarray(np.array([[0, 30000, 40000, 65535]], dtype=np.uint16))
-    assert mask_tensor(binary_mask(mask, 4, 1)).flatten().tolist() == [0, 0, 1, 1]
+    assert mask_tensor(binary_mask(mask, 4, 1)[0]).flatten().tolist() == [0, 0, 1, 1]
     assert to_rgb(mask).getpixel((3, 0)) == (255, 255, 255)
+
+
+DRAWN = np.zeros((12, 20), dtype=np.uint8)
+DRAWN[2:6, 3:9] = 1
+HOLE = np.where(DRAWN, 0, 255).astype(np.uint8)
+
+
+def layer(colour: tuple[int, int, int] | Image.Image, alpha: np.ndarray) -> Image.Image:
+    """A picture with that transparency."""
+    picture = Image.new("RGB", (20, 12), colour) if isinstance(colour, tuple) else colour.copy()
+    picture.putalpha(Image.fromarray(alpha))
+    return picture
+
+
+def on_black(colour: tuple[int, int, int]) -> Image.Image:
+    return Image.fromarray(DRAWN[..., None] * np.array(colour, dtype=np.uint8))
+
+
+MASKS = {
+    "white on black": (on_black((255, 255, 255)), None),
+    "a colour brighter than 127": (on_black((0, 255, 0)), None),
+    "0 and 1": (Image.fromarray(DRAWN), None),
+    "0 and 1 in three channels": (on_black((1, 1, 1)), None),
+    "0 and 1 in 16 bits": (Image.fromarray(DRAWN.astype(np.uint16)), None),
+    "0 and 1 in 32 bits": (Image.fromarray(DRAWN.astype(np.int32)), None),
+    "floating point": (Image.fromarray(DRAWN.astype(np.float32)), None),
+    "bits": (Image.fromarray(DRAWN.astype(bool)), None),
+    "a palette": (on_black((255, 255, 255)).quantize(2), None),
+    "white on black, opaque alpha": (layer(on_black((255, 255, 255)), np.full_like(HOLE, 255)), None),
+    "white on transparent": (layer((255, 255, 255), 255 - HOLE), "opaque part"),
+    "grey 200 on transparent": (layer((200, 200, 200), 255 - HOLE), "opaque part"),
+    "white on transparent black": (layer(on_black((255, 255, 255)), 255 - HOLE), "opaque part"),
+    "soft edges count from 128 on": (
+        layer((255, 255, 255), np.where(DRAWN, 128, 127).astype(np.uint8)),
+        "opaque",
+    ),
+    "a palette with transparency": (layer((255, 255, 255), 255 - HOLE).quantize(), "opaque part"),
+    "grey with alpha": (layer((255, 255, 255), 255 - HOLE).convert("LA"), "opaque part"),
+    "a hole in a picture": (layer(noise(20, 12), HOLE), "transparent part"),
+    "a hole in black": (layer((0, 0, 0), HOLE), "transparent part"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_drawn_part_is_repainted_however_it_was_drawn(tmp_path: Path, name: str) -> None:
+    mask, said = MASKS[name]
+    found, note = binary_mask(mask, 20, 12)
+    assert (array(found) == DRAWN * 255).all()
+    assert note is None if said is None else note is not None and said in note
+    suffix = "tif" if mask.mode in "FI" else "png"
+    mask.save(tmp_path / f"mask.{suffix}")
+    assert (array(binary_mask(open_mask(tmp_path / f"mask.{suffix}"), 20, 12)[0]) == DRAWN * 255).all()
+
+
+def test_transparency_without_an_alpha_channel(tmp_path: Path) -> None:
+    """A PNG can name one grey level or colour that is transparent."""
+    for colour, mode in ((0, "L"), ((0, 0, 0), "RGB")):
+        Image.fromarray(DRAWN * 255).convert(mode).save(tmp_path / "mask.png", transparency=colour)
+        found, note = binary_mask(open_mask(tmp_path / "mask.png"), 20, 12)
+        assert (array(found) == DRAWN * 255).all()
+        assert note is not None and "opaque part" in note
+
+
+def test_a_mask_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    layer((255, 255, 255), 255 - HOLE).rotate(180).save(tmp_path / "mask.png", exif=exif)
+    assert (array(binary_mask(open_mask(tmp_path / "mask.png"), 20, 12)[0]) == DRAWN * 255).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "brightest"),
+    [
+        (Image.new("L", (8, 8)), 0),
+        (Image.new("L", (8, 8), 100), 100),
+        (Image.new("RGB", (8, 8), "red"), 76),
+        (Image.new("RGBA", (8, 8)), 0),
+        (layer((255, 255, 255), np.full_like(HOLE, 127)), 127),
+    ],
+    ids=["black", "grey", "red", "transparent", "half transparent"],
+)
+def test_a_mask_that_repaints_nothing_is_an_error(mask: Image.Image, brightest: int) -> None:
+    with pytest.raises(InputError, match=f"repaints nothing .* its brightest pixel there has {brightest};"):
+        binary_mask(mask, 8, 8)
+
+
+def test_a_mask_whose_white_part_is_cropped_repaints_nothing() -> None:
+    mask = Image.new("L", (40, 10))
+    mask.paste(255, (0, 0, 8, 10))
+    assert binary_mask(mask, 40, 10)[0].getbbox() == (0, 0, 8, 10)
+    with pytest.raises(InputError, match="nothing of the 10x10 pixels"):
+        binary_mask(mask, 10, 10)
 
 
 # Settings in files

@@ -96,7 +96,7 @@ def finished(steps: Steps) -> Result:
 @torch.no_grad()
 def generate(parts: Parts, request: Request, levels: list[Level], notes: list[str]) -> Steps:
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
-    image, mask = fitted(request)
+    image, mask = fitted(request, notes)
     embeds = encode_prompts(parts, request, notes)
     noise = seeded_noise(parts, request)
     drawn = noise()
@@ -135,13 +135,15 @@ def plan(parts: Parts, request: Request) -> list[Level]:
     return levels[len(levels) - 1 - taken :]
 
 
-def fitted(request: Request) -> tuple[Image.Image | None, Image.Image | None]:
-    """The picture to change and the mask, black and white, at the request's size."""
-    image, mask, size = request.image, request.mask_image, (request.width, request.height)
-    return (
-        None if image is None else images.cover(image, *size),
-        None if mask is None else images.binary_mask(mask, *size),
-    )
+def fitted(request: Request, notes: list[str]) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to change and the mask, black and white, at the request's size; a note says how a mask was read."""
+    size = (request.width, request.height)
+    image = None if request.image is None else images.cover(request.image, *size)
+    if request.mask_image is None:
+        return image, None
+    mask, note = images.binary_mask(request.mask_image, *size)
+    notes.extend(() if note is None else (note,))
+    return image, mask
 
 
 def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[PromptEmbeds, PromptEmbeds]:
@@ -221,8 +223,15 @@ def encode_image(
     if mask is None:
         return Known(x0, None, None, noise)
     repaint = images.mask_tensor(mask)
+    where = F.interpolate(repaint, x0.shape[-2:]).to(noise)
+    if not where.any():
+        factor = parts.config.vae.factor
+        raise InputError(
+            f"the white part of the mask lies between the latents, each of which is {factor}x{factor} pixels:"
+            " draw it larger"
+        )
     masked = encode(pixels * (1 - repaint)) if parts.config.reads_mask else None
-    return Known(x0, F.interpolate(repaint, x0.shape[-2:]).to(noise), masked, noise)
+    return Known(x0, where, masked, noise)
 
 
 def begin(
