@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
+from safetensors.torch import save_file
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.generation.metadata import parameters, read_settings, save_png
@@ -487,6 +490,38 @@ def test_parameters_text_quotes_and_omits() -> None:
         "Sampler: new, CFG scale: 0, Seed: 3, Denoising strength: 0.75"
     )
     assert parameters({}) == ""
+
+
+A1111_FIELD = re.compile(r'([\w /-]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)')
+"""A field of the last line, as AUTOMATIC1111's webui and its readers take it apart."""
+
+
+def test_parameters_name_files_of_weights_as_a1111_does(tmp_path: Path) -> None:
+    """Its readers put LoRAs back by the tags in the prompt, and look files up by the hashes."""
+    lora, word = tmp_path / "fine style-v1.5.safetensors", tmp_path / "bad.hands.pt"
+    save_file({"x": torch.ones(3)}, lora, {"note": "of no account"})
+    word.write_bytes(b"vectors")
+    text = parameters(
+        SETTINGS
+        | {
+            "lora": {str(lora): 0.8, "C:\\loras\\other.safetensors": 1.0, "by:name": -0.5},
+            "embedding": [str(word), f"{word}:<hand>", "gone.pt"],
+            "vae": "/models/vae-ft-mse.safetensors",
+        }
+    )
+    prompt, negative, last = text.split("\n")
+    assert prompt == "a cat <lora:fine style-v1.5:0.8> <lora:other:1> <lora:by_name:-0.5>"
+    assert negative == "Negative prompt: blurry"
+    fields = {
+        key: json.loads(value) if value[0] == '"' else value for key, value in A1111_FIELD.findall(last)
+    }
+    tensors = hashlib.sha256(torch.ones(3).numpy().tobytes()).hexdigest()[:12]
+    vectors = hashlib.sha256(b"vectors").hexdigest()[:12]
+    assert fields["Lora hashes"] == f"fine style-v1.5: {tensors}"
+    assert fields["TI hashes"] == f"bad.hands: {vectors}, _hand_: {vectors}"
+    assert fields["VAE"] == "vae-ft-mse.safetensors"
+    assert (fields["Seed"], fields["Model"]) == ("0", "mini")
+    assert parameters({"lora": {"a": 0.5}}) == "<lora:a:0.5>"
 
 
 def test_settings_missing_or_damaged(tmp_path: Path) -> None:
