@@ -322,6 +322,14 @@ def test_a_style_that_does_not_fit_is_named_as_cut() -> None:
         shared(replace(FLOW, styles=STYLES)).generate(long, num_inference_steps=1, seed=0)
 
 
+def test_what_other_programs_would_obey_is_named(flow: DiffusionModel) -> None:
+    """In prompts and in negative ones, and where the text alone is encoded."""
+    with pytest.warns(UserWarning, match=r"'\(\(bad\)\)', '\(fox:1.3\)': other programs read this"):
+        flow.generate("a (fox:1.3)", "((bad))", num_inference_steps=1, seed=0)
+    with pytest.warns(UserWarning, match="'<lora:x:1>': .* but in `lora`"):
+        flow.encode_prompt("a fox <lora:x:1>")
+
+
 # Image-to-image and inpainting
 
 

@@ -19,6 +19,7 @@ from stable_diffusion.config import ModelConfig, Styles
 from stable_diffusion.diffusion.samplers import Step, initial_scale, sample, sampling_levels
 from stable_diffusion.diffusion.schedule import Level, Schedule
 from stable_diffusion.errors import InputError
+from stable_diffusion.generation import syntax
 from stable_diffusion.generation.denoise import Codec, Known, Network, denoiser
 from stable_diffusion.generation.request import Request
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
@@ -163,7 +164,9 @@ def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[Pr
 
 
 def encode_texts(text_encoder: PromptEncoder, texts: list[str], notes: list[str]) -> PromptEmbeds:
-    """Embeddings of texts; a note names the words beyond an encoder's context."""
+    """Embeddings of texts; notes name the words beyond an encoder's context, and what other programs would obey."""
+    if note := syntax.note_of(texts):
+        notes.append(note)
     batches = text_encoder.tokenize(texts)
     for batch, tokenizer in zip(batches, text_encoder.tokenizers, strict=True):
         for text, cut in zip(texts, batch.cut, strict=True):
