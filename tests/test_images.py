@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
+from safetensors.torch import save_file
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.generation.metadata import parameters, read_settings, save_png
@@ -24,6 +27,7 @@ from stable_diffusion.images import (
     free_name,
     mask_tensor,
     open_image,
+    open_mask,
     to_pil,
     to_rgb,
     to_tensor,
@@ -318,7 +322,7 @@ def test_cover_is_antialiased() -> None:
 def test_mask_is_binary_and_white_is_one() -> None:
     mask = Image.new("L", (4, 1))
     mask.putdata([0, 127, 128, 255])
-    tensor = mask_tensor(binary_mask(mask, 4, 1))
+    tensor = mask_tensor(binary_mask(mask, 4, 1)[0])
     assert tensor.tolist() == [[[[0, 0, 1, 1]]]]
     assert tensor.dtype == torch.float32
 
@@ -327,7 +331,7 @@ def test_mask_is_binary_and_white_is_one() -> None:
 def test_mask_modes_and_sizes(mode: str) -> None:
     mask = Image.new("L", (96, 48))
     mask.paste(255, (48, 0, 96, 48))  # the right half; the square in the middle is half of it
-    tensor = mask_tensor(binary_mask(mask.convert(mode), 16, 16))
+    tensor = mask_tensor(binary_mask(mask.convert(mode), 16, 16)[0])
     assert tensor.shape == (1, 1, 16, 16)
     assert (tensor[0, 0, :, :8] == 0).all()
     assert (tensor[0, 0, :, 8:] == 1).all()
@@ -335,8 +339,100 @@ def test_mask_modes_and_sizes(mode: str) -> None:
 
 def test_16_bit_mask() -> None:
     mask = Image.fromarray(np.array([[0, 30000, 40000, 65535]], dtype=np.uint16))
-    assert mask_tensor(binary_mask(mask, 4, 1)).flatten().tolist() == [0, 0, 1, 1]
+    assert mask_tensor(binary_mask(mask, 4, 1)[0]).flatten().tolist() == [0, 0, 1, 1]
     assert to_rgb(mask).getpixel((3, 0)) == (255, 255, 255)
+
+
+DRAWN = np.zeros((12, 20), dtype=np.uint8)
+DRAWN[2:6, 3:9] = 1
+HOLE = np.where(DRAWN, 0, 255).astype(np.uint8)
+
+
+def layer(colour: tuple[int, int, int] | Image.Image, alpha: np.ndarray) -> Image.Image:
+    """A picture with that transparency."""
+    picture = Image.new("RGB", (20, 12), colour) if isinstance(colour, tuple) else colour.copy()
+    picture.putalpha(Image.fromarray(alpha))
+    return picture
+
+
+def on_black(colour: tuple[int, int, int]) -> Image.Image:
+    return Image.fromarray(DRAWN[..., None] * np.array(colour, dtype=np.uint8))
+
+
+MASKS = {
+    "white on black": (on_black((255, 255, 255)), None),
+    "a colour brighter than 127": (on_black((0, 255, 0)), None),
+    "0 and 1": (Image.fromarray(DRAWN), None),
+    "0 and 1 in three channels": (on_black((1, 1, 1)), None),
+    "0 and 1 in 16 bits": (Image.fromarray(DRAWN.astype(np.uint16)), None),
+    "0 and 1 in 32 bits": (Image.fromarray(DRAWN.astype(np.int32)), None),
+    "floating point": (Image.fromarray(DRAWN.astype(np.float32)), None),
+    "bits": (Image.fromarray(DRAWN.astype(bool)), None),
+    "a palette": (on_black((255, 255, 255)).quantize(2), None),
+    "white on black, opaque alpha": (layer(on_black((255, 255, 255)), np.full_like(HOLE, 255)), None),
+    "white on transparent": (layer((255, 255, 255), 255 - HOLE), "opaque part"),
+    "grey 200 on transparent": (layer((200, 200, 200), 255 - HOLE), "opaque part"),
+    "white on transparent black": (layer(on_black((255, 255, 255)), 255 - HOLE), "opaque part"),
+    "soft edges count from 128 on": (
+        layer((255, 255, 255), np.where(DRAWN, 128, 127).astype(np.uint8)),
+        "opaque",
+    ),
+    "a palette with transparency": (layer((255, 255, 255), 255 - HOLE).quantize(), "opaque part"),
+    "grey with alpha": (layer((255, 255, 255), 255 - HOLE).convert("LA"), "opaque part"),
+    "a hole in a picture": (layer(noise(20, 12), HOLE), "transparent part"),
+    "a hole in black": (layer((0, 0, 0), HOLE), "transparent part"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_drawn_part_is_repainted_however_it_was_drawn(tmp_path: Path, name: str) -> None:
+    mask, said = MASKS[name]
+    found, note = binary_mask(mask, 20, 12)
+    assert (array(found) == DRAWN * 255).all()
+    assert note is None if said is None else note is not None and said in note
+    suffix = "tif" if mask.mode in "FI" else "png"
+    mask.save(tmp_path / f"mask.{suffix}")
+    assert (array(binary_mask(open_mask(tmp_path / f"mask.{suffix}"), 20, 12)[0]) == DRAWN * 255).all()
+
+
+def test_transparency_without_an_alpha_channel(tmp_path: Path) -> None:
+    """A PNG can name one grey level or colour that is transparent."""
+    for colour, mode in ((0, "L"), ((0, 0, 0), "RGB")):
+        Image.fromarray(DRAWN * 255).convert(mode).save(tmp_path / "mask.png", transparency=colour)
+        found, note = binary_mask(open_mask(tmp_path / "mask.png"), 20, 12)
+        assert (array(found) == DRAWN * 255).all()
+        assert note is not None and "opaque part" in note
+
+
+def test_a_mask_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    layer((255, 255, 255), 255 - HOLE).rotate(180).save(tmp_path / "mask.png", exif=exif)
+    assert (array(binary_mask(open_mask(tmp_path / "mask.png"), 20, 12)[0]) == DRAWN * 255).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "brightest"),
+    [
+        (Image.new("L", (8, 8)), 0),
+        (Image.new("L", (8, 8), 100), 100),
+        (Image.new("RGB", (8, 8), "red"), 76),
+        (Image.new("RGBA", (8, 8)), 0),
+        (layer((255, 255, 255), np.full_like(HOLE, 127)), 127),
+    ],
+    ids=["black", "grey", "red", "transparent", "half transparent"],
+)
+def test_a_mask_that_repaints_nothing_is_an_error(mask: Image.Image, brightest: int) -> None:
+    with pytest.raises(InputError, match=f"repaints nothing .* its brightest pixel there has {brightest};"):
+        binary_mask(mask, 8, 8)
+
+
+def test_a_mask_whose_white_part_is_cropped_repaints_nothing() -> None:
+    mask = Image.new("L", (40, 10))
+    mask.paste(255, (0, 0, 8, 10))
+    assert binary_mask(mask, 40, 10)[0].getbbox() == (0, 0, 8, 10)
+    with pytest.raises(InputError, match="nothing of the 10x10 pixels"):
+        binary_mask(mask, 10, 10)
 
 
 # Settings in files
@@ -394,6 +490,38 @@ def test_parameters_text_quotes_and_omits() -> None:
         "Sampler: new, CFG scale: 0, Seed: 3, Denoising strength: 0.75"
     )
     assert parameters({}) == ""
+
+
+A1111_FIELD = re.compile(r'([\w /-]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)')
+"""A field of the last line, as AUTOMATIC1111's webui and its readers take it apart."""
+
+
+def test_parameters_name_files_of_weights_as_a1111_does(tmp_path: Path) -> None:
+    """Its readers put LoRAs back by the tags in the prompt, and look files up by the hashes."""
+    lora, word = tmp_path / "fine style-v1.5.safetensors", tmp_path / "bad.hands.pt"
+    save_file({"x": torch.ones(3)}, lora, {"note": "of no account"})
+    word.write_bytes(b"vectors")
+    text = parameters(
+        SETTINGS
+        | {
+            "lora": {str(lora): 0.8, "C:\\loras\\other.safetensors": 1.0, "by:name": -0.5},
+            "embedding": [str(word), f"{word}:<hand>", "gone.pt"],
+            "vae": "/models/vae-ft-mse.safetensors",
+        }
+    )
+    prompt, negative, last = text.split("\n")
+    assert prompt == "a cat <lora:fine style-v1.5:0.8> <lora:other:1> <lora:by_name:-0.5>"
+    assert negative == "Negative prompt: blurry"
+    fields = {
+        key: json.loads(value) if value[0] == '"' else value for key, value in A1111_FIELD.findall(last)
+    }
+    tensors = hashlib.sha256(torch.ones(3).numpy().tobytes()).hexdigest()[:12]
+    vectors = hashlib.sha256(b"vectors").hexdigest()[:12]
+    assert fields["Lora hashes"] == f"fine style-v1.5: {tensors}"
+    assert fields["TI hashes"] == f"bad.hands: {vectors}, _hand_: {vectors}"
+    assert fields["VAE"] == "vae-ft-mse.safetensors"
+    assert (fields["Seed"], fields["Model"]) == ("0", "mini")
+    assert parameters({"lora": {"a": 0.5}}) == "<lora:a:0.5>"
 
 
 def test_settings_missing_or_damaged(tmp_path: Path) -> None:

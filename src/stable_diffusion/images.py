@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from stable_diffusion.errors import InputError
 
@@ -60,6 +60,17 @@ def open_image(path: str | Path) -> Image.Image:
     """
     with opened(path) as image:
         return decoded(image)
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """The mask in a file, fully decoded and upright, with its transparency; ``binary_mask`` says what it means.
+
+    Raises InputError as ``open_image`` does.
+    """
+    with opened(path) as image:
+        image.load()
+        mask = _upright(image)
+        return mask.convert("RGBA") if _is_transparent(mask) else mask.copy()
 
 
 def check_header(path: str | Path) -> None:
@@ -153,9 +164,40 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def binary_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
-    """A mask in black and white: white, to be repainted, where it is brighter than 127; fitted as ``cover`` does."""
-    return cover(to_rgb(mask).convert("L"), width, height).point(lambda value: 255 if value > 127 else 0)
+def binary_mask(mask: Image.Image, width: int, height: int) -> tuple[Image.Image, str | None]:
+    """A mask in black and white, fitted as ``cover`` does, and a note where its meaning had to be found out.
+
+    White is repainted: what is brighter than 127, where levels from 0 to 1 count as 0 to 255. In a mask with
+    transparent pixels it is the opaque part if all of that is white, a drawing on a layer of its own, else the
+    transparent part, a hole in a picture; the note says which.
+
+    Raises InputError where nothing is repainted.
+    """
+    note = None
+    levels = np.asarray(mask if mask.mode[0] in "IF" else to_rgb(mask).convert("L"))
+    if levels.max() <= 1:
+        grey = Image.fromarray((np.clip(levels, 0, 1) * 255).astype(np.uint8))
+    else:
+        grey = to_rgb(mask).convert("L")
+    if _is_transparent(mask):
+        layer = mask.convert("RGBA")
+        alpha = layer.getchannel("A")
+        opaque = np.asarray(alpha) > 127
+        if not opaque.all():
+            white = bool((np.asarray(layer.convert("L"))[opaque] > 127).all())
+            grey = alpha if white else ImageChops.invert(alpha)
+            part = "all that is opaque in the mask is white: the opaque part"
+            if not white:
+                part = "the mask is transparent beside a part that is not white: the transparent part"
+            note = f"{part} is repainted"
+    fitted = cover(grey, width, height)
+    brightest = int(np.asarray(fitted).max())
+    if brightest <= 127:
+        raise InputError(
+            f"the mask repaints nothing of the {width}x{height} pixels: what is brighter than 127 is repainted,"
+            f" and its brightest pixel there has {brightest}; draw that part white"
+        )
+    return fitted.point(lambda value: 255 if value > 127 else 0), note
 
 
 def mask_tensor(mask: Image.Image) -> Float[Tensor, "1 1 h w"]:
@@ -176,6 +218,11 @@ def free_name(folder: str | Path, stem: str, suffix: str = ".png") -> Path:
 
 def _damaged(path: str | Path, error: Exception) -> InputError:
     return InputError(f"{path} is damaged or cut off ({error}): fetch or export it again, or remove it")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether it may have transparent pixels; 16-bit grey is read without them."""
+    return image.has_transparency_data and not image.mode.startswith("I")
 
 
 def _upright(image: Image.Image) -> Image.Image:

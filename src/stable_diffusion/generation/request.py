@@ -61,7 +61,8 @@ class Request:
     image: Image.Image | None = None
     """A picture to begin with."""
     mask_image: Image.Image | None = None
-    """A picture that is white where the image is to be repainted; elsewhere its bytes stay."""
+    """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay. Of one
+    with transparency it is the opaque part if all of it is white, else the transparent part."""
     strength: float = 0.8
     """How much to change the image, above 0 (hardly) up to 1 (nothing of it is kept)."""
     prediction_type: str | None = None
@@ -101,10 +102,23 @@ class Request:
             object.__setattr__(self, name, typed(HINTS[name], getattr(self, name), name))
         object.__setattr__(self, "lora", _weights(self.lora))
         _ = self.guidance, self.sampler_config  # which check their own ranges
-        if self.mask_image is not None and self.image is None:
-            raise InputError("mask_image needs the image that it masks: give image as well")
+        if self.mask_image is not None:
+            self._check_mask(self.mask_image)
         if not 0 < self.strength <= 1:
             raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
+
+    def _check_mask(self, mask: Image.Image) -> None:
+        from stable_diffusion import images
+
+        if self.image is None:
+            raise InputError("mask_image needs the image that it masks: give image as well")
+        (width, height), sides = mask.size, self.image.size
+        if abs(width * sides[1] - height * sides[0]) > max(sides):  # a pixel of rounding
+            raise InputError(
+                f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: give a mask of the"
+                " image's shape"
+            )
+        images.binary_mask(mask, self.width, self.height)
 
     @classmethod
     def of(cls, config: ModelConfig, **given: Any) -> Request:
@@ -355,10 +369,10 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
     for name in PICTURES:
         value = values.get(name)
         if isinstance(value, (str, Path)):
-            pictures[name] = images.open_image(value)
+            pictures[name] = images.open_mask(value) if name == "mask_image" else images.open_image(value)
             pictures[name].info = {_PATH: str(value)}  # type: ignore[dict-item]
         elif isinstance(value, Image.Image):
-            pictures[name] = images.to_rgb(value)
+            pictures[name] = value if name == "mask_image" else images.to_rgb(value)
         elif value is not None:
             raise InputError(f"{name} must be a picture or the path of one, got {value!r}")
     return values | pictures
