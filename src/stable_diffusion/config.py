@@ -168,7 +168,7 @@ class Guidance:
     """Classifier-free guidance (`diffusion.guidance`)."""
 
     scale: float = 7.5
-    """1 is no guidance, and half the work; 0 ignores the prompt."""
+    """1 and below is no guidance, and half the work."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on (Kynkäänniemi et al. 2024)."""
     rescale: float = 0.0

@@ -57,11 +57,12 @@ def parameters(settings: dict[str, Any]) -> str:
     sampler, spacing = str(settings.get("sampler", "")), settings.get("spacing")
     row = SAMPLERS.get(ALIASES.get(sampler.lower(), sampler))
     size = [settings.get(side) for side in ("width", "height")]
+    guidance = settings.get("guidance_scale")
     fields = {
         "Steps": settings.get("num_inference_steps"),
         "Sampler": row.webui if row else sampler or None,
         "Schedule type": SPACINGS[spacing].webui if spacing in SPACINGS else None,
-        "CFG scale": settings.get("guidance_scale"),
+        "CFG scale": None if guidance is None else max(guidance, 1.0),  # webui's 0 ignores the prompt
         "Seed": settings.get("seed"),
         "Size": None if None in size else f"{size[0]}x{size[1]}",
         "Model": settings.get("model"),

@@ -39,7 +39,7 @@ class Request:
     num_inference_steps: int
     """Steps from noise to picture, at least 1."""
     guidance_scale: float
-    """How strongly to follow the prompt; 1 is no guidance."""
+    """How strongly to follow the prompt; 1 and below is no guidance."""
     guidance_interval: tuple[float, float]
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""
     guidance_rescale: float
