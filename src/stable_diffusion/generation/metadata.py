@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACINGS
+from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES, SPACINGS
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import replacing
 from stable_diffusion.images import opened
@@ -54,14 +54,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 def parameters(settings: dict[str, Any]) -> str:
     """Settings as the text that AUTOMATIC1111's webui writes and many programs read; missing ones are left out."""
-    sampler, spacing = str(settings.get("sampler", "")), settings.get("spacing")
+    sampler, spacing = str(settings.get("sampler", "")), str(settings.get("spacing")).lower()
     row = SAMPLERS.get(ALIASES.get(sampler.lower(), sampler))
+    spread = SPACINGS.get(SPACING_ALIASES.get(spacing, spacing))
     size = [settings.get(side) for side in ("width", "height")]
     guidance = settings.get("guidance_scale")
     fields = {
         "Steps": settings.get("num_inference_steps"),
         "Sampler": row.webui if row else sampler or None,
-        "Schedule type": SPACINGS[spacing].webui if spacing in SPACINGS else None,
+        "Schedule type": spread.webui if spread else None,
         "CFG scale": None if guidance is None else max(guidance, 1.0),  # webui's 0 ignores the prompt
         "Seed": settings.get("seed"),
         "Size": None if None in size else f"{size[0]}x{size[1]}",
