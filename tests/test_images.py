@@ -487,7 +487,7 @@ def test_parameters_text_quotes_and_omits() -> None:
         'a\nSampler: DPM++ 2M, Schedule type: Karras, Model: "C:\\\\my, \\"model\\""'
     )
     assert parameters({"guidance_scale": 0.0, "strength": 0.75, "seed": 3, "sampler": "new"}) == (
-        "Sampler: new, CFG scale: 0, Seed: 3, Denoising strength: 0.75"
+        "Sampler: new, CFG scale: 1, Seed: 3, Denoising strength: 0.75"
     )
     assert parameters({}) == ""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACINGS
+from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES, SPACINGS
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import replacing
 from stable_diffusion.generation.request import split_file
@@ -62,16 +62,18 @@ def parameters(settings: dict[str, Any]) -> str:
 
     Files of weights have their names without folder and ending, and their hashes where the files are there.
     """
-    sampler, spacing = str(settings.get("sampler", "")), settings.get("spacing")
+    sampler, spacing = str(settings.get("sampler", "")), str(settings.get("spacing")).lower()
     row = SAMPLERS.get(ALIASES.get(sampler.lower(), sampler))
+    spread = SPACINGS.get(SPACING_ALIASES.get(spacing, spacing))
     size = [settings.get(side) for side in ("width", "height")]
     loras: Mapping[str, float] = settings.get("lora", {})
     embeddings = [split_file(text) for text in settings.get("embedding", ())]
+    guidance = settings.get("guidance_scale")
     fields = {
         "Steps": settings.get("num_inference_steps"),
         "Sampler": row.webui if row else sampler or None,
-        "Schedule type": SPACINGS[spacing].webui if spacing in SPACINGS else None,
-        "CFG scale": settings.get("guidance_scale"),
+        "Schedule type": spread.webui if spread else None,
+        "CFG scale": None if guidance is None else max(guidance, 1.0),  # webui's 0 ignores the prompt
         "Seed": settings.get("seed"),
         "Size": None if None in size else f"{size[0]}x{size[1]}",
         "Model": settings.get("model"),

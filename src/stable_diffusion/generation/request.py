@@ -39,7 +39,7 @@ class Request:
     num_inference_steps: int
     """Steps from noise to picture, at least 1."""
     guidance_scale: float
-    """How strongly to follow the prompt; 1 is no guidance."""
+    """How strongly to follow the prompt; 1 and below is no guidance."""
     guidance_interval: tuple[float, float]
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""
     guidance_rescale: float
@@ -48,8 +48,8 @@ class Request:
     """How to get from noise to picture, by our name or another program's."""
     spacing: str | None
     """How the noise levels are spread; by default the sampler's own."""
-    eta: float
-    """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM."""
+    eta: float | None
+    """How much noise DDIM and TCD add, from 0, deterministic, to 1; by default their own, 0 and 0.3."""
     variance: Literal["small", "large"]
     """DDPM only: the variance of the noise of a step: small is the posterior's, large is beta."""
     width: int
@@ -94,7 +94,8 @@ class Request:
             _integer(name, getattr(self, name), 1)
         _integer("seed", self.seed, 0, LARGEST_SEED)
         for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            if name != "eta" or self.eta is not None:
+                object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not isinstance(self.sampler, str):
             raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
         sampler_name(self.sampler)
