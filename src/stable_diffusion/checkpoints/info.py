@@ -60,13 +60,13 @@ def describe(path: str | Path) -> Iterator[str]:
             yield f"  {label}: {value if len(value) <= LONGEST else value[:LONGEST] + ' …'}"
 
 
-def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A file's tensors, with those of inner dictionaries."""
+def _flat(content: dict[Any, Any], levels: int = 3) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors, with those of inner dictionaries; a pickle may hold itself."""
     for name, value in content.items():
         if isinstance(value, Tensor):
             yield str(name), value
-        elif isinstance(value, dict) and name in ("state_dict", "string_to_param"):
-            yield from _flat(value)
+        elif levels and isinstance(value, dict) and name in ("state_dict", "string_to_param"):
+            yield from _flat(value, levels - 1)
 
 
 def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
