@@ -52,8 +52,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside)
 
 
+def check_is_file(path: Path) -> None:
+    """Raises InputError for folders, and for pipes and devices, whose reading may never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a file: check the path")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none, or something else."""
+    check_is_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

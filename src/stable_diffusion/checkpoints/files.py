@@ -20,6 +20,9 @@ State = dict[str, Tensor]
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
+MOST_TENSORS = 100_000
+"""Of a safetensors file, whose header could list millions; Stable Diffusion has 1,100."""
+
 
 def sniff(path: Path) -> Literal["safetensors", "pickle"] | None:
     """What a file's first bytes say that it is, whatever its name."""
@@ -54,9 +57,17 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return {str(name): value for name, value in root.items() if name != "state_dict"}, {}
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        message = f"{path} is not a whole safetensors file ({error}): copy or download it again"
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise InputError(
+                    f"{path} lists {len(names):,} tensors, at most {MOST_TENSORS:,} are read: refused"
+                )
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        message = f"{path} is not a whole safetensors file ({reason}): copy or download it again"
         raise InputError(message) from None
 
 

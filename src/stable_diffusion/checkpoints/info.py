@@ -60,13 +60,13 @@ def describe(path: str | Path) -> Iterator[str]:
             yield f"  {label}: {value if len(value) <= LONGEST else value[:LONGEST] + ' …'}"
 
 
-def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A file's tensors, with those of a textual inversion's inner dictionary."""
+def _flat(content: dict[Any, Any], inner: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors, with those of a textual inversion's inner dictionary; a pickle may hold itself."""
     for name, value in content.items():
         if isinstance(value, Tensor):
             yield str(name), value
-        elif isinstance(value, dict) and name == "string_to_param":
-            yield from _flat(value)
+        elif inner and isinstance(value, dict) and name == "string_to_param":
+            yield from _flat(value, inner=False)
 
 
 def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:

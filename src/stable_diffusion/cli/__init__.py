@@ -30,6 +30,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. Input that cannot be used is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", "Image size")  # PIL's, of pictures that are refused
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ import tyro
 from stable_diffusion.config import ModelConfig, Styles, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import read_json
 from stable_diffusion.generation.request import (
     DOCS,
     FIELDS,
@@ -178,7 +178,7 @@ def _shown(model: str | None) -> ModelConfig:
     """
     folder = Path(__file__).parents[1] / "weights" / "model" if model is None else Path(model)
     try:
-        return from_dict(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return from_dict(ModelConfig, read_json(folder / "config.json"))
     except (OSError, ValueError, TypeError):
         return ModelConfig()
 
