@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from stable_diffusion import checkpoints
-from stable_diffusion.checkpoints import Checkpoint, embeddings, lora, native, taesd
+from stable_diffusion.checkpoints import Checkpoint, embeddings, hub, lora, native, taesd
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.checkpoints.files import building
 from stable_diffusion.config import ModelConfig, preset
@@ -94,7 +94,7 @@ class ModelParts(nn.Module):
         Diffusers folders and single files are those of Stable Diffusion 1.x and 2.x.
 
         Args:
-            path: the folder, file or name; None for the model that the package carries.
+            path: the folder, the file, or the name, a text; None for the model that the package carries.
             dtype: number format to compute in. float32 unless the device is good at another.
             prediction_type: what the U-Net predicts (``epsilon``, ``v_prediction`` …), whatever the files say.
             variant: diffusers folders: the files to prefer, such as ``fp16`` or ``non_ema``.
@@ -110,7 +110,7 @@ class ModelParts(nn.Module):
         for name, given in (("vae", vae), ("text_encoder", text_encoder)):
             reading[name] = None if given is None else str(given)
         model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
-        model.origin = {"model": None if path is None else str(path), **reading}
+        model.origin = {"model": None if path is None else hub.as_path(path), **reading}
         return model
 
     @classmethod

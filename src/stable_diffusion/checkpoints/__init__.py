@@ -58,8 +58,8 @@ def found(
     """The model at `path`, which may lack its autoencoder or its text encoder.
 
     Args:
-        path: a folder, ours or diffusers', or a single file in CompVis' layout; ``owner/name``, where no such path is
-            here, is a name of the Hugging Face hub.
+        path: a folder, ours or diffusers', or a single file in CompVis' layout; the text ``owner/name``, where no such
+            path is here, is a name of the Hugging Face hub.
         prediction_type: what the U-Net predicts, whatever the files say; None lets them say it.
         variant: diffusers folders: files to prefer, such as ``fp16`` or ``non_ema``.
         ema: single files: whether to take the averaged weights where there are both.
@@ -67,11 +67,7 @@ def found(
     Raises:
         InputError: there is nothing at `path`, or nothing that can be read as a model.
     """
-    if not Path(path).exists():
-        if not hub.is_name(path):
-            raise InputError(f"{path} does not exist: give a model folder")
-        path = hub.fetch(Path(path).as_posix(), variant=variant)
-    path = Path(path)
+    path = hub.find(path, variant=variant)
     if diffusers.is_diffusers(path):
         checkpoint = diffusers.read(path, variant=variant)
     elif native.is_native(path):

@@ -23,9 +23,7 @@ LONGEST = 100
 
 def describe(path: str | Path) -> Iterator[str]:
     """The lines. Raises InputError where nothing can be read there."""
-    path = Path(path)
-    if not path.exists() and hub.is_name(path):
-        path = hub.fetch(path.as_posix())
+    path = hub.find(path)
     if not path.is_file():
         folder = "diffusers folder" if is_diffusers(path) else "model folder of this project"
         yield from _model(checkpoints.found(path), folder)

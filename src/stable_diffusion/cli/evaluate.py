@@ -11,7 +11,7 @@ from stable_diffusion.cli.show import finished
 
 
 def evaluate(
-    model: tyro.conf.Positional[Path | None] = None,
+    model: tyro.conf.Positional[str | None] = None,
     *,
     data: Path,
     out: Path | None = None,

@@ -10,7 +10,7 @@ import tyro
 
 
 def export(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path],
     *,
     format: Literal["diffusers", "single-file"] = "diffusers",

@@ -22,7 +22,7 @@ def train(
     images: Path | None = None,
     captions: Path | None = None,
     config: str = "mini",
-    start: Path | None = None,
+    start: str | None = None,
     output: Path | None = None,
     steps: int | None = None,
     minutes: float | None = None,
