@@ -142,7 +142,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, data: CocoImageLoade
         lambda: trained(tmp_path / "run", data, stages=other_stages),
         lambda: trained(tmp_path / "run", data, seed=1),
     ):
-        with pytest.raises(InputError, match=r"another recipe or of other pictures.* resume=False"):
+        with pytest.raises(InputError, match=r"of (another recipe, model or seed|other pictures or captions): .* resume=False"):
             refused()
     assert (tmp_path / "run/denoiser.safetensors").read_bytes() == kept
     record = Record()

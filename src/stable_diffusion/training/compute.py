@@ -120,3 +120,12 @@ def summed(x: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_reduce
 
     return all_reduce(x)
+
+
+def agreed(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if not is_shared():
+        return number
+    largest = torch.tensor(number, device=PartialState().device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

@@ -14,6 +14,7 @@ from stable_diffusion.data.item import Entry, Source
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.training.compute import Compiler, Computer
 from stable_diffusion.training.events import Event, Plan
+from stable_diffusion.training.lock import alone
 from stable_diffusion.training.loop import train_stage
 from stable_diffusion.training.pace import Clock
 from stable_diffusion.training.record import RunRecord, facts
@@ -51,20 +52,21 @@ def train_model(
     built = [STAGES[settings.kind].stage(parts, settings) for settings in stages]
     computer = Computer(built, autocast, compiler, clock)
     run = facts(parts.config, entries, {**(about or {}), "seed": seed}, computer)
-    record = RunRecord(output_dir, run, resume, computer)
-    plan = record.plan(steps, minutes)
-    workspace = Workspace(parts, data, entries, output_dir / "cache")
-    yield Plan(
-        name=parts.config.name,
-        pictures=len(entries),
-        captions=len(workspace.captions) - 1,
-        steps={name: planned["steps"] for name, planned in plan.items()},
-        seconds={name: planned["seconds"] for name, planned in plan.items()},
-        device=str(computer.device),
-        number_format=computer.number_format,
-    )
-    for stage in built:
-        yield from _train(stage, workspace, computer, record, seed)
+    with alone(output_dir):
+        record = RunRecord(output_dir, run, resume, computer)
+        plan = record.plan(steps, minutes)
+        workspace = Workspace(parts, data, entries, output_dir / "cache")
+        yield Plan(
+            name=parts.config.name,
+            pictures=len(entries),
+            captions=len(workspace.captions) - 1,
+            steps={name: planned["steps"] for name, planned in plan.items()},
+            seconds={name: planned["seconds"] for name, planned in plan.items()},
+            device=str(computer.device),
+            number_format=computer.number_format,
+        )
+        for stage in built:
+            yield from _train(stage, workspace, computer, record, seed)
 
 
 def _train(
