@@ -27,6 +27,7 @@ from stable_diffusion.training.pace import Pace
 from stable_diffusion.training.stage import Stage
 
 FORMAT = 2  # grows when runs of older versions can no longer go on
+PAYS = {"cpu": 600.0, "cuda": 150.0}  # seconds of a stage from which compiling pays, which takes 150, or 60
 DAMAGED = "whose run.json is damaged or gone"
 
 
@@ -110,8 +111,15 @@ class RunRecord:
                 length = max(settings.min_steps, round(settings.epochs * pictures / settings.batch_size))
                 if minutes is not None:
                     length = max(1, int(60 * minutes * _part(stage, self.stages) / seconds))
-                plan[settings.name] = {"steps": steps or length, "seconds": seconds}
+                length = steps or length
+                pays = length * seconds >= PAYS.get(self.computer.device.type, 600.0)
+                plan[settings.name] = {"steps": length, "seconds": seconds, "compiled": pays}
             self.content["asked"] = asked
+        if self.computer.compiler is not None:
+            # As it was before, where a run goes on: another rounding would not be the same training.
+            self.computer.compiled = {
+                one for one in self.stages if plan[one.settings.name].get("compiled", True)
+            }
         self.write()
         return plan
 

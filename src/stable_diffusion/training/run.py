@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def train_model(
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
 
+    stages = [_fitting(settings, len(entries), processes.num_processes) for settings in stages]
     built = [STAGES[settings.kind].stage(parts, settings) for settings in stages]
     computer = Computer(built, autocast, compiler, clock)
     run = facts(parts.config, entries, {**(about or {}), "seed": seed}, computer)
@@ -64,6 +66,9 @@ def train_model(
             seconds={name: planned["seconds"] for name, planned in plan.items()},
             device=str(computer.device),
             number_format=computer.number_format,
+            compiled=None
+            if compiler is None
+            else [stage.settings.name for stage in built if stage in computer.compiled],
         )
         for stage in built:
             yield from _train(stage, workspace, computer, record, seed)
@@ -87,6 +92,12 @@ def _train(
     finally:
         stage.finish(done)
         record.finish(stage, done)
+
+
+def _fitting(settings: StageSettings, pictures: int, processes: int) -> StageSettings:
+    """With a batch that is no larger than the set, unless processes and micro-batches need more."""
+    least = processes * settings.gradient_accumulation_steps
+    return replace(settings, batch_size=min(settings.batch_size, max(pictures, least)))
 
 
 def _check_lengths(steps: int | None, minutes: float | None) -> None:
