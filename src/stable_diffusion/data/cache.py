@@ -50,7 +50,7 @@ class ArrayCache:
         Raises:
             InputError: the disk has no room for the array.
         """
-        if self.path.is_file():
+        if self._is_whole():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         size = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
@@ -58,7 +58,7 @@ class ArrayCache:
         if size > free:
             raise InputError(
                 f"{self.folder} has {free / 1e9:.1f} GB free and training needs {size / 1e9:.1f} GB there for"
-                f" {self.name}: make room, or choose another output_dir"
+                f" {self.name}: make room, or choose another folder for it"
             )
         for pattern in (f"{self.name}-*.npy", f".{self.name}-*.part"):  # the second of a run that was killed
             for stale in self.folder.glob(pattern):
@@ -72,6 +72,13 @@ class ArrayCache:
                 yield done
             array.flush()
             del array  # Windows moves no file that is mapped
+
+    def _is_whole(self) -> bool:
+        try:
+            rows = self.read()
+        except (OSError, ValueError, EOFError):  # none, or one that a crash or a full disk left
+            return False
+        return rows.shape == self.shape and rows.dtype == self.dtype
 
     def read(self) -> Array:
         """The rows, mapped from disk."""

@@ -159,7 +159,9 @@ class CocoImageLoader:
 
     def _entry(self, key: str) -> Entry:
         stat = self._file(key).stat()
-        return replace(self._entries[key], version=f"{stat.st_size} {stat.st_mtime_ns}")
+        # The time of change too: programs set the other one, as when they copy or unpack.
+        version = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        return replace(self._entries[key], version=version)
 
     def __getitem__(self, index: int) -> Item:
         """Raises InputError if the picture cannot be decoded."""

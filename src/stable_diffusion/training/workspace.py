@@ -125,8 +125,10 @@ class Workspace:
             write_json(record, {"rows": damaged})
 
         cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
+        if PartialState().is_main_process and _rows(record, count) is None:
+            cache.path.unlink(missing_ok=True)  # nobody knows which of its rows are blank
         pictures = yield from _filled(cache, blocks(), "reading pictures", np.arange(count + 1))
-        if damaged := read_json(record)["rows"]:
+        if damaged := _rows(record, count):
             names = ", ".join(self.entries[i].key for i in damaged[:3])
             said = f"{len(damaged)} pictures cannot be decoded and are left out: {names}"
             warnings.warn(said, stacklevel=2)
@@ -188,6 +190,15 @@ class Workspace:
         cache = ArrayCache(self.folder, f"captions-{i + 1}", key, shape, "float16")
         rows = yield from _filled(cache, blocks(), "encoding captions", starts)
         return TextCache(rows, starts, config.context_length)
+
+
+def _rows(path: Path, count: int) -> list[int] | None:
+    """Which of so many rows a file lists; None where there is no such file, or it is damaged."""
+    try:
+        rows = read_json(path).get("rows")
+    except InputError:
+        return None
+    return rows if isinstance(rows, list) and all(i in range(count) for i in rows) else None
 
 
 def _filled(
