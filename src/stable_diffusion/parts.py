@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from stable_diffusion import checkpoints
+from stable_diffusion import checkpoints, files
 from stable_diffusion.checkpoints import Checkpoint, embeddings, lora, native, taesd
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.checkpoints.files import building
@@ -104,7 +104,8 @@ class ModelParts(nn.Module):
         """
         source = packaged("model") if path is None else path
         reading: dict[str, Any] = {"prediction_type": prediction_type, "variant": variant, "ema": ema}
-        model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
+        with files.reading(source):
+            model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
         model.origin = {"model": None if path is None else str(path), **reading}
         return model
 

@@ -15,7 +15,7 @@ from stable_diffusion.checkpoints.families import kind
 from stable_diffusion.checkpoints.files import State, assign, building, read_weights
 from stable_diffusion.config import TAESD, AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import read_json
+from stable_diffusion.files import read_json, reading
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 
@@ -97,7 +97,8 @@ def load(path: Path, model: ModelConfig, like: Placed) -> AutoencoderKL | Autoen
 
     Raises InputError as ``read_vae`` does, and for an autoencoder of other latents.
     """
-    config, state = read_vae(path)
+    with reading(path):
+        config, state = read_vae(path)
     if config.latent_channels != model.vae.latent_channels:
         raise InputError(
             f"the autoencoder {path} has {config.latent_channels} latent channels,"

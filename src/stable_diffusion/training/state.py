@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from stable_diffusion.files import replacing
+from stable_diffusion.checkpoints.files import write_tensors
 from stable_diffusion.training.stage import Player
 
 
@@ -80,10 +79,8 @@ class TrainState:
         tensors |= {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         for name, fields in self._moments().items():
             tensors |= {f"optimizer.{field}.{name}": value for field, value in fields.items()}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         counts = {"step": self.step, "skipped": self.skipped, "scale": self.scaler.get_scale()}
-        with replacing(path) as building:
-            save_file(tensors, building, metadata={key: str(value) for key, value in counts.items()})
+        write_tensors(path, tensors, metadata={key: str(value) for key, value in counts.items()})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

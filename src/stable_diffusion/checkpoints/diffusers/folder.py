@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from stable_diffusion.checkpoints.diffusers import settings, weights
 from stable_diffusion.checkpoints.files import State, write_tensors
 from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, typed
 from stable_diffusion.errors import InputError, unknown_name
-from stable_diffusion.files import read_json, replacing_folder, write_json
+from stable_diffusion.files import is_file, read_bytes, read_json, replacing_folder, write_json
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
              "StableDiffusionInpaintPipelineLegacy")  # fmt: skip
@@ -23,7 +22,7 @@ LEFT_ASIDE = ("safety_checker", "feature_extractor", "image_encoder")
 
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder is a diffusers pipeline."""
-    return (folder / "model_index.json").is_file()
+    return is_file(folder / "model_index.json")
 
 
 def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
@@ -120,10 +119,8 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         What was not written or is not the same there, in sentences for the user.
 
     Raises:
-        InputError: there is something at `folder`, or diffusers has no place for any part.
+        InputError: diffusers has no place for any part, or the folder cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists: choose another name")
     config = checkpoint.config
     reason = families.misfit(config)
     kl = isinstance(config.vae, AutoencoderKLConfig) and config.vae.codebook_size is None
@@ -191,7 +188,7 @@ def _without_skipped_layers(state: State, config: TextEncoderConfig) -> State:
 def _write_tokenizer(folder: Path, files: list[Path], config: TextEncoderConfig) -> None:
     folder.mkdir()
     for path in files:
-        shutil.copyfile(path, folder / path.name)
+        (folder / path.name).write_bytes(read_bytes(path))
     if not (folder / "tokenizer_config.json").exists():
         end, begin = "<|endoftext|>", "<|startoftext|>"
         tokens = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": end}
