@@ -68,13 +68,15 @@ def _refusals(verb: str, path: str | Path, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as error:
+        if _PART.search(str(path)):  # a file in a folder that is being written, which names itself
+            raise
         if lacks_memory(error):
             raise InputError(
                 f"cannot {verb} {path}: there is too little memory; close other programs"
             ) from error
         if not isinstance(error, OSError):
             raise
-        other = error.filename not in (None, path, str(path)) and not _PART.search(str(error.filename))
+        other = error.filename not in (None, str(path)) and not _PART.search(str(error.filename))
         place = f" ({error.filename})" if other else ""
         raise InputError(f"cannot {verb} {path}: {error.strerror or error}{place}; {advice}") from error
 
@@ -193,18 +195,17 @@ def check_place(path: Path, *, is_folder: bool = False, size: int = 0) -> None:
     Raises:
         InputError: it cannot be.
     """
-    path = path.absolute()
     with writing(path):
         if not is_folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        there = next(parent for parent in path.parents if os.path.lexists(parent))
+        there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if (free := shutil.disk_usage(there).free) < size:
             raise InputError(
                 f"{there} has {free / 1e9:.2f} GB free and {path.name} needs {size / 1e9:.2f} GB there:"
                 " make room, or choose another place"
             )
         with _workshop(path, there) as workshop:
-            trial = workshop / path.relative_to(there)
+            trial = workshop / path.absolute().relative_to(there)
             trial.parent.mkdir(parents=True, exist_ok=True)
             trial.write_bytes(b"\0")
 

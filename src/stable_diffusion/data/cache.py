@@ -54,7 +54,7 @@ class ArrayCache:
             return
         check_place(self.path, size=math.prod(self.shape) * np.dtype(self.dtype).itemsize)
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = re.compile(rf"(\.?)({re.escape(self.name)}-[0-9a-f]{{16}}\.npy)(.*)")
+        own = re.compile(rf"(\.?)({re.escape(self.name)}-[^-]+\.npy)(.*)")
         for match in filter(None, (own.fullmatch(path.name) for path in self.folder.iterdir())):
             if match[1]:  # of a run that was killed
                 tidy(self.folder / match[2])
