@@ -157,7 +157,9 @@ class ModelParts(nn.Module):
         Raises:
             InputError: there is something at `path`, or the format cannot hold the model, nor a part of it.
         """
-        for note in checkpoints.export(Path(path), self._to_checkpoint(), format, dtype):
+        with files.writing(path):
+            notes = checkpoints.export(Path(path), self._to_checkpoint(), format, dtype)
+        for note in notes:
             warnings.warn(note, stacklevel=2)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:

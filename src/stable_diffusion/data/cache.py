@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -62,6 +63,9 @@ class ArrayCache:
                 (self.folder / match[2]).unlink(missing_ok=True)
         with replacing(self.path) as building:
             array = np.lib.format.open_memmap(building, mode="w+", dtype=self.dtype, shape=self.shape)
+            if hasattr(os, "posix_fallocate"):  # a mapped file that a full disk has no room for ends the process
+                with building.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, building.stat().st_size)
             done = 0
             for block in blocks:
                 array[done : done + len(block)] = block

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stable_diffusion.checkpoints.files import write_tensors
+from stable_diffusion.files import reading
 from stable_diffusion.training.stage import Player
 
 
@@ -85,7 +86,8 @@ class TrainState:
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Restores what ``save`` wrote."""
-        with safe_open(path, "pt") as file:
+        # safetensors calls a file that may not be read missing.
+        with reading(path), path.open("rb"), safe_open(path, "pt") as file:
             for name, parameter in self.parameters.items():
                 parameter.copy_(file.get_tensor(f"weights.{name}"))
             for name, mean in self.average.items():
