@@ -188,6 +188,18 @@ def test_unmasked_bytes_are_identical(minisd: Any, model: str) -> None:
         assert (np.asarray(image)[~outside] != np.asarray(before)[~outside]).mean() > 0.9
 
 
+def test_a_mask_drawn_on_a_transparent_layer_is_repainted_where_it_is_drawn(minisd: Any, model: str) -> None:
+    given = picture("given.png")
+    drawn = Image.new("RGBA", (32, 32))
+    drawn.paste("white", (8, 8, 16, 24))
+    drawn.save("mask.png")
+    result = minisd("generate", "a", "--model", model, "--image", given, "--mask", "mask.png")
+    assert "minisd: note: all that is opaque in the mask is white" in result.err
+    with Image.open(result.paths[0]) as image, Image.open(given) as before:
+        changed = (np.asarray(image) != np.asarray(before)).any(-1)
+    assert Image.fromarray(changed).getbbox() == (8, 8, 16, 24)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -265,6 +277,8 @@ def test_a_prompt_that_is_too_long_is_a_note(minisd: Any, model: str) -> None:
 
 def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) -> None:
     picture("given.png")
+    Image.new("L", (32, 32)).save("black.png")
+    mask("wide.png", 64, 32)
     Path("text.png").write_text("not a picture")
     Path("cut.png").write_bytes(Path("given.png").read_bytes()[:500])
     Path("folder").mkdir()
@@ -308,6 +322,11 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         ((*base, "--image", "folder"), "cannot open folder"),
         ((*base, "--mask", "given.png"), "mask_image needs the image"),
         ((*base, "--image", "given.png", "--mask", "text.png"), "text.png is not a picture"),
+        ((*base, "--image", "given.png", "--mask", "black.png"), "the mask repaints nothing"),
+        (
+            (*base, "--image", "given.png", "--mask", "wide.png"),
+            "the mask has 64x32 pixels and the image 32x32",
+        ),
         ((*base, "--output", "picture.jpg"), "picture.jpg"),
         ((*base, "--device", "nonsense"), "no device 'nonsense' here: choose one of cpu"),
         ((*base, "--device", "cpu:x"), "no device 'cpu:x'"),

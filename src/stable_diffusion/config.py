@@ -48,6 +48,11 @@ class UNetConfig:
     """Number of class labels, whose embeddings are added to the timestep embedding; None for none."""
     pooled_projection_dim: int | None = None
     """Width of a pooled text vector that is added to the timestep embedding; None for none."""
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
+    """What is between the way down and the way up; None for nothing, as in compressed models (Kim et al. 2023)."""
+    time_cond_proj_dim: int | None = None
+    """Width of the embedded guidance scale of a network distilled from a guided one (Luo et al. 2023); None for others,
+    which classifier-free guidance evaluates twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +158,13 @@ class SamplerConfig:
     """A row of `diffusion.names`, by our name or another program's."""
     spacing: str | None = None
     """How the levels are spread, likewise; None for the sampler's own."""
-    eta: float = 0.0
-    """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM does."""
+    eta: float | None = None
+    """How much noise DDIM and TCD add: 0 is deterministic, 1 as much as can be; None for their own, 0 and 0.3."""
     variance: Literal["small", "large"] = "small"
     """DDPM only: the posterior's variance given clean latents, or beta (Ho et al. 2020, section 3.2)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
+        if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta must be from 0 to 1, got {self.eta}")
 
 
@@ -168,7 +173,7 @@ class Guidance:
     """Classifier-free guidance (`diffusion.guidance`)."""
 
     scale: float = 7.5
-    """1 is no guidance, and half the work; 0 ignores the prompt."""
+    """1 and below is no guidance, and half the work."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on (Kynkäänniemi et al. 2024)."""
     rescale: float = 0.0

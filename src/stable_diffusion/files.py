@@ -290,8 +290,15 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
+def check_is_file(path: Path) -> None:
+    """Raises InputError for folders, and for pipes and devices, whose reading may never end."""
+    if exists(path) and not is_file(path):
+        raise InputError(f"{path} is not a file: check the path")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none, or something else."""
+    check_is_file(path)
     try:
         content = json.loads(read_bytes(path).decode("utf-8"))
     except InputError as error:

@@ -181,7 +181,8 @@ class DiffusionModel(ModelParts):
             autocast: computes in 16 bits where the device is good at it: bfloat16 on GPUs since 2020 and CPUs with
                 AVX512-BF16 or AMX, float16 on older GPUs; elsewhere float32, with a warning.
             callback: called after each step; stops by returning True, and the run can be resumed.
-            compiler: compiles a stage, such as ``torch.compile``; ``torch.compile(model).train`` sets it.
+            compiler: compiles a stage that takes long enough for it to pay, such as ``torch.compile``;
+                ``torch.compile(model).train`` sets it.
             observers: called with every event (`training.events`), the plan included; True stops likewise.
             about: what else ``run.json`` is to keep beside the stages, such as the settings of the data.
 

@@ -361,8 +361,9 @@ def test_parts(folder: Path, tmp_path: Path) -> None:
         unet_config, found = single_file.read_unet(saved(tmp_path, content))
         assert unet_config == original.config.unet
         equal(found, original.unet)
-    with pytest.raises(InputError, match="holds no autoencoder: give a file of the whole model"):
-        single_file.read(saved(tmp_path, unet))
+    lone = single_file.read(saved(tmp_path, unet))
+    equal(lone.unet, original.unet)
+    assert lone.missing == ["autoencoder", "text encoder"]
     with pytest.raises(InputError, match="holds no U-Net"):
         single_file.read(saved(tmp_path, bare))
     with pytest.raises(InputError, match=r"of the autoencoder, .* are missing"):

@@ -22,6 +22,9 @@ State = dict[str, Tensor]
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
+MOST_TENSORS = 100_000
+"""Of a safetensors file, whose header could list millions; Stable Diffusion has 1,100."""
+
 
 def sniff(path: Path) -> Literal["safetensors", "pickle"] | None:
     """What a file's first bytes say that it is, whatever its name."""
@@ -40,6 +43,8 @@ def is_weights(path: Path) -> bool:
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a file holds, its tensors mapped into memory, and a safetensors file's metadata.
 
+    What a pickle has in ``state_dict`` is taken out of it, as training programs put tensors there.
+
     Raises:
         InputError: the file is missing, damaged, or asks to run something.
     """
@@ -48,14 +53,26 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             raise InputError(f"{path} is not a file: give a .safetensors, .ckpt, .pt or .bin file")
         kind = sniff(path)
         if kind == "pickle" or (kind is None and path.suffix in PICKLED):
-            return {str(name): value for name, value in pickles.read(path).items()}, {}
+            root: dict[Any, Any] = pickles.read(path)
+            for _ in range(3):  # it may nest, but a pickle may also hold itself
+                inner = root.get("state_dict")
+                root = {**root, "state_dict": None, **inner} if isinstance(inner, dict) else root
+            return {str(name): value for name, value in root.items() if name != "state_dict"}, {}
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                names = file.keys()
+                if len(names) > MOST_TENSORS:
+                    raise InputError(
+                        f"{path} lists {len(names):,} tensors, at most {MOST_TENSORS:,} are read: refused"
+                    )
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        except InputError:
+            raise
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             if lacks_memory(error):
                 raise
-            message = f"{path} is not a whole safetensors file ({error}): copy or download it again"
+            reason = str(error).split("\n")[0]
+            message = f"{path} is not a whole safetensors file ({reason}): copy or download it again"
             raise InputError(message) from None
 
 

@@ -45,9 +45,9 @@ def read(folder: Path) -> Checkpoint:
         path = folder / _numbered("text_encoder", i)
         written = (path / "model.safetensors").is_file()
         tokenizer = folder / _numbered("tokenizer", i)
-        if not written and text_config.packaged is None:
-            raise InputError(f"{path / 'model.safetensors'} does not exist: the model folder is incomplete")
         states.append(read_text_encoder(path, text_config) if written else packaged_text_encoder(text_config))
+        if not states[-1]:
+            raise InputError(f"{path / 'model.safetensors'} does not exist: the model folder is incomplete")
         carried = text_config.packaged is not None and not tokenizer.is_dir()
         tokenizers.append(packaged(str(text_config.packaged)) if carried else tokenizer)
     projections = read_tensors(folder / PROJECTION) if (folder / PROJECTION).is_file() else {}

@@ -12,7 +12,7 @@ from stable_diffusion.files import slug
 
 
 def evaluate(
-    model: tyro.conf.Positional[Path | None] = None,
+    model: tyro.conf.Positional[str | None] = None,
     *,
     data: Path,
     out: Path | None = None,

@@ -23,7 +23,7 @@ def train(
     images: Path | None = None,
     captions: Path | None = None,
     config: str = "mini",
-    start: Path | None = None,
+    start: str | None = None,
     output: Path | None = None,
     steps: int | None = None,
     minutes: float | None = None,
@@ -47,7 +47,7 @@ def train(
         minutes: Time for the steps of all stages, which begin once the data is read; measured again as it runs.
         fresh: Begin anew instead of going on from a checkpoint.
         autocast: Compute in 16 bits where the device is good at it.
-        compile: Compile each stage first, for a minute or two: faster steps where latents are large.
+        compile: Compile the stages first that take long enough for it to pay: it costs minutes, on a GPU one.
         tensorboard: Write losses for TensorBoard too, into the output folder's tensorboard/.
         check: Only learn eight of the pictures by heart, in minutes, and say whether the set-up learns.
         device: cuda, mps or cpu. By default the first of these that is there.

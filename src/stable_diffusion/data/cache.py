@@ -51,7 +51,7 @@ class ArrayCache:
         Raises:
             InputError: the disk has no room for the array, or the system refuses it.
         """
-        if self.path.is_file():
+        if self._is_whole():
             return
         check_place(self.path, size=math.prod(self.shape) * np.dtype(self.dtype).itemsize)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,9 @@ class ArrayCache:
                 (self.folder / match[2]).unlink(missing_ok=True)
         with replacing(self.path) as building:
             array = np.lib.format.open_memmap(building, mode="w+", dtype=self.dtype, shape=self.shape)
-            if hasattr(os, "posix_fallocate"):  # a mapped file that a full disk has no room for ends the process
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a mapped file that a full disk has no room for ends the process
                 with building.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, building.stat().st_size)
             done = 0
@@ -73,6 +75,13 @@ class ArrayCache:
                 yield done
             array.flush()
             del array  # Windows moves no file that is mapped
+
+    def _is_whole(self) -> bool:
+        try:
+            rows = self.read()
+        except (OSError, ValueError, EOFError):  # none, or one that a crash or a full disk left
+            return False
+        return rows.shape == self.shape and rows.dtype == self.dtype
 
     def read(self) -> Array:
         """The rows, mapped from disk."""

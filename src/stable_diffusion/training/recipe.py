@@ -11,6 +11,7 @@ from typing import Any
 from stable_diffusion.config import ModelConfig, from_dict, preset
 from stable_diffusion.data.sources import SourceConfig, source_config
 from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.files import check_is_file
 from stable_diffusion.training.stage import OptimizerSettings, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
 
@@ -32,6 +33,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InputError: no such file, not TOML, or a setting that does not exist.
     """
+    check_is_file(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

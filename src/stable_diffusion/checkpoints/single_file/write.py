@@ -56,8 +56,12 @@ def check_fits(config: ModelConfig) -> tuple[AutoencoderKLConfig, TextEncoderCon
     """The configurations of autoencoder and text encoder. Raises InputError where the layout has no place for them."""
     reason, vae, text = families.misfit(config), config.vae, config.text_encoders[:1]
     process = (config.schedule.kind, config.schedule.prediction_type)
+    if reason is None and not isinstance(vae, AutoencoderKLConfig):
+        reason = "the layout has no names for its light autoencoder"
     if reason is None and isinstance(vae, AutoencoderKLConfig):
         checks = {
+            "the layout has no names for a U-Net that reads its guidance": config.unet.time_cond_proj_dim
+            is None,
             "its autoencoder's scaling factor is not 0.18215": vae.scaling_factor == 0.18215,
             "its text encoder has another vocabulary": text[0].vocab_size == 49408,
             "its U-Net reads other than the text encoder's usual layer": (
