@@ -173,7 +173,7 @@ class TextEncoderConfig(Settings):
     """Layers left out at the end: 1 gives the penultimate layer, which the final norm follows."""
     trainable: bool = False
     """Whether this encoder is trained jointly with the denoiser."""
-    packaged: str | None = None
+    packaged: Literal["all-MiniLM-L6-v2", "clip-tokenizer", "clip-tokenizer-2"] | None = None
     """Folder inside the package that holds weights and tokenizer; None for random weights."""
 
     NAMED: ClassVar[dict[str, Any]] = {}  # TEXT_ENCODERS, below

@@ -57,7 +57,7 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
             yield from fetch(archives)
             yield from _make(root, Path(workshop), archives, size, info)
 
-    yield from make_set(out, "icons", info, "dataset.json", fill)
+    yield from make_set(out, "icons", info, ("dataset.json", "README.md"), fill)
 
 
 def _info(size: int) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def merged(things: Sequence[Thing]) -> Thing:
 
 
 def _file(style: str, thing: Thing) -> str:
-    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{thing.code}.png"
+    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{slug(thing.code)}.png"
 
 
 Row = tuple[str, Thing, str, bool]
