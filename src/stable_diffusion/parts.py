@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from stable_diffusion import checkpoints
-from stable_diffusion.checkpoints import Checkpoint, embeddings, lora, native, taesd
+from stable_diffusion import checkpoints, files
+from stable_diffusion.checkpoints import Checkpoint, embeddings, hub, lora, native, taesd
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.checkpoints.files import building
 from stable_diffusion.config import ModelConfig, preset
@@ -94,7 +94,7 @@ class ModelParts(nn.Module):
         Diffusers folders and single files are those of Stable Diffusion 1.x and 2.x.
 
         Args:
-            path: the folder, file or name; None for the model that the package carries.
+            path: the folder, the file, or the name, a text; None for the model that the package carries.
             dtype: number format to compute in. float32 unless the device is good at another.
             prediction_type: what the U-Net predicts (``epsilon``, ``v_prediction`` …), whatever the files say.
             variant: diffusers folders: the files to prefer, such as ``fp16`` or ``non_ema``.
@@ -109,8 +109,9 @@ class ModelParts(nn.Module):
         reading: dict[str, Any] = {"prediction_type": prediction_type, "variant": variant, "ema": ema}
         for name, given in (("vae", vae), ("text_encoder", text_encoder)):
             reading[name] = None if given is None else str(given)
-        model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
-        model.origin = {"model": None if path is None else str(path), **reading}
+        with files.reading(source):
+            model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
+        model.origin = {"model": None if path is None else hub.as_path(path), **reading}
         return model
 
     @classmethod
@@ -161,7 +162,9 @@ class ModelParts(nn.Module):
         Raises:
             InputError: there is something at `path`, or the format cannot hold the model, nor a part of it.
         """
-        for note in checkpoints.export(Path(path), self._to_checkpoint(), format, dtype):
+        with files.writing(path):
+            notes = checkpoints.export(Path(path), self._to_checkpoint(), format, dtype)
+        for note in notes:
             warnings.warn(note, stacklevel=2)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:

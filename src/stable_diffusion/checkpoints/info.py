@@ -23,9 +23,7 @@ LONGEST = 100
 
 def describe(path: str | Path) -> Iterator[str]:
     """The lines. Raises InputError where nothing can be read there."""
-    path = Path(path)
-    if not path.exists() and hub.is_name(path):
-        path = hub.fetch(path.as_posix())
+    path = hub.find(path)
     if not path.is_file():
         folder = "diffusers folder" if is_diffusers(path) else "model folder of this project"
         yield from _model(checkpoints.found(path), folder)
@@ -56,13 +54,13 @@ def describe(path: str | Path) -> Iterator[str]:
             yield f"  {label}: {value if len(value) <= LONGEST else value[:LONGEST] + ' …'}"
 
 
-def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A file's tensors, with those of a textual inversion's inner dictionary."""
+def _flat(content: dict[Any, Any], inner: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors, with those of a textual inversion's inner dictionary; a pickle may hold itself."""
     for name, value in content.items():
         if isinstance(value, Tensor):
             yield str(name), value
-        elif isinstance(value, dict) and name == "string_to_param":
-            yield from _flat(value)
+        elif inner and isinstance(value, dict) and name == "string_to_param":
+            yield from _flat(value, inner=False)
 
 
 def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import tyro
 
 
 def export(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path],
     *,
     format: Literal["diffusers", "single-file"] = "diffusers",
@@ -37,7 +37,9 @@ def export(
     import torch
 
     from stable_diffusion import DiffusionModel
+    from stable_diffusion.checkpoints import check_export
 
+    check_export(out, format)
     loaded = DiffusionModel.from_pretrained(
         model, prediction_type=prediction_type, variant=variant, ema=ema, vae=vae, text_encoder=text_encoder
     )
