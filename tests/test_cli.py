@@ -152,7 +152,16 @@ def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: s
         "mask_image": str(mask("mask.png")),
         "strength": 0.5,
     }
-    added = {"num_images_per_prompt", "prediction_type", "variant", "ema", "vae", "text_encoder", "lora", "embedding"}
+    added = {
+        "num_images_per_prompt",
+        "prediction_type",
+        "variant",
+        "ema",
+        "vae",
+        "text_encoder",
+        "lora",
+        "embedding",
+    }
     assert given.keys() | added == FIELDS.keys() - {"prompt", "latents"}, "the others: tests/checkpoints"
     pictures = []
     none: dict[str, str] = {}
