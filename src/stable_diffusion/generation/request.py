@@ -158,13 +158,9 @@ class Request:
                     f"{name} belongs to loading, and this model has {own!r}: load one with {asked!r}"
                 )
         if config.unet.num_class_embeds is not None:
-            raise InputError(
-                f"the model {config.name!r} reads class labels, which a request has no place for"
-            )
+            raise InputError(f"the model {config.name!r} reads class labels, which no request has")
         if not config.text_encoders and any(self.prompt):
-            raise InputError(
-                f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
-            )
+            raise InputError(f"the model {config.name!r} has no text encoder: only an empty prompt fits")
         check_size(config, self.width, self.height)
         if config.reads_mask and self.mask_image is None:
             raise InputError(

@@ -102,8 +102,8 @@ def few_steps(config: ModelConfig) -> tuple[int, float, str] | None:
 
     A folder does not say how it wants to be used, its model's card does. What tells those cards' models apart is in
     the configurations: a U-Net that reads its guidance (LCM_Dreamshaper: 4 steps, scale 8), the scheduler of
-    consistency models (LCM's or TCD's: 4 steps without guidance), a U-Net without a middle whose autoencoder is TAESD's (SDXS: 1
-    step), and Euler's trailing steps for eps without zero terminal SNR (SD-Turbo: 1 step).
+    consistency models (LCM's or TCD's: 4 steps without guidance), a U-Net without a middle whose autoencoder is
+    TAESD's (SDXS: 1 step), and Euler's trailing steps for eps without zero terminal SNR (SD-Turbo: 1 step).
     """
     sampler, schedule = config.sampler, config.schedule
     if config.unet.time_cond_proj_dim is not None:
