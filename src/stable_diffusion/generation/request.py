@@ -15,9 +15,16 @@ from PIL import Image
 
 from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, documented, to_dict, typed
 from stable_diffusion.diffusion.names import sampler_name
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.errors import InputError, shown, unknown_name
 
 LARGEST_SEED = 2**63 - 1
+LIMITS = {
+    "num_inference_steps": (150, 100_000),
+    "width": (2048, 65_536),
+    "height": (2048, 65_536),
+    "num_images_per_prompt": (16, 100_000),
+}
+"""The most that a stranger's settings may ask for, and that anyone may. A stranger's prompts count as pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +95,13 @@ class Request:
                 f"negative_prompt must be one text or one for each of the {len(self.prompt)} prompts,"
                 f" got {len(self.negative_prompt)}"
             )
-        for name in ("num_images_per_prompt", "num_inference_steps", "width", "height"):
-            _integer(name, getattr(self, name), 1)
+        for name, (_, most) in LIMITS.items():
+            _integer(name, getattr(self, name), 1, most)
         _integer("seed", self.seed, 0, LARGEST_SEED)
         for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not isinstance(self.sampler, str):
-            raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
+            raise InputError(f"sampler must be a name or a SamplerConfig, got {shown(self.sampler)}")
         sampler_name(self.sampler)
         for name in ("guidance_interval", "spacing", "variance", *LOADING):
             object.__setattr__(self, name, typed(HINTS[name], getattr(self, name), name))
@@ -152,7 +159,7 @@ class Request:
             asked, own = getattr(self, name), origin.get(name, FIELDS[name].default)
             if own is not dataclasses.MISSING and asked != own:
                 raise InputError(
-                    f"{name} belongs to loading, and this model has {own!r}: load one with {asked!r}"
+                    f"{name} belongs to loading, and this model has {shown(own)}: load one with {shown(asked)}"
                 )
         if not config.text_encoders and any(self.prompt):
             raise InputError(
@@ -167,8 +174,8 @@ class Request:
         shape = (len(self.prompts), config.vae.latent_channels, self.height // factor, self.width // factor)
         found = getattr(self.latents, "shape", None)
         if self.latents is not None and found != shape:
-            shown = repr(self.latents) if found is None else tuple(found)
-            raise InputError(f"latents must be a tensor of the shape {shape}, got {shown}")
+            given = shown(self.latents) if found is None else tuple(found)
+            raise InputError(f"latents must be a tensor of the shape {shape}, got {given}")
 
     # One entry a picture.
 
@@ -280,7 +287,7 @@ def parse(data: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     if not isinstance(data, Mapping):
-        raise InputError(f"a request must be an object of settings, got {data!r}")
+        raise InputError(f"a request must be an object of settings, got {shown(data)}")
     for name, value in data.items():
         if name not in FIELDS or name == "latents":
             raise _unknown(name)
@@ -322,19 +329,21 @@ def check_size(config: ModelConfig, width: int, height: int) -> None:
 
 def _weights(lora: object) -> dict[str, float]:
     """The weights of names, from a JSON object or from texts such as FILE and FILE:0.8; equal names add up."""
-    if isinstance(lora, Mapping):
+    if isinstance(lora, Mapping) and all(isinstance(name, str) for name in lora):
         pairs = list(lora.items())
     elif isinstance(lora, (list, tuple)) and all(isinstance(text, str) for text in lora):
         pairs = [split_file(text) for text in lora]
     else:
-        raise InputError(f"lora must give the weight of each name, got {lora!r}")
+        raise InputError(f"lora must give the weight of each name, got {shown(lora)}")
     weights: dict[str, float] = {}
     for name, said in pairs:
         try:
             weight = 1.0 if said is None else float(said)
         except (TypeError, ValueError, OverflowError):
-            raise InputError(f"lora must be NAME or NAME:WEIGHT such as {name}:0.8, got {said!r}") from None
-        weights[name] = weights.get(name, 0.0) + _number(f"the weight of the LoRA {name!r}", weight)
+            raise InputError(
+                f"lora must be NAME or NAME:WEIGHT such as {name[:80]}:0.8, got {shown(said)}"
+            ) from None
+        weights[name] = weights.get(name, 0.0) + _number(f"the weight of the LoRA {shown(name)}", weight)
     return weights
 
 
@@ -372,14 +381,14 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, Image.Image):
             pictures[name] = value if name == "mask_image" else images.to_rgb(value)
         elif value is not None:
-            raise InputError(f"{name} must be a picture or the path of one, got {value!r}")
+            raise InputError(f"{name} must be a picture or the path of one, got {shown(value)}")
     return values | pictures
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} must be a text or a list of texts, got {value!r}")
+        raise InputError(f"{name} must be a text or a list of texts, got {shown(value)}")
     return tuple(texts)
 
 
@@ -387,11 +396,11 @@ def _integer(name: str, value: object, least: int, most: int | None = None) -> N
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be a whole number, {limits}, got {value!r}")
+        raise InputError(f"{name} must be a whole number, {limits}, got {shown(value)}")
 
 
 def _number(name: str, value: object) -> float:
     """The value. Raises InputError unless it is a finite number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
-        raise InputError(f"{name} must be a number, got {value!r}")
+        raise InputError(f"{name} must be a number, got {shown(value)}")
     return float(value)
