@@ -195,10 +195,11 @@ def test_guidance_1_runs_half_the_batch_and_is_the_conditional_prediction(
     flow: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = given_to(flow, monkeypatch)
-    one, _ = walk(flow, ["a", "b"], "no", seed=0, guidance_scale=1, num_inference_steps=2)
+    one, _ = walk(flow, ["a", "b"], seed=0, guidance_scale=1, num_inference_steps=2)
     assert [len(x) for x in given] == [2, 2]
     given.clear()
-    other, _ = walk(flow, ["a", "b"], "other", seed=0, guidance_scale=1.0, num_inference_steps=2)
+    with pytest.warns(UserWarning, match="the negative prompt has no effect"):
+        other, _ = walk(flow, ["a", "b"], "other", seed=0, guidance_scale=1.0, num_inference_steps=2)
     assert torch.equal(one, other)
     given.clear()
     almost, _ = walk(flow, ["a", "b"], "no", seed=0, guidance_scale=1 + 1e-6, num_inference_steps=2)
@@ -206,12 +207,24 @@ def test_guidance_1_runs_half_the_batch_and_is_the_conditional_prediction(
     assert torch.allclose(one, almost, atol=1e-3)
 
 
-def test_guidance_0_ignores_the_prompt(flow: DiffusionModel) -> None:
-    one, _ = walk(flow, "a", "no", seed=0, guidance_scale=0)
-    other, _ = walk(flow, "b", "no", seed=0, guidance_scale=0)
-    empty, _ = walk(flow, "no", seed=0, guidance_scale=1)
-    assert torch.equal(one, other)
-    assert torch.allclose(one, empty, atol=1e-4)
+@pytest.mark.parametrize(
+    "guidance", [0, 0.5, -2.0, Guidance(scale=0.0, rescale=0.7), Guidance(scale=-1.0, interval=(0.2, 0.8))]
+)
+def test_below_1_guidance_is_off_as_at_1(flow: DiffusionModel, guidance: float | Guidance) -> None:
+    """Model cards of few-step models write 0 and mean that; what the rest of guidance says changes nothing."""
+    off, _ = walk(flow, "a", seed=0, guidance_scale=guidance)
+    assert torch.equal(off, walk(flow, "a", seed=0, guidance_scale=1)[0])
+    assert not torch.allclose(off, walk(flow, "b", seed=0, guidance_scale=guidance)[0], atol=1e-3)
+
+
+def test_a_negative_prompt_without_guidance_gets_a_note(flow: DiffusionModel) -> None:
+    def notes(**settings: Any) -> tuple[str, ...]:
+        request = flow.request("a", seed=0, num_inference_steps=1, **settings)
+        return pipeline.finished(flow.stream(request)).notes
+
+    (note,) = notes(negative_prompt="blurry", guidance_scale=0)
+    assert note == "the negative prompt has no effect: guidance is off at a scale of 1 and below"
+    assert notes(negative_prompt="blurry", guidance_scale=2) == notes(guidance_scale=0) == ()
 
 
 def test_outside_its_interval_guidance_is_the_conditional_prediction(

@@ -38,28 +38,43 @@ class Sampler:
     """Fields of ``SamplerConfig`` that the function reads."""
     diffusers_settings: Mapping[str, Any] = field(default_factory=dict)
     """What sets this row apart from others of the same class, in ``scheduler_config.json``."""
+    gamma: float | None = None
+    """Its default of ``eta``, if each step passes the next level and adds noise to come back to it (TCD)."""
     aliases: tuple[str, ...] = ()
     """Further names, in lower case: k-diffusion's and ComfyUI's."""
+    nearest_to: tuple[str, ...] = ()
+    """Scheduler classes in diffusers that are not here, of which this is the nearest."""
 
 
 _K: dict[str, Any] = {"spacing": "linspace", "grid": "fractional", "begins_with_sigma": True}  # k-diffusion's
 _DPM: dict[str, Any] = {"spacing": "linspace", "grid": "intervals"}
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_DPM_CLASS = "DPMSolverMultistepScheduler"
 
 # fmt: off
 SAMPLERS = {
-    "ddpm": Sampler("ddpm", "DDPM", "DDPMScheduler", settings=("variance",)),
-    "ddim": Sampler("ddim", "DDIM", "DDIMScheduler", ends_on_first_timestep=True, settings=("eta",)),
+    "ddpm": Sampler("ddpm", "DDPM", "DDPMScheduler", settings=("variance",),
+                    nearest_to=("DDPMParallelScheduler",)),
+    "ddim": Sampler("ddim", "DDIM", "DDIMScheduler", ends_on_first_timestep=True, settings=("eta",),
+                    nearest_to=("DDIMParallelScheduler",)),
     "pndm": Sampler("pndm", "PLMS", "PNDMScheduler", ends_on_first_timestep=True),
     "euler": Sampler("ddim", "Euler", "EulerDiscreteScheduler", **_K),
     "euler_a": Sampler("ddim", "Euler a", "EulerAncestralDiscreteScheduler", **_K,
-                       arguments={"eta": 1.0}, aliases=("euler_ancestral",)),
-    "heun": Sampler("heun", "Heun", "HeunDiscreteScheduler", **_K),
-    "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **_DPM),
-    "dpmpp_2m_sde": Sampler("dpmpp_2m", "DPM++ 2M SDE", "DPMSolverMultistepScheduler", **_DPM,
-                            arguments={"sde": True}, diffusers_settings=_SDE),
+                       arguments={"eta": 1.0}, aliases=("euler_ancestral",),
+                       nearest_to=("KDPM2AncestralDiscreteScheduler",)),
+    "heun": Sampler("heun", "Heun", "HeunDiscreteScheduler", **_K, nearest_to=("KDPM2DiscreteScheduler",)),
+    "dpmpp_2m": Sampler("dpmpp", "DPM++ 2M", _DPM_CLASS, **_DPM,
+                        nearest_to=("DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
+                                    "LMSDiscreteScheduler")),
+    "dpmpp_2m_sde": Sampler("dpmpp", "DPM++ 2M SDE", _DPM_CLASS, **_DPM, arguments={"sde": True},
+                            diffusers_settings={"algorithm_type": "sde-dpmsolver++"},
+                            nearest_to=("DPMSolverSDEScheduler", "SASolverScheduler")),
+    "dpmpp_1m": Sampler("dpmpp", "DPM++ 1M", _DPM_CLASS, **_DPM, arguments={"order": 1},
+                        diffusers_settings={"solver_order": 1}),
+    "dpmpp_3m": Sampler("dpmpp", "DPM++ 3M", _DPM_CLASS, **_DPM, arguments={"order": 3},
+                        diffusers_settings={"solver_order": 3}),
     "unipc": Sampler("unipc", "UniPC", "UniPCMultistepScheduler", **_DPM, aliases=("uni_pc",)),
     "lcm": Sampler("lcm", "LCM", "LCMScheduler", spacing="lcm"),
+    "tcd": Sampler("tcd", "TCD", "TCDScheduler", spacing="lcm", ends_on_first_timestep=True, gamma=0.3),
 }
 # fmt: on
 
@@ -96,26 +111,42 @@ class Spacing:
     """Whether a rectified flow can have it; one has no timesteps to hit, so that each gives equal steps."""
     reaches_noise: bool = True
     """Whether the first level is the schedule's last timestep, however few the steps."""
+    finite: bool = False
+    """Whether it spreads noise levels, not timesteps, so that the last timestep's level has to be finite."""
+    leaves_first: bool = False
+    """Whether the first timestep is left out, which leaves one step fewer."""
     most_steps: int | None = None
     """None: as many as the schedule has."""
+    aliases: tuple[str, ...] = ()
+    """Further names, in lower case."""
 
 
 FLOW_SPACING = "trailing"
 """A rectified flow's own."""
 LCM_STEPS = 50
 """The trailing grid that latent consistency models are distilled on (Luo et al. 2023)."""
+_RATIOS: dict[str, Any] = {"flow": False, "finite": True}
 
 SPACINGS = {
     "leading": Spacing("leading", {"timestep_spacing": "leading"}, reaches_noise=False),
     "linspace": Spacing("linspace", {"timestep_spacing": "linspace"}),
     "trailing": Spacing("trailing", {"timestep_spacing": "trailing"}),
-    "karras": Spacing("karras", {"use_karras_sigmas": True}, webui="Karras", flow=False),
+    "sgm_uniform": Spacing("sgm_uniform", webui="SGM Uniform", leaves_first=True, aliases=("sgmuniform",)),
+    "align_your_steps": Spacing("align_your_steps", webui="Align Your Steps", **_RATIOS, aliases=("ays",)),
+    "karras": Spacing("karras", {"use_karras_sigmas": True}, webui="Karras", **_RATIOS),
+    "exponential": Spacing("exponential", {"use_exponential_sigmas": True}, webui="Exponential", **_RATIOS),
+    "beta": Spacing("beta", {"use_beta_sigmas": True}, webui="Beta", **_RATIOS),
     "lcm": Spacing("lcm", flow=False, most_steps=LCM_STEPS),
+}
+
+SPACING_ALIASES = {
+    alias: name for name, row in SPACINGS.items() for alias in ((row.webui or name).lower(), *row.aliases)
 }
 
 
 def spacing_named(name: str) -> Spacing:
-    """The row of a spacing. Raises InputError, with the list, for an unknown one."""
-    if name not in SPACINGS:
+    """The row of a spacing, by our name or another program's. Raises InputError, with the list, for an unknown one."""
+    ours = SPACING_ALIASES.get(name.lower(), name.lower())
+    if ours not in SPACINGS:
         raise unknown_name("spacing", name, SPACINGS)
-    return SPACINGS[name]
+    return SPACINGS[ours]

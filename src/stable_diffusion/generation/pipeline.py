@@ -99,6 +99,11 @@ def generate(parts: Parts, request: Request, levels: list[Level], notes: list[st
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
     image, mask = fitted(request, notes)
     embeds = encode_prompts(parts, request, notes)
+    if any(request.negative_prompts):
+        if parts.network.reads_guidance:
+            notes.append("the negative prompt has no effect: this model reads its guidance as a number")
+        elif request.guidance_scale <= 1:
+            notes.append("the negative prompt has no effect: guidance is off at a scale of 1 and below")
     noise = seeded_noise(parts, request)
     drawn = noise()
     start = drawn if request.latents is None else request.latents.to(drawn)
