@@ -30,7 +30,6 @@ from stable_diffusion.images import (
     binary_mask,
     check_header,
     cover,
-    free_name,
     mask_tensor,
     open_image,
     open_mask,
@@ -652,7 +651,6 @@ def test_settings_missing_or_damaged(tmp_path: Path) -> None:
 
 
 def test_saving_makes_folders_and_leaves_nothing_else(tmp_path: Path) -> None:
-    save_png(noise(), tmp_path / "new" / "ö" / "a.png", {})
     save_png(noise(), tmp_path / "new" / "ö" / "a.png", {"seed": 1})
     assert [path.name for path in (tmp_path / "new" / "ö").iterdir()] == ["a.png"]
     assert read_settings(tmp_path / "new" / "ö" / "a.png") == {"seed": 1}
@@ -681,11 +679,8 @@ def test_saving_where_it_cannot_be(tmp_path: Path) -> None:
         save_png(noise(), tmp_path / "a.jpg", {})
 
 
-def test_free_names_never_overwrite(tmp_path: Path) -> None:
-    names = []
-    for _ in range(3):
-        path = free_name(tmp_path, "a.b")
-        path.touch()
-        names.append(path.name)
-    assert names == ["a.b.png", "a.b-2.png", "a.b-3.png"]
-    assert free_name(tmp_path / "no such folder", "x", ".jpg").name == "x.jpg"
+def test_a_name_that_is_taken_is_numbered(tmp_path: Path) -> None:
+    (tmp_path / "a.b-2.png").symlink_to("nowhere")
+    names = [save_png(noise(), tmp_path / "a.b.png", {"seed": seed}).name for seed in range(3)]
+    assert names == ["a.b.png", "a.b-3.png", "a.b-4.png"]
+    assert [read_settings(tmp_path / name)["seed"] for name in names] == [0, 1, 2]

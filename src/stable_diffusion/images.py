@@ -6,7 +6,6 @@ that checking files costs no start-up time.
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 import zlib
@@ -245,15 +244,6 @@ def mask_tensor(mask: Image.Image) -> Float[Tensor, "1 1 h w"]:
     import torch
 
     return torch.from_numpy(np.asarray(mask) > 127).to(torch.float32)[None, None]
-
-
-def free_name(folder: str | Path, stem: str, suffix: str = ".png") -> Path:
-    """The first of ``stem.png``, ``stem-2.png``, ``stem-3.png`` … that is not in the folder yet."""
-    path, number = Path(folder, stem + suffix), 1
-    while os.path.lexists(path):
-        number += 1
-        path = path.with_name(f"{stem}-{number}{suffix}")
-    return path
 
 
 def _damaged(path: str | Path, error: Exception) -> InputError:

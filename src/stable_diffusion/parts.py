@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from stable_diffusion import checkpoints
+from stable_diffusion import checkpoints, files
 from stable_diffusion.checkpoints import Checkpoint, embeddings, hub, lora, native, taesd
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.checkpoints.files import building
@@ -109,7 +109,8 @@ class ModelParts(nn.Module):
         reading: dict[str, Any] = {"prediction_type": prediction_type, "variant": variant, "ema": ema}
         for name, given in (("vae", vae), ("text_encoder", text_encoder)):
             reading[name] = None if given is None else str(given)
-        model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
+        with files.reading(source):
+            model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
         model.origin = {"model": None if path is None else hub.as_path(path), **reading}
         return model
 
@@ -161,7 +162,9 @@ class ModelParts(nn.Module):
         Raises:
             InputError: there is something at `path`, or the format cannot hold the model, nor a part of it.
         """
-        for note in checkpoints.export(Path(path), self._to_checkpoint(), format, dtype):
+        with files.writing(path):
+            notes = checkpoints.export(Path(path), self._to_checkpoint(), format, dtype)
+        for note in notes:
             warnings.warn(note, stacklevel=2)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from stable_diffusion.checkpoints.checkpoint import Checkpoint
 from stable_diffusion.checkpoints.files import is_weights
 from stable_diffusion.config import ModelConfig, from_dict
 from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.files import check_place, is_file
 
 __all__ = ["Checkpoint", "export", "found", "read"]
 
@@ -72,7 +74,7 @@ def found(
         checkpoint = diffusers.read(path, variant=variant)
     elif native.is_native(path):
         checkpoint = native.read(path)
-    elif path.is_file() and is_weights(path):
+    elif is_file(path) and is_weights(path):
         return single_file.read(path, prediction_type=prediction_type, ema=ema)
     else:
         raise InputError(
@@ -89,11 +91,19 @@ def found(
 
 def export(path: Path, checkpoint: Checkpoint, format: str, dtype: torch.dtype | None) -> tuple[str, ...]:
     """Writes a model for other programs, as ``DiffusionModel.export`` says; returns notes for the user."""
-    if format not in ("diffusers", "single-file"):
-        raise unknown_name("format", format, ("diffusers", "single-file"))
+    check_export(path, format)
     if format == "diffusers":
         return diffusers.write(path, checkpoint, dtype)
-    if path.exists():
-        raise InputError(f"{path} exists: choose another name")
     single_file.write(path, checkpoint, dtype)
     return ()
+
+
+def check_export(path: Path, format: str) -> None:
+    """Raises InputError where no model can be exported in that format: a place that is taken, or cannot be written."""
+    if format not in ("diffusers", "single-file"):
+        raise unknown_name("format", format, ("diffusers", "single-file"))
+    if format == "single-file" and path.suffix != ".safetensors":
+        raise InputError(f"a single file ends in .safetensors, got {path}")
+    check_place(path, is_folder=True)
+    if os.path.lexists(path) and not (format == "diffusers" and path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} exists: choose another name")

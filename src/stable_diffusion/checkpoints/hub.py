@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from stable_diffusion.checkpoints.diffusers.weights import WEIGHTS, choose_weights
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import exists, tidy
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -26,7 +27,8 @@ def find(path: str | Path, *, variant: str | None = None) -> Path:
     Raises:
         InputError: see ``fetch``.
     """
-    if Path(path).exists():
+    tidy(Path(path))  # a process was killed, perhaps, as it replaced the model
+    if exists(Path(path)):
         return Path(path)
     if not isinstance(path, str) or NAME.fullmatch(path) is None:
         raise InputError(f"{path} does not exist: give a model folder")

@@ -15,7 +15,7 @@ from stable_diffusion.checkpoints.families import kind
 from stable_diffusion.checkpoints.files import State, assign, building, read_weights
 from stable_diffusion.config import SD15, TAESD, AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import read_json
+from stable_diffusion.files import read_json, reading
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 
@@ -81,7 +81,8 @@ def with_vae(path: Path, model: ModelConfig) -> tuple[ModelConfig, State]:
 
     Raises InputError as ``read_vae`` does, and for an autoencoder of other latents.
     """
-    vae, state = read_vae(path)
+    with reading(path):
+        vae, state = read_vae(path)
     if vae.latent_channels != model.vae.latent_channels:
         raise InputError(
             f"the autoencoder {path} has {vae.latent_channels} latent channels,"

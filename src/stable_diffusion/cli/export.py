@@ -37,7 +37,9 @@ def export(
     import torch
 
     from stable_diffusion import DiffusionModel
+    from stable_diffusion.checkpoints import check_export
 
+    check_export(out, format)
     loaded = DiffusionModel.from_pretrained(
         model, prediction_type=prediction_type, variant=variant, ema=ema, vae=vae, text_encoder=text_encoder
     )

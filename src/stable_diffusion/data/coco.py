@@ -18,7 +18,7 @@ from PIL import Image
 
 from stable_diffusion.data.item import Entry, Item, Split, ahead
 from stable_diffusion.errors import InputError, three_of
-from stable_diffusion.files import check_is_file
+from stable_diffusion.files import check_is_file, reading
 from stable_diffusion.images import check_header, open_image, opened
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -101,7 +101,8 @@ class CocoImageLoader:
             else:
                 unusable.append(name)
 
-        files = _files(self.image_folder, captions)
+        with reading(self.image_folder):
+            files = _files(self.image_folder, captions)
         here = {name: files.pop(_key(name), None) for name in sorted(captions)}
         usable = {name: file for name, file in here.items() if file is not None and captions[name]}
         sound = dict(zip(usable, ahead(self._is_picture, usable.values()), strict=True))

@@ -14,17 +14,17 @@ from PIL import Image, PngImagePlugin
 
 from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES, SPACINGS
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import replacing
+from stable_diffusion.files import create
 from stable_diffusion.generation.request import split_file
 from stable_diffusion.images import opened
 
 
-def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> None:
+def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> Path:
     """Writes a PNG that carries the settings that made it; no reader ever sees half a file.
 
     Two text chunks hold them: ``minisd``, all of them as JSON, and ``parameters``, those that other programs
-    know. ``settings`` holds JSON values. Folders are created. Raises InputError where nothing can be written,
-    or for another suffix than .png.
+    know. ``settings`` holds JSON values. Folders are created. Returns the picture's name: `path`, or numbered
+    (``a-2.png``) where that is taken. Raises InputError where nothing can be written, or for another suffix than .png.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -33,11 +33,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> 
     # A command line can hold bytes that are not text (lone surrogates). UTF-8 has no form for them, JSON has.
     chunks.add_text("parameters", parameters(settings).encode("utf-8", "replace").decode("utf-8"))
     chunks.add_text("minisd", json.dumps(settings))
-    try:
-        with replacing(path) as building:
-            image.save(building, format="PNG", pnginfo=chunks)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    return create(path, lambda building: image.save(building, format="PNG", pnginfo=chunks))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

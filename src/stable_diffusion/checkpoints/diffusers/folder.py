@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from stable_diffusion.config import (
 )
 from stable_diffusion.diffusion.names import SAMPLERS, sampler_name
 from stable_diffusion.errors import InputError, unknown_name
-from stable_diffusion.files import read_json, replacing_folder, write_json
+from stable_diffusion.files import is_file, read_bytes, read_json, replacing_folder, write_json
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
              "StableDiffusionInpaintPipelineLegacy", "LatentConsistencyModelPipeline",
@@ -36,10 +35,10 @@ TOKENIZERS = ("vocab.json", "tokenizer.json")
 
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder is a diffusers pipeline, or has its U-Net alone."""
-    if any((folder / name).is_file() for name in ("model_index.json", "unet/config.json")):
+    if any(is_file(folder / name) for name in ("model_index.json", "unet/config.json")):
         return True
     path = folder / "config.json"
-    return path.is_file() and str(read_json(path).get("_class_name", "")).startswith("UNet2DCondition")
+    return is_file(path) and str(read_json(path).get("_class_name", "")).startswith("UNet2DCondition")
 
 
 def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
@@ -201,10 +200,8 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         What was not written or is not the same there, in sentences for the user.
 
     Raises:
-        InputError: there is something at `folder`, or diffusers has no place for any part.
+        InputError: diffusers has no place for any part, or the folder cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists: choose another name")
     config = checkpoint.config
     reason = families.misfit(config)
     codec = families.vae_misfit(config.vae) is None
@@ -275,7 +272,7 @@ def _without_skipped_layers(state: State, config: TextEncoderConfig) -> State:
 def _write_tokenizer(folder: Path, files: list[Path], config: TextEncoderConfig) -> None:
     folder.mkdir()
     for path in files:
-        shutil.copyfile(path, folder / path.name)
+        (folder / path.name).write_bytes(read_bytes(path))
     if not (folder / "tokenizer_config.json").exists():
         end, begin = "<|endoftext|>", "<|startoftext|>"
         tokens = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": end}

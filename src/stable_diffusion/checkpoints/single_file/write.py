@@ -23,17 +23,15 @@ def write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) 
     """Writes a ``.safetensors`` file of the whole model beside its final name, then puts it in place.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file, a name that nothing has.
         checkpoint: what to write.
         dtype: number format of the file; None keeps the tensors'.
 
     Raises:
-        InputError: `path` has another ending or is a folder, or the layout has no place for such a model.
+        InputError: the layout has no place for such a model, or the file cannot be written.
     """
-    if path.suffix != ".safetensors" or path.is_dir():
-        raise InputError(f"a single file ends in .safetensors, got {path}")
     tensors = to_single(checkpoint.config, checkpoint.unet, checkpoint.vae, checkpoint.text_encoders[:1])
-    write_tensors(path, tensors, dtype, _metadata(checkpoint.config))
+    write_tensors(path, tensors, dtype, _metadata(checkpoint.config), new=True)
 
 
 def to_single(config: ModelConfig, unet: State, vae: State, texts: list[State]) -> State:
