@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
@@ -89,16 +89,19 @@ def check_header(path: str | Path) -> None:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path, content: BinaryIO | None = None) -> Iterator[Image.Image]:
     """The image in a file as PIL has it, not decoded yet; waits while others of many pixels are open.
+
+    Where its content is given, the path only names it.
 
     Raises InputError for what ``open_image`` refuses, also where that shows only inside the ``with`` block.
     """
     try:
-        check_is_file(Path(path))
+        if content is None:
+            check_is_file(Path(path))
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
-        with Image.open(path, formats=known) as image, _room_for(image.size):
+        with Image.open(content or path, formats=known) as image, _room_for(image.size):
             yield image
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
