@@ -615,13 +615,16 @@ def test_damaged_metadata(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"vae": MINI.vae}, "its light autoencoder is not"),
+        ({"vae": replace(MINI.vae, latent_channels=4)}, "its light autoencoder is not"),
         ({"vae": replace(TINY15.vae, scaling_factor=0.13025)}, "its autoencoder's scaling factor"),
         ({"text_encoders": (BERT_BASE,)}, "its text encoder is BERT"),
-        ({"text_encoders": ()}, "it has no text encoders"),
+        (
+            {"text_encoders": (), "unet": replace(TINY15.unet, cross_attention_dim=None)},
+            "it has no text encoders",
+        ),
         ({"text_encoders": TINY15.text_encoders * 2}, "it has 2 text encoders"),
         ({"text_encoders": (replace(TINY15.text_encoders[0], skip_last_layers=1),)}, "usual layer"),
-        ({"unet": replace(TINY15.unet, pooled_projection_dim=3)}, "its U-Net reads more than"),
+        ({"unet": replace(TINY15.unet, pooled_projection_dim=64)}, "its U-Net reads more than"),
         ({"schedule": MINI.schedule}, "another process"),
     ],
 )

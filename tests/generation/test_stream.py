@@ -162,7 +162,6 @@ def test_a_16_bit_retry_begins_anew_and_leaves_the_model_as_it_is() -> None:
 
 def test_what_a_stream_cannot_do_is_said_before_its_first_step(model: DiffusionModel) -> None:
     for fields, message in (
-        ({"spacing": "banana"}, "unknown spacing 'banana'"),
         ({"spacing": "karras"}, "spacing 'karras'"),
         ({"width": 33}, "multiple of 4"),
         ({"lora": {"a": 0.5}}, "unknown LoRA 'a'"),

@@ -41,16 +41,14 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
 
     Args:
         out: a folder that is empty, new, or such a set, which is left as it is if it was made of the same.
-        size: side of the pictures in pixels, 16 to 1024.
+        size: side of the pictures in pixels.
         packages: a folder where the packages' archives are kept; those that are not there yet are fetched into
             it. None keeps none.
 
     Raises:
-        InputError: npm or resvg-py is missing, a package cannot be had or read, ``out`` holds something else or
-            cannot be written, or the size is out of range.
+        InputError: npm or resvg-py is missing, a package cannot be had or read, or ``out`` holds something else or
+            cannot be written.
     """
-    if not 16 <= size <= 1024:
-        raise InputError(f"the pictures' size must be 16 to 1024 pixels, got {size}")
     info = _info(size)
 
     def fill(root: Path) -> Iterator[Progress]:

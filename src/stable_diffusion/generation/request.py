@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, documented, to_dict, typed
+from stable_diffusion.config import Guidance, Interval, ModelConfig, Part, SamplerConfig
 from stable_diffusion.diffusion.names import sampler_name
 from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.fields import documented, to_dict, typed
 
 LARGEST_SEED = 2**63 - 1
 
@@ -40,15 +41,15 @@ class Request:
     """Steps from noise to picture, at least 1."""
     guidance_scale: float
     """How strongly to follow the prompt; 1 and below is no guidance."""
-    guidance_interval: tuple[float, float]
+    guidance_interval: Interval
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""
-    guidance_rescale: float
+    guidance_rescale: Part
     """Against overexposed pictures: how far to restore the contrast of the unguided prediction, 0 to 1."""
     sampler: str
     """How to get from noise to picture, by our name or another program's."""
     spacing: str | None
     """How the noise levels are spread; by default the sampler's own."""
-    eta: float | None
+    eta: Part | None
     """How much noise DDIM and TCD add, from 0, deterministic, to 1; by default their own, 0 and 0.3."""
     variance: Literal["small", "large"]
     """DDPM only: the variance of the noise of a step: small is the posterior's, large is beta."""
@@ -93,13 +94,12 @@ class Request:
         for name in ("num_images_per_prompt", "num_inference_steps", "width", "height"):
             _integer(name, getattr(self, name), 1)
         _integer("seed", self.seed, 0, LARGEST_SEED)
-        for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
-            if name != "eta" or self.eta is not None:
-                object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("guidance_scale", "strength"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not isinstance(self.sampler, str):
             raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
         sampler_name(self.sampler)
-        for name in ("guidance_interval", "spacing", "variance", *LOADING):
+        for name in ("guidance_interval", "guidance_rescale", "eta", "spacing", "variance", *LOADING):
             object.__setattr__(self, name, typed(HINTS[name], getattr(self, name), name))
         object.__setattr__(self, "lora", _weights(self.lora))
         _ = self.guidance, self.sampler_config  # which check their own ranges
@@ -157,6 +157,10 @@ class Request:
                 raise InputError(
                     f"{name} belongs to loading, and this model has {own!r}: load one with {asked!r}"
                 )
+        if config.unet.num_class_embeds is not None:
+            raise InputError(
+                f"the model {config.name!r} reads class labels, which a request has no place for"
+            )
         if not config.text_encoders and any(self.prompt):
             raise InputError(
                 f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
@@ -249,7 +253,7 @@ class Request:
 
 
 FIELDS = {described.name: described for described in dataclasses.fields(Request)}
-HINTS = typing.get_type_hints(Request)
+HINTS = typing.get_type_hints(Request, include_extras=True)
 REQUIRED = [
     name
     for name, described in FIELDS.items()
