@@ -65,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    count(CocoImageLoader, "image")
+    count(CocoImageLoader, "opened")
     count(type(model.vae), "encode")
     count(type(model.text_encoder), "encode")
     return counter
@@ -204,10 +204,10 @@ def test_the_second_run_computes_nothing_twice(
         return +calls
 
     first = work()
-    assert first["CocoImageLoader.image"] == len(own) and first["PromptEncoder.encode"] > 0
+    assert first["CocoImageLoader.opened"] == len(own) and first["PromptEncoder.encode"] > 0
     second = work()
     # Of the first's pictures, latents and captions none; the latents' standard deviation is measured.
-    assert second["CocoImageLoader.image"] == second["PromptEncoder.encode"] == 0
+    assert second["CocoImageLoader.opened"] == second["PromptEncoder.encode"] == 0
     kept = run(tmp_path / "run", own)
     assert kept == run(tmp_path / "run", own) and len(kept) == 3
 
