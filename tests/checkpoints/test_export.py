@@ -290,7 +290,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
         save(*args, **kwargs)
 
     monkeypatch.setattr(weight_files, "save_file", failing)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=rf"cannot write {tmp_path / 'new'}: No space left"):
         network.export(tmp_path / "new")
     assert files(tmp_path) == {"file", "folder", "one.safetensors"}
     assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"mine"}

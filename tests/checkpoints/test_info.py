@@ -107,9 +107,8 @@ def test_loras_and_embeddings(tmp_path: Path) -> None:
     save_file(kohya, path, metadata={"ss_base_model_version": "sd_v1", "ss_network_dim": "4"})
     assert text(path).startswith("style: LoRA for sd_v1, rank 4 to 8\n")
     assert "  ss_network_dim: 4" in text(path)
-    peft = {
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(2, 1024)
-    }
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    peft = {f"{key}.lora_A.weight": torch.zeros(2, 1024), f"{key}.lora_B.weight": torch.zeros(320, 2)}
     save_file(peft, path)
     assert text(path).startswith("style: LoRA for Stable Diffusion 2.x, rank 2\n")
     torch.save(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,11 @@ CONFIGS = {
     "two-levels": SMALL,
     "labels": replace(SMALL, num_class_embeds=5),
     "pooled": replace(SMALL, pooled_projection_dim=12, layers_per_block=2),
+    "no-middle": replace(SMALL, mid_block_type=None, attention_levels=(True, True)),
+    "guidance": replace(SMALL, time_cond_proj_dim=11),
 }
 WITHOUT_TEXT = replace(SMALL, cross_attention_dim=None, num_class_embeds=5, in_channels=1, out_channels=2)
+TRAINED = ("three-levels", "labels", "pooled", "no-middle", "guidance")
 MASK = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
 
 
@@ -68,6 +72,8 @@ def inputs(config: UNetConfig, dtype: torch.dtype, size: tuple[int, int] = (15, 
         batch["class_labels"] = torch.tensor([0, 4])
     if config.pooled_projection_dim:
         batch["class_labels"] = normal(2, config.pooled_projection_dim, seed=2, dtype=dtype)
+    if config.time_cond_proj_dim:
+        batch["timestep_cond"] = normal(2, config.time_cond_proj_dim, seed=4, dtype=dtype)
     return batch
 
 
@@ -225,8 +231,8 @@ def test_fresh_network_predicts_zero(config: UNetConfig) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIGS["three-levels"], CONFIGS["labels"], CONFIGS["pooled"], WITHOUT_TEXT],
-    ids=["three-levels", "labels", "pooled", "no-text"],
+    [*(CONFIGS[name] for name in TRAINED), WITHOUT_TEXT],
+    ids=[*TRAINED, "no-text"],
 )
 def test_gradients_reach_every_parameter(config: UNetConfig) -> None:
     """Law: zero layers hold back the first steps only; from the third on every parameter learns."""
@@ -267,3 +273,15 @@ def test_timestep_features_are_vaswanis() -> None:
     angles = 10 * 10000 ** (-torch.arange(4, dtype=torch.float64) / 4)
     assert torch.equal(features[0], torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.float64))
     assert torch.allclose(features[1], torch.cat([angles.cos(), angles.sin()]), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [256, 11])
+def test_guidance_features_are_those_of_latent_consistency_models(width: int) -> None:
+    """Parity with diffusers' pipeline, which is given w = scale - 1, in its float32."""
+    scales = torch.tensor([0.0, 1.0, 4.5, 8.0])
+    embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    expected = embed(None, scales - 1, embedding_dim=width)
+    torch.testing.assert_close(blocks.guidance_features(scales, width), expected, atol=1e-3, rtol=0)
+    exact = blocks.guidance_features(torch.tensor([1.001]), 6)[0]
+    angles = torch.tensor([1.0, 0.01, 1e-4])
+    torch.testing.assert_close(exact, torch.cat([angles.sin(), angles.cos()]), atol=1e-3, rtol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -104,21 +105,19 @@ def test_a_cache_that_was_interrupted_is_filled_again(tmp_path: Path) -> None:
     assert fill(cache, rows) == [2, 4] and names(tmp_path) == {"rows-key.npy"}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     """Of this cache alone: another one may be filled at the same time."""
-    cache, other = (ArrayCache(tmp_path, name, "key", (4, 3), "float32") for name in ("rows", "others"))
-    filling = [each.fill([np.ones((1, 3))] * 4) for each in (cache, other)]
-    for steps in filling:
-        next(steps)
-    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for steps in filling:
-        steps.close()  # type: ignore[attr-defined]
-    for name, content in left.items():  # as where nothing could be tidied
-        (tmp_path / name).write_bytes(content)
-    fill(cache, np.ones((4, 3)))
-    assert len(names(tmp_path)) == 2 and all(
-        name.startswith(("rows-key.npy", ".others-")) for name in names(tmp_path)
-    )
+    for name in ("rows", "rows-2"):
+        if not (pid := os.fork()):
+            filling = ArrayCache(tmp_path, name, "old", (4, 3), "float32").fill([np.ones((1, 3))] * 4)
+            next(filling)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+    fill(ArrayCache(tmp_path, "rows-2", "one", (4, 3), "float32"), np.ones((4, 3)))
+    assert {name[:10] for name in names(tmp_path)} == {".rows-old.", "rows-2-one"}
+    fill(ArrayCache(tmp_path, "rows", "key", (4, 3), "float32"), np.ones((4, 3)))
+    assert names(tmp_path) == {"rows-key.npy", "rows-2-one.npy"}
 
 
 def test_a_full_disk_is_said_before_anything_is_removed(
@@ -132,7 +131,7 @@ def test_a_full_disk_is_said_before_anything_is_removed(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(3_900_000_000))
     cache = ArrayCache(tmp_path, "rows", "key", (10**9,), "float32")
     with pytest.raises(
-        InputError, match=r"has 3\.9 GB free and training needs 4\.0 GB there for rows: make room"
+        InputError, match=r"has 3\.90 GB free and rows-key\.npy needs 4\.00 GB there: make room"
     ):
         fill(cache, np.ones(4))
     assert names(tmp_path) == {"rows-old.npy"}

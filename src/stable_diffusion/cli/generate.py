@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ import tyro
 from stable_diffusion.config import ModelConfig, Styles, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import check_place, read_json, slug
 from stable_diffusion.generation.request import (
     DOCS,
     FIELDS,
@@ -108,20 +108,19 @@ def generate(
         example = (*_shown(settings.get("model")).prompts, "a red circle")[0]
         raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
     reading = {name: settings.pop(name) for name in LOADING if name in settings}
-    additions = {name: reading.pop(name) for name in ("vae", "embedding") if name in reading}
+    embedding = reading.pop("embedding", ())
+    check_place(_path(output, prompt[0], 0))
     model = DiffusionModel.from_pretrained(reading.pop("model", None), **reading)
     for note in model.notes:
         warnings.warn(note, stacklevel=1)
-    _add(model, **additions, lora=settings.get("lora", {}))
+    _add(model, settings.get("lora", {}), embedding)
     model = model.to(Config(device).DEVICE)
     first = settings.pop("seed", None)
     if first is None:
         first = int.from_bytes(os.urandom(4), "big")
     for number, text in enumerate(text for text in prompt for _ in range(count)):
         picture = _picture(model, text, {**settings, "seed": first + number})
-        path = _free_path(output, text, first + number)
-        save_png(picture, path, picture.info["settings"])
-        print(path, flush=True)
+        print(save_png(picture, _path(output, text, first + number), picture.info["settings"]), flush=True)
 
 
 def _given(options: Any) -> dict[str, Any]:
@@ -147,15 +146,8 @@ def _stored(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _add(
-    model: DiffusionModel,
-    vae: str | None = None,
-    lora: Mapping[str, float] = {},
-    embedding: tuple[str, ...] = (),
-) -> None:
+def _add(model: DiffusionModel, lora: Mapping[str, float], embedding: tuple[str, ...]) -> None:
     """Puts the files that the command names into the model, and says what was applied."""
-    if vae is not None:
-        model.load_vae(vae)
     for file, weight in lora.items():
         print(model.load_lora(file, weight, name=file), file=sys.stderr)
     if lora:
@@ -185,7 +177,7 @@ def _shown(model: str | None) -> ModelConfig:
     """
     folder = Path(__file__).parents[1] / "weights" / "model" if model is None else Path(model)
     try:
-        return from_dict(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return from_dict(ModelConfig, read_json(folder / "config.json"))
     except (OSError, ValueError, TypeError):
         return ModelConfig()
 
@@ -210,11 +202,8 @@ def _size(text: str | None) -> dict[str, int]:
     return {"width": int(match[1]), "height": int(match[2] or match[1])}
 
 
-def _free_path(output: Path, prompt: str, seed: int) -> Path:
-    """A name that no file has: in the folder `output` by prompt and seed, or `output` itself, numbered."""
-    from stable_diffusion.images import free_name
-
+def _path(output: Path, prompt: str, seed: int) -> Path:
+    """Where a picture goes: into the folder `output` by prompt and seed, or `output` itself."""
     if output.suffix.lower() == ".png":
-        return free_name(output.parent, output.stem)
-    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-    return free_name(output, f"{words}-{seed}")
+        return output.with_suffix(".png")
+    return output / f"{slug(prompt.lower().replace('.', ' '), 'picture')}-{seed}.png"

@@ -41,16 +41,14 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
 
     Args:
         out: a folder that is empty, new, or such a set, which is left as it is if it was made of the same.
-        size: side of the pictures in pixels, 16 to 1024.
+        size: side of the pictures in pixels.
         packages: a folder where the packages' archives are kept; those that are not there yet are fetched into
             it. None keeps none.
 
     Raises:
-        InputError: npm or resvg-py is missing, a package cannot be had or read, ``out`` holds something else or
-            cannot be written, or the size is out of range.
+        InputError: npm or resvg-py is missing, a package cannot be had or read, or ``out`` holds something else or
+            cannot be written.
     """
-    if not 16 <= size <= 1024:
-        raise InputError(f"the pictures' size must be 16 to 1024 pixels, got {size}")
     info = _info(size)
 
     def fill(root: Path) -> Iterator[Progress]:
@@ -59,7 +57,7 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
             yield from fetch(archives)
             yield from _make(root, Path(workshop), archives, size, info)
 
-    yield from make_set(out, "icons", info, "dataset.json", fill)
+    yield from make_set(out, "icons", info, ("dataset.json", "README.md"), fill)
 
 
 def _info(size: int) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def merged(things: Sequence[Thing]) -> Thing:
 
 
 def _file(style: str, thing: Thing) -> str:
-    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{thing.code}.png"
+    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{slug(thing.code)}.png"
 
 
 Row = tuple[str, Thing, str, bool]

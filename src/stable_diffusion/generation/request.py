@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from stable_diffusion.config import Guidance, ModelConfig, SamplerConfig, documented, to_dict, typed
+from stable_diffusion.config import Guidance, Interval, ModelConfig, Part, SamplerConfig
 from stable_diffusion.diffusion.names import sampler_name
 from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.fields import documented, to_dict, typed
 
 LARGEST_SEED = 2**63 - 1
 
@@ -40,15 +41,15 @@ class Request:
     """Steps from noise to picture, at least 1."""
     guidance_scale: float
     """How strongly to follow the prompt; 1 and below is no guidance."""
-    guidance_interval: tuple[float, float]
+    guidance_interval: Interval
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""
-    guidance_rescale: float
+    guidance_rescale: Part
     """Against overexposed pictures: how far to restore the contrast of the unguided prediction, 0 to 1."""
     sampler: str
     """How to get from noise to picture, by our name or another program's."""
     spacing: str | None
     """How the noise levels are spread; by default the sampler's own."""
-    eta: float | None
+    eta: Part | None
     """How much noise DDIM and TCD add, from 0, deterministic, to 1; by default their own, 0 and 0.3."""
     variance: Literal["small", "large"]
     """DDPM only: the variance of the noise of a step: small is the posterior's, large is beta."""
@@ -61,7 +62,8 @@ class Request:
     image: Image.Image | None = None
     """A picture to begin with."""
     mask_image: Image.Image | None = None
-    """A picture that is white where the image is to be repainted; elsewhere its bytes stay."""
+    """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay. Of one
+    with transparency it is the opaque part if all of it is white, else the transparent part."""
     strength: float = 0.8
     """How much to change the image, above 0 (hardly) up to 1 (nothing of it is kept)."""
     prediction_type: str | None = None
@@ -72,6 +74,8 @@ class Request:
     """Single files: take the averaged weights where there are both."""
     vae: str | None = None
     """Another autoencoder: a folder or file of Stable Diffusion's, or TAESD's."""
+    text_encoder: str | None = None
+    """Another CLIP text encoder: its folder, or that of a diffusers pipeline."""
     lora: Mapping[str, float] = field(default_factory=dict)
     """LoRAs by name, each with its weight; those that are not named do not act."""
     embedding: tuple[str, ...] = ()
@@ -90,20 +94,32 @@ class Request:
         for name in ("num_images_per_prompt", "num_inference_steps", "width", "height"):
             _integer(name, getattr(self, name), 1)
         _integer("seed", self.seed, 0, LARGEST_SEED)
-        for name in ("guidance_scale", "guidance_rescale", "eta", "strength"):
-            if name != "eta" or self.eta is not None:
-                object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("guidance_scale", "strength"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not isinstance(self.sampler, str):
             raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
         sampler_name(self.sampler)
-        for name in ("guidance_interval", "spacing", "variance", *LOADING):
+        for name in ("guidance_interval", "guidance_rescale", "eta", "spacing", "variance", *LOADING):
             object.__setattr__(self, name, typed(HINTS[name], getattr(self, name), name))
         object.__setattr__(self, "lora", _weights(self.lora))
         _ = self.guidance, self.sampler_config  # which check their own ranges
-        if self.mask_image is not None and self.image is None:
-            raise InputError("mask_image needs the image that it masks: give image as well")
+        if self.mask_image is not None:
+            self._check_mask(self.mask_image)
         if not 0 < self.strength <= 1:
             raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
+
+    def _check_mask(self, mask: Image.Image) -> None:
+        from stable_diffusion import images
+
+        if self.image is None:
+            raise InputError("mask_image needs the image that it masks: give image as well")
+        (width, height), sides = mask.size, self.image.size
+        if abs(width * sides[1] - height * sides[0]) > max(sides):  # a pixel of rounding
+            raise InputError(
+                f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: give a mask of the"
+                " image's shape"
+            )
+        images.binary_mask(mask, self.width, self.height)
 
     @classmethod
     def of(cls, config: ModelConfig, **given: Any) -> Request:
@@ -141,6 +157,10 @@ class Request:
                 raise InputError(
                     f"{name} belongs to loading, and this model has {own!r}: load one with {asked!r}"
                 )
+        if config.unet.num_class_embeds is not None:
+            raise InputError(
+                f"the model {config.name!r} reads class labels, which a request has no place for"
+            )
         if not config.text_encoders and any(self.prompt):
             raise InputError(
                 f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
@@ -233,7 +253,7 @@ class Request:
 
 
 FIELDS = {described.name: described for described in dataclasses.fields(Request)}
-HINTS = typing.get_type_hints(Request)
+HINTS = typing.get_type_hints(Request, include_extras=True)
 REQUIRED = [
     name
     for name, described in FIELDS.items()
@@ -250,7 +270,7 @@ SHORT = {
 }
 """What people type for a field on the command line."""
 PICTURES = ("image", "mask_image")
-LOADING = ("model", "prediction_type", "variant", "ema", "vae", "embedding")
+LOADING = ("model", "prediction_type", "variant", "ema", "vae", "text_encoder", "embedding")
 """Fields that say which model it is and how it was loaded: whoever loads it reads them."""
 _PATH = ("path",)  # of a picture's file, in its `info`: no key that a file could have brought along
 
@@ -354,10 +374,10 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
     for name in PICTURES:
         value = values.get(name)
         if isinstance(value, (str, Path)):
-            pictures[name] = images.open_image(value)
+            pictures[name] = images.open_mask(value) if name == "mask_image" else images.open_image(value)
             pictures[name].info = {_PATH: str(value)}  # type: ignore[dict-item]
         elif isinstance(value, Image.Image):
-            pictures[name] = images.to_rgb(value)
+            pictures[name] = value if name == "mask_image" else images.to_rgb(value)
         elif value is not None:
             raise InputError(f"{name} must be a picture or the path of one, got {value!r}")
     return values | pictures

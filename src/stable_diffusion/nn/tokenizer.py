@@ -131,6 +131,8 @@ def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
     """What `build` reads in a tokenizer's folder. Raises InputError for damaged files."""
     try:
         return build(folder)
+    except (OSError, MemoryError):  # the reader of the model says it
+        raise
     except Exception as error:  # the tokenizers library raises no narrower class
         reason = str(error).partition("\n")[0]
         message = f"the tokenizer in {folder} is damaged ({reason}): copy or download it again"
@@ -138,7 +140,7 @@ def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
 
 
 def _from_json(folder: Path) -> FastTokenizer:
-    return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    return FastTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def _clip(folder: Path) -> FastTokenizer:

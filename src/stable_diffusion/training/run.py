@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from stable_diffusion.data.item import Entry, Source
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.training.compute import Compiler, Computer
 from stable_diffusion.training.events import Event, Plan
+from stable_diffusion.training.lock import alone
 from stable_diffusion.training.loop import train_stage
 from stable_diffusion.training.pace import Clock
 from stable_diffusion.training.record import RunRecord, facts
@@ -48,23 +50,28 @@ def train_model(
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
 
+    stages = [_fitting(settings, len(entries), processes.num_processes) for settings in stages]
     built = [STAGES[settings.kind].stage(parts, settings) for settings in stages]
     computer = Computer(built, autocast, compiler, clock)
     run = facts(parts.config, entries, {**(about or {}), "seed": seed}, computer)
-    record = RunRecord(output_dir, run, resume, computer)
-    plan = record.plan(steps, minutes)
-    workspace = Workspace(parts, data, entries, output_dir / "cache")
-    yield Plan(
-        name=parts.config.name,
-        pictures=len(entries),
-        captions=len(workspace.captions) - 1,
-        steps={name: planned["steps"] for name, planned in plan.items()},
-        seconds={name: planned["seconds"] for name, planned in plan.items()},
-        device=str(computer.device),
-        number_format=computer.number_format,
-    )
-    for stage in built:
-        yield from _train(stage, workspace, computer, record, seed)
+    with alone(output_dir):
+        record = RunRecord(output_dir, run, resume, computer)
+        plan = record.plan(steps, minutes)
+        workspace = Workspace(parts, data, entries, output_dir / "cache")
+        yield Plan(
+            name=parts.config.name,
+            pictures=len(entries),
+            captions=len(workspace.captions) - 1,
+            steps={name: planned["steps"] for name, planned in plan.items()},
+            seconds={name: planned["seconds"] for name, planned in plan.items()},
+            device=str(computer.device),
+            number_format=computer.number_format,
+            compiled=None
+            if compiler is None
+            else [stage.settings.name for stage in built if stage in computer.compiled],
+        )
+        for stage in built:
+            yield from _train(stage, workspace, computer, record, seed)
 
 
 def _train(
@@ -87,6 +94,12 @@ def _train(
         record.finish(stage, done)
 
 
+def _fitting(settings: StageSettings, pictures: int, processes: int) -> StageSettings:
+    """With a batch that is no larger than the set, unless processes and micro-batches need more."""
+    least = processes * settings.gradient_accumulation_steps
+    return replace(settings, batch_size=min(settings.batch_size, max(pictures, least)))
+
+
 def _check_lengths(steps: int | None, minutes: float | None) -> None:
     """Raises InputError for a length that no run can have."""
     if steps is not None and minutes is not None:
@@ -104,6 +117,10 @@ def _check(
         raise InputError("there are no captioned pictures to train on: the set is empty")
     if parts.unet.dtype != torch.float32:
         raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
+    if parts.config.unet.num_class_embeds is not None:
+        raise InputError(
+            "training learns from captions: a U-Net with num_class_embeds cannot be trained here"
+        )
     names = [settings.name for settings in stages]
     if not names:
         raise InputError(

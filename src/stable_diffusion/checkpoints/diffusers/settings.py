@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from stable_diffusion.config import (
+    TAESD,
     AutoencoderKLConfig,
+    AutoencoderTinyConfig,
     ModelConfig,
     TextEncoderConfig,
     UNetConfig,
@@ -25,7 +28,7 @@ UNET_KEYS = (*UNET_SAME, "down_block_types", "attention_head_dim")
 
 # What else has the same name there and here.
 VAE_OPTIONAL = ("norm_num_groups", "scaling_factor")
-UNET_OPTIONAL = ("norm_num_groups", "use_linear_projection", "upcast_attention")
+UNET_OPTIONAL = ("norm_num_groups", "use_linear_projection", "upcast_attention", "time_cond_proj_dim")
 TEXT_SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("hidden_act", "max_position_embeddings", "layer_norm_eps"),
@@ -35,15 +38,24 @@ TEXT_SAME = (
 UNET_FIXED: dict[str, Any] = {
     **{"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0},
     **{"center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1},
-    **{"mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1},
+    "transformer_layers_per_block": 1,
     **{"only_cross_attention": False, "dual_cross_attention": False, "resnet_time_scale_shift": "default"},
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim")),
-    **dict.fromkeys(("time_cond_proj_dim", "encoder_hid_dim_type", "time_embedding_act_fn")),
+    **dict.fromkeys(("encoder_hid_dim_type", "time_embedding_act_fn")),
 }
 VAE_FIXED: dict[str, Any] = {
     **{"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True},
     **{"mid_block_add_attention": True},
     **dict.fromkeys(("shift_factor", "latents_mean", "latents_std")),
+}
+TINY_FIXED: dict[str, Any] = {
+    **{"act_fn": "relu", "in_channels": 3, "upsampling_scaling_factor": 2, "scaling_factor": 1},
+    "shift_factor": 0,
+}
+# Of an AutoencoderTiny, whose decoder's blocks are counted from the latents; ours from the pixels.
+TINY_NAMES = {
+    **{"latent_channels": "latent_channels", "encoder_block_out_channels": "block_out_channels"},
+    **{"num_encoder_blocks": "encoder_blocks", "num_decoder_blocks": "decoder_blocks"},
 }
 
 
@@ -70,6 +82,8 @@ def unet_config(settings: dict[str, Any]) -> UNetConfig:
     same = {key: settings[key] for key in UNET_SAME} | {
         key: settings[key] for key in UNET_OPTIONAL if settings.get(key) is not None
     }
+    if "mid_block_type" in settings:  # null is a choice
+        same["mid_block_type"] = settings["mid_block_type"]
     levels = [kind == "CrossAttnDownBlock2D" for kind in kinds]
     heads = heads if isinstance(heads, list) else [heads] * len(widths)
     return from_dict(UNetConfig, {**same, "attention_levels": levels, "num_attention_heads": heads})
@@ -85,7 +99,7 @@ def unet_settings(config: ModelConfig) -> dict[str, Any]:
         "_diffusers_version": VERSION,
         **{key: value for key, value in UNET_FIXED.items() if value is not None},
         "sample_size": config.sample_size // config.vae.factor,
-        **_same(unet, (*UNET_SAME, *UNET_OPTIONAL)),
+        **_same(unet, (*UNET_SAME, *UNET_OPTIONAL, "mid_block_type")),
         "down_block_types": down,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),  # the published misnomer
@@ -98,17 +112,40 @@ def unet_settings(config: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def autoencoder_config(settings: dict[str, Any]) -> AutoencoderKLConfig:
-    """Our configuration for an ``AutoencoderKL``'s ``config.json``."""
+def autoencoder_config(settings: dict[str, Any]) -> AutoencoderKLConfig | AutoencoderTinyConfig:
+    """Our configuration for the ``config.json`` of an ``AutoencoderKL`` or an ``AutoencoderTiny``."""
+    if settings.get("_class_name") == "AutoencoderTiny":
+        return tiny_config(settings)
     _check_fixed("vae/config.json", settings, VAE_FIXED)
+    if missing := [key for key in VAE_KEYS if key not in settings]:
+        raise InputError(f"vae/config.json does not say {', '.join(missing)}: copy or download it again")
     kept = {key: settings[key] for key in (*VAE_KEYS, *VAE_OPTIONAL) if key in settings}
     return from_dict(AutoencoderKLConfig, kept)
 
 
+def tiny_config(settings: dict[str, Any]) -> AutoencoderTinyConfig:
+    """Our configuration for an ``AutoencoderTiny``'s ``config.json``; TAESD's where it is silent."""
+    _check_fixed("vae/config.json", settings, TINY_FIXED)
+    found = {ours: settings[theirs] for theirs, ours in TINY_NAMES.items() if theirs in settings}
+    config = from_dict(AutoencoderTinyConfig, found, base=TAESD)
+    if "decoder_blocks" not in found:
+        return config
+    return replace(config, decoder_blocks=config.decoder_blocks[::-1])
+
+
 def vae_settings(config: ModelConfig) -> dict[str, Any]:
-    """The KL autoencoder's ``config.json``: the inverse of ``autoencoder_config``."""
+    """The autoencoder's ``config.json``: the inverse of ``autoencoder_config``."""
     vae = config.vae
-    assert isinstance(vae, AutoencoderKLConfig)
+    if isinstance(vae, AutoencoderTinyConfig):
+        ours = to_dict(vae)
+        return {
+            "_class_name": "AutoencoderTiny",
+            "_diffusers_version": VERSION,
+            **TINY_FIXED,
+            **{theirs: ours[name] for theirs, name in TINY_NAMES.items()},
+            "decoder_block_out_channels": ours["block_out_channels"],  # diffusers knows one width for all
+            "num_decoder_blocks": ours["decoder_blocks"][::-1],
+        }
     levels = len(vae.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
