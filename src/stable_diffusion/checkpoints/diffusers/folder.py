@@ -10,7 +10,7 @@ import torch
 
 from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged, published_text_state, text_state
-from stable_diffusion.checkpoints.diffusers import settings, weights
+from stable_diffusion.checkpoints.diffusers import schedulers, settings, weights
 from stable_diffusion.checkpoints.files import State, write_tensors
 from stable_diffusion.config import (
     CLIP_H,
@@ -64,14 +64,12 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
         schedule = _json(folder / "scheduler/scheduler_config.json", "_class_name")
         said = "says so" if "prediction_type" in schedule else "is silent, which is diffusers' word for it"
         parts = {
-            "schedule": settings.schedule_config(schedule),
-            "sampler": settings.sampler_config(schedule),
+            "schedule": schedulers.schedule_config(schedule),
+            "sampler": schedulers.sampler_config(schedule),
         }
         predicted = parts["schedule"].prediction_type
         notes = [f"The U-Net predicts {predicted}: scheduler/scheduler_config.json {said}."]
-        clips = schedule["_class_name"] in ("DDIMScheduler", "DDPMScheduler")
-        if schedule.get("clip_sample", clips) or schedule.get("thresholding"):
-            notes.append("Left aside: the scheduler's clipping of what it sees in the noise (clip_sample).")
+        notes += schedulers.scheduler_notes(schedule)
     if aside:
         notes.append(f"Left aside: {' and '.join(aside)}.")
     codec: AutoencoderKLConfig | AutoencoderTinyConfig = AutoencoderKLConfig(
@@ -203,7 +201,7 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
     if not written:
         raise InputError(f"diffusers has no place for any part of {config.name!r}: {reason}")
     with replacing_folder(folder) as building:
-        texts = {"scheduler/scheduler_config.json": settings.scheduler_settings(config)}
+        texts = {"scheduler/scheduler_config.json": schedulers.scheduler_settings(config)}
         states = {}
         if text:
             texts["unet/config.json"], states["unet"] = settings.unet_settings(config), checkpoint.unet
@@ -230,7 +228,9 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         notes.append(
             "Diffusers' pipeline sets steps_offset to 1: its pictures differ with leading timesteps."
         )
-    if config.schedule.kind == "flow":
+    if config.schedule.kind != "flow":
+        notes += schedulers.unsaid(config.sampler)
+    else:
         notes.append(
             "Diffusers walks a rectified flow from 0.999 on and cuts times to whole numbers: its pictures differ a"
             " little."
@@ -248,7 +248,7 @@ def pipeline_index(config: ModelConfig) -> dict[str, Any]:
         "_diffusers_version": settings.VERSION,
         **{part: [None, None] for part in LEFT_ASIDE},
         "requires_safety_checker": False,
-        "scheduler": ["diffusers", settings.scheduler_settings(config)["_class_name"]],
+        "scheduler": ["diffusers", schedulers.scheduler_settings(config)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
