@@ -264,10 +264,10 @@ def test_a_model_without_autoencoder_and_text_encoder_says_what_to_add(
         shutil.copy(folder / "model_index.json", path)
         shutil.copytree(folder / "scheduler", path / "scheduler")
     with pytest.raises(
-        InputError, match="has no autoencoder and no text encoder: add --vae FILE and --text-enc"
+        InputError, match="has no autoencoder and no text encoder: to generate or export add --vae FILE"
     ):
         DiffusionModel.from_pretrained(path)
-    with pytest.raises(InputError, match="has no text encoder: add --text-encoder FOLDER"):
+    with pytest.raises(InputError, match="has no text encoder: to generate or export add --text-enc"):
         DiffusionModel.from_pretrained(path, vae=folder)
     lines = "\n".join(describe(path))
     assert form == "file" or "  no autoencoder: add --vae FILE\n  no text encoder: add" in lines
