@@ -418,7 +418,7 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         ((*base, "--image", "nowhere.png"), "cannot open nowhere.png"),
         ((*base, "--image", "text.png"), "text.png is not a picture"),
         ((*base, "--image", "cut.png"), "cut.png is damaged or cut off"),
-        ((*base, "--image", "folder"), "cannot open folder"),
+        ((*base, "--image", "folder"), "minisd: folder is not a file: check the path"),
         ((*base, "--mask", "given.png"), "mask_image needs the image"),
         ((*base, "--image", "given.png", "--mask", "text.png"), "text.png is not a picture"),
         ((*base, "--image", "given.png", "--mask", "black.png"), "the mask repaints nothing"),

@@ -13,12 +13,14 @@ from stable_diffusion.cli.show import finished
 from stable_diffusion.config import MINI
 from stable_diffusion.data.sources import SOURCES, MadeConfig
 from stable_diffusion.errors import InputError
+from stable_diffusion.fields import Settings
 
 
 def _with_folder(settings: type[Any]) -> type[Any]:
     """A source's settings as options, and the folder to make."""
     out = ("out", Annotated[Path, tyro.conf.arg(help="The folder to make.")])
-    own = {"__doc__": settings.__doc__}
+    # Checked in `data`: tyro has a form of its own for what is refused as it builds.
+    own = {"__doc__": settings.__doc__, "__post_init__": lambda self: None}
     return make_dataclass(
         settings.__name__, [out], bases=(settings,), namespace=own, frozen=True, kw_only=True
     )
@@ -79,5 +81,6 @@ else:
 def data(what: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[What]]) -> None:
     """Make a set of captioned images in COCO format, or check one."""
     if what is not None:  # the check is done by now
+        Settings.__post_init__(what)
         finished(what.make(what.out))
         print(what.out)
