@@ -135,8 +135,8 @@ def test_a_prompt_that_is_too_long_warns_once_and_names_the_cut_words(model: Dif
 
 
 def test_each_encoder_says_what_it_cuts() -> None:
-    both = replace(TINY, text_encoders=(TEXT, replace(MINILM, context_length=8)))
-    both = replace(both, unet=replace(both.unet, pooled_projection_dim=None))
+    unet = replace(TINY.unet, pooled_projection_dim=None)
+    both = replace(TINY, text_encoders=(TEXT, replace(MINILM, context_length=8)), unet=unet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         embeds = tiny_model(both).encode_prompt("one two three four five six seven")
@@ -160,33 +160,30 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "one for each of the 3 prompts, got 2"),
     ({"width": 50}, "width must be a multiple of 4, got 50; nearest are 48 and 52"),
     ({"height": 2}, "height must be a multiple of 4, got 2; the smallest is 4"),
-    ({"width": 0}, "width must be a whole number, at least 1, got 0"),
-    ({"height": -8}, "height must be a whole number"),
-    ({"height": 32.0}, "height must be a whole number"),
+    ({"width": 0}, "width must be from 1 to 65536, got 0"),
+    ({"height": -8}, "height must be from 1 to 65536, got -8"),
+    ({"height": 32.0}, "height must be of type int, got 32.0"),
     ({"strength": 0, "image": picture()}, "strength must be above 0 and at most 1, got 0"),
     ({"strength": 1.1, "image": picture()}, "strength must be above 0 and at most 1, got 1.1"),
     ({"strength": -0.5}, "strength must be above 0"),
-    ({"strength": math.nan}, "strength must be a number, got nan"),
-    ({"strength": "0.5"}, "strength must be a number"),
+    ({"strength": math.nan}, "strength must be a finite number, got nan"),
+    ({"strength": "0.5"}, "strength must be of type float, got '0.5'"),
     ({"sampler": "dpmpp2m"}, "did you mean 'dpmpp_2m'.*" + ", ".join(sorted(SAMPLERS))),
     ({"sampler": "nonsense"}, "choose one of " + ", ".join(sorted(SAMPLERS))),
-    ({"sampler": SamplerConfig(name="eulerr")}, "did you mean 'euler'"),
-    ({"sampler": 3}, "sampler must be a name or a SamplerConfig, got 3"),
+    ({"sampler": 3}, "sampler must be of type str, got 3"),
     ({"sampler": SamplerConfig(name="euler", spacing="karras")}, "spacing 'karras'"),
-    ({"sampler": SamplerConfig(name="euler", spacing="even")}, "unknown spacing 'even'"),  # type: ignore[arg-type]
-    ({"num_inference_steps": 0}, "num_inference_steps must be a whole number, at least 1, got 0"),
-    ({"num_inference_steps": -1}, "num_inference_steps must be a whole number"),
-    ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
-    ({"num_inference_steps": True}, "num_inference_steps must be a whole number"),
-    ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number, at least 1, got 0"),
-    ({"guidance_scale": "strong"}, "guidance_scale must be a number"),
-    ({"guidance_scale": math.inf}, "guidance_scale must be a number"),
-    ({"guidance_scale": False}, "guidance_scale must be a number"),
-    ({"guidance_scale": Guidance(scale=math.nan)}, "guidance_scale must be a number, got nan"),
-    ({"seed": True}, "seed must be a whole number"),
-    ({"seed": -1}, "seed must be a whole number, from 0 to 9223372036854775807, got -1"),
-    ({"seed": 2**63}, "seed must be a whole number"),
-    ({"seed": 1.0}, "seed must be a whole number"),
+    ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 100000, got 0"),
+    ({"num_inference_steps": -1}, "num_inference_steps must be from 1"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps must be of type int"),
+    ({"num_inference_steps": True}, "num_inference_steps must be of type int"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt must be from 1 to 100000, got 0"),
+    ({"guidance_scale": "strong"}, "guidance_scale must be of type float"),
+    ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, got inf"),
+    ({"guidance_scale": False}, "guidance_scale must be of type float"),
+    ({"seed": True}, "seed must be of type int, got True"),
+    ({"seed": -1}, "seed must be from 0 to 9223372036854775807, got -1"),
+    ({"seed": 2**63}, "seed must be from 0 to 9223372036854775807"),
+    ({"seed": 1.0}, "seed must be of type int, got 1.0"),
     ({"mask_image": picture()}, "mask_image needs the image that it masks"),
     ({"image": "nowhere.png"}, "cannot open nowhere.png"),
     ({"image": Path(__file__)}, "is not a picture"),
@@ -231,7 +228,7 @@ def test_unknown_presets_and_presets_without_vocabulary_are_refused() -> None:
 
 @pytest.mark.parametrize("guidance", [{"interval": (0.8, 0.2)}, {"interval": (-0.1, 1.0)}, {"rescale": 1.5}])
 def test_guidance_out_of_range(guidance: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"the guidance (interval|rescale) must be"):
+    with pytest.raises(InputError, match=r"(interval|rescale) must be"):
         Guidance(**guidance)
 
 

@@ -1,70 +1,123 @@
 """A model's settings: typed, frozen dataclasses and the presets built from them.
 
 Field names follow diffusers where it has the setting. A configuration turns into JSON with ``to_dict`` and
-back with ``from_dict``, which refuses unknown keys.
+back with ``from_dict``, which refuses unknown keys. Ranges stand in the annotations (see `fields`).
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import itertools
-import types
-import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from stable_diffusion.diffusion.names import sampler_name, spacing_named
 from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.fields import Rule, Settings, sized, within
+from stable_diffusion.fields import documented as documented
+from stable_diffusion.fields import from_dict as from_dict
+from stable_diffusion.fields import to_dict as to_dict
+from stable_diffusion.fields import typed as typed
 
-T = TypeVar("T")
+# Far above every published model's, so that a damaged or hostile file cannot ask for what no memory holds.
+Width = Annotated[int, within(1, 16384)]
+"""Channels, or numbers of a vector."""
+Depth = Annotated[int, within(1, 32)]
+"""Blocks of a level, one after the other."""
+Vocabulary = Annotated[int, within(1, 2**20)]
+"""Vectors of a table."""
+Part = Annotated[float, within(0, 1)]
+Beta = Annotated[float, within(1e-8, 0.999)]
+Widths = Annotated[tuple[Width, ...], sized(1, 8)]
+Blocks = tuple[Annotated[int, within(0, 32)], ...]
+SamplerName = Annotated[str, Rule("a sampler", lambda name: bool(sampler_name(name)))]
+SpacingName = Annotated[str, Rule("a spacing", lambda name: bool(spacing_named(name)))]
+Interval = Annotated[
+    tuple[float, float],
+    Rule("two numbers from 0 to 1, in order", lambda ends: 0 <= ends[0] <= ends[1] <= 1),
+]
+
+
+def _same_length(settings: object, *names: str) -> None:
+    lengths = {name: len(getattr(settings, name)) for name in names}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise InputError(f"{' and '.join(names)} must be lists of one length, an entry a level: got {said}")
+
+
+def _divides(name: str, divisor: int, widths: Iterable[int], of: str) -> None:
+    for width in widths:
+        if width % divisor:
+            raise InputError(f"{name} must divide {of}, got {divisor} for {width}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(Settings):
     """The network that predicts noise (`nn.unet`)."""
 
-    in_channels: int = 4
+    in_channels: Width = 4
     """Channels of the input: those of the latents, plus mask and masked latents for inpainting (4 + 1 + 4)."""
-    out_channels: int = 4
+    out_channels: Width = 4
     """Channels of the prediction."""
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    block_out_channels: Widths = (320, 640, 1280, 1280)
     """Channels of each level; the resolution halves from one level to the next."""
-    layers_per_block: int = 2
+    layers_per_block: Depth = 2
     """Residual blocks of a level on the way down (one more on the way up)."""
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     """Which levels have transformer blocks."""
-    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
+    num_attention_heads: tuple[Width, ...] = (8, 8, 8, 8)
     """Attention heads of each level."""
-    cross_attention_dim: int | None = 768
+    cross_attention_dim: Width | None = 768
     """Width of the text tokens that cross-attention reads; None for a network without text."""
-    norm_num_groups: int = 32
+    norm_num_groups: Width = 32
     use_linear_projection: bool = False
     """Whether the transformers' projections are linear layers (SD 2.x) or 1x1 convolutions (SD 1.x)."""
     upcast_attention: bool = False
     """Whether attention is computed in float32 whatever the weights (SD 2.1)."""
-    num_class_embeds: int | None = None
+    num_class_embeds: Vocabulary | None = None
     """Number of class labels, whose embeddings are added to the timestep embedding; None for none."""
-    pooled_projection_dim: int | None = None
+    pooled_projection_dim: Width | None = None
     """Width of a pooled text vector that is added to the timestep embedding; None for none."""
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
+    """What is between the way down and the way up; None for nothing, as in compressed models (Kim et al. 2023)."""
+    time_cond_proj_dim: Annotated[int, within(4, 65536)] | None = None
+    """Width of the embedded guidance scale of a network distilled from a guided one (Luo et al. 2023); None for others,
+    which classifier-free guidance evaluates twice."""
+
+    def check(self) -> None:
+        """Raises InputError where the levels' settings do not fit together."""
+        _same_length(self, "block_out_channels", "attention_levels", "num_attention_heads")
+        widths = self.block_out_channels
+        _divides("norm_num_groups", self.norm_num_groups, widths, "block_out_channels")
+        _divides(
+            "2", 2, widths[:1], "the first of block_out_channels, which timesteps become sines and cosines of"
+        )
+        for i, heads in enumerate(self.num_attention_heads):
+            # Below the last is the middle, which has attention.
+            if self.attention_levels[i] or (self.mid_block_type and i == len(widths) - 1):
+                _divides("num_attention_heads", heads, widths[i : i + 1], "its level's block_out_channels")
+        if self.num_class_embeds is not None and self.pooled_projection_dim is not None:
+            raise InputError("num_class_embeds and pooled_projection_dim exclude each other: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderKLConfig:
+class AutoencoderKLConfig(Settings):
     """Stable Diffusion's autoencoder (`nn.vae.AutoencoderKL`)."""
 
     kind: Literal["kl"] = "kl"
-    in_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    in_channels: Width = 3
+    latent_channels: Width = 4
+    block_out_channels: Widths = (128, 256, 512, 512)
     """Channels of each level; the resolution halves from one level to the next."""
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
+    layers_per_block: Depth = 2
+    norm_num_groups: Width = 32
+    scaling_factor: Annotated[float, within(1e-6, 10**6)] = 0.18215
     """What latents are multiplied with to have unit standard deviation; 1 where the weights already do that."""
-    codebook_size: int | None = None
+    codebook_size: Vocabulary | None = None
     """Entries of a vector-quantised latent space (VQ regulariser); None for the KL regulariser."""
+
+    def check(self) -> None:
+        """Raises InputError where the groups do not divide every width."""
+        _divides("norm_num_groups", self.norm_num_groups, self.block_out_channels, "block_out_channels")
 
     @property
     def factor(self) -> int:
@@ -73,20 +126,24 @@ class AutoencoderKLConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderTinyConfig:
+class AutoencoderTinyConfig(Settings):
     """A light autoencoder of plain ReLU blocks (`nn.vae.AutoencoderTiny`); the defaults are TAESD."""
 
     kind: Literal["tiny"] = "tiny"
-    in_channels: int = 3
-    latent_channels: int = 4
-    patch_size: int = 1
+    in_channels: Width = 3
+    latent_channels: Width = 4
+    patch_size: Annotated[int, within(1, 64)] = 1
     """Side of the squares of pixels that become channels before the first convolution."""
-    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    block_out_channels: Widths = (64, 64, 64, 64)
     """Channels of each level, from the pixels to the latents; the resolution halves from one to the next."""
-    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    encoder_blocks: Blocks = (1, 3, 3, 3)
     """Residual blocks of each level of the encoder, from the pixels to the latents."""
-    decoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    decoder_blocks: Blocks = (1, 3, 3, 3)
     """Residual blocks of each level of the decoder, from the pixels to the latents."""
+
+    def check(self) -> None:
+        """Raises InputError where the levels' settings do not fit together."""
+        _same_length(self, "block_out_channels", "encoder_blocks", "decoder_blocks")
 
     @property
     def factor(self) -> int:
@@ -95,28 +152,40 @@ class AutoencoderTinyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
+class TextEncoderConfig(Settings):
     """A text transformer with its tokenizer (`nn.text`); the defaults are CLIP ViT-L/14's."""
 
     architecture: Literal["clip", "bert"] = "clip"
     """``clip``: causal, normalised before each block, no mask; ``bert``: the opposite of each."""
-    vocab_size: int = 49408
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 77
+    vocab_size: Vocabulary = 49408
+    hidden_size: Width = 768
+    intermediate_size: Annotated[int, within(1, 65536)] = 3072
+    num_hidden_layers: Annotated[int, within(1, 100)] = 12
+    num_attention_heads: Width = 12
+    max_position_embeddings: Width = 77
     """Positions that the weights have."""
-    context_length: int = 77
+    context_length: Annotated[int, within(3, 16384)] = 77
     """Tokens that a prompt is padded or cut to, begin and end included."""
     hidden_act: Literal["gelu", "quick_gelu"] = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    skip_last_layers: int = 0
+    layer_norm_eps: Part = 1e-5
+    skip_last_layers: Annotated[int, within(0, 99)] = 0
     """Layers left out at the end: 1 gives the penultimate layer, which the final norm follows."""
     trainable: bool = False
     """Whether this encoder is trained jointly with the denoiser."""
-    packaged: str | None = None
+    packaged: Literal["all-MiniLM-L6-v2", "clip-tokenizer", "clip-tokenizer-2"] | None = None
     """Folder inside the package that holds weights and tokenizer; None for random weights."""
+
+    NAMED: ClassVar[dict[str, Any]] = {}  # TEXT_ENCODERS, below
+
+    def check(self) -> None:
+        """Raises InputError where heads, layers or lengths do not fit together."""
+        _divides("num_attention_heads", self.num_attention_heads, (self.hidden_size,), "hidden_size")
+        for name, most, of in (
+            ("skip_last_layers", self.num_hidden_layers - 1, "below num_hidden_layers"),
+            ("context_length", self.max_position_embeddings, "at most max_position_embeddings"),
+        ):
+            if getattr(self, name) > most:
+                raise InputError(f"{name} must be {of}, got {getattr(self, name)} for {most}")
 
     @property
     def reads_padding(self) -> bool:
@@ -125,68 +194,55 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """The forward process (`diffusion.schedule`) and what the network predicts of it."""
 
     kind: Literal["linear", "scaled_linear", "cosine", "flow"] = "scaled_linear"
     """``linear`` (DDPM), ``scaled_linear`` (Stable Diffusion), ``cosine`` (improved DDPM) or ``flow`` (rectified)."""
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    num_train_timesteps: Annotated[int, within(2, 100_000)] = 1000
+    beta_start: Beta = 0.00085
+    beta_end: Beta = 0.012
     rescale_betas_zero_snr: bool = False
     """Whether the last step is pure noise (Lin et al. 2023, algorithm 1)."""
-    shift: float = 1.0
+    shift: Annotated[float, within(0.001, 1000)] = 1.0
     """Rectified flow only: moves levels towards noise, for larger pictures (Esser et al. 2024, equation 23)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
     """What the network predicts: the noise, the clean latents, v, or the flow's velocity."""
-    steps_offset: int = 1
+    steps_offset: Annotated[int, within(0, 100_000)] = 1
     """Added to the timesteps of the leading spacing."""
     set_alpha_to_one: bool = False
     """Whether the DDIM family ends on clean latents or, as Stable Diffusion does, on the first timestep's level."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
+class SamplerConfig(Settings):
     """How sampling walks from noise to latents (`diffusion.samplers`)."""
 
-    name: str = "ddim"
+    name: SamplerName = "ddim"
     """A row of `diffusion.names`, by our name or another program's."""
-    spacing: str | None = None
+    spacing: SpacingName | None = None
     """How the levels are spread, likewise; None for the sampler's own."""
-    eta: float = 0.0
-    """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM does."""
+    eta: Part | None = None
+    """How much noise DDIM and TCD add: 0 is deterministic, 1 as much as can be; None for their own, 0 and 0.3."""
     variance: Literal["small", "large"] = "small"
     """DDPM only: the posterior's variance given clean latents, or beta (Ho et al. 2020, section 3.2)."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"eta must be from 0 to 1, got {self.eta}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance:
+class Guidance(Settings):
     """Classifier-free guidance (`diffusion.guidance`)."""
 
-    scale: float = 7.5
-    """1 is no guidance, and half the work; 0 ignores the prompt."""
-    interval: tuple[float, float] = (0.0, 1.0)
+    scale: Annotated[float, within(-10_000, 10_000)] = 7.5
+    """1 and below is no guidance, and half the work."""
+    interval: Interval = (0.0, 1.0)
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on (Kynkäänniemi et al. 2024)."""
-    rescale: float = 0.0
+    rescale: Part = 0.0
     """How far the prediction's standard deviation is pulled back to the unguided one's, 0 to 1 (Lin et al. 2023,
     equation 15)."""
 
-    def __post_init__(self) -> None:
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise InputError(
-                f"the guidance interval must be two numbers from 0 to 1, in order, got {low} and {high}"
-            )
-        if not 0 <= self.rescale <= 1:
-            raise InputError(f"the guidance rescale must be from 0 to 1, got {self.rescale}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Styles:
+class Styles(Settings):
     """What styles prompts can name (`generation.pipeline.with_style`); ``str`` is a sentence for the user."""
 
     words: tuple[str, ...] = ()
@@ -200,24 +256,48 @@ class Styles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """A whole model: its parts, and the settings that it generates with unless told otherwise."""
 
     name: str = "mini"
-    sample_size: int = 512
+    sample_size: Annotated[int, within(1, 16384)] = 512
     """Side of the pictures that the model was made for, in pixels."""
     vae: AutoencoderKLConfig | AutoencoderTinyConfig = AutoencoderKLConfig()
     unet: UNetConfig = UNetConfig()
-    text_encoders: tuple[TextEncoderConfig, ...] = (TextEncoderConfig(),)
+    text_encoders: Annotated[tuple[TextEncoderConfig, ...], sized(0, 8)] = (TextEncoderConfig(),)
     """Each prompt's tokens are those of every encoder, one after the other; empty for a model without text."""
     schedule: ScheduleConfig = ScheduleConfig()
     sampler: SamplerConfig = SamplerConfig()
-    num_inference_steps: int = 50
+    num_inference_steps: Annotated[int, within(1, 100_000)] = 50
     guidance: Guidance = Guidance()
     prompts: tuple[str, ...] = ()
     """Prompts that show what the model can do."""
     styles: Styles = Styles()
     """Read by generation alone: training takes captions as they are."""
+
+    FORMER: ClassVar[tuple[str, ...]] = ("training",)
+
+    def check(self) -> None:
+        """Raises InputError where the parts do not fit together."""
+        unet, vae, latents = self.unet, self.vae, self.vae.latent_channels
+        texts = sum(text.hidden_size for text in self.text_encoders)
+        for name, value, choices in (
+            ("vae.in_channels", vae.in_channels, (3,)),  # pictures are RGB
+            ("unet.in_channels", unet.in_channels, (latents, 2 * latents + 1)),
+            ("unet.out_channels", unet.out_channels, (latents,)),
+            ("unet.pooled_projection_dim", unet.pooled_projection_dim, (None, texts or None)),
+        ):
+            if value not in choices:
+                said = " or ".join(dict.fromkeys(str(choice) for choice in choices))
+                raise InputError(f"{name} must be {said}, to fit the model's other parts, got {value}")
+        if self.sample_size % vae.factor:
+            raise InputError(
+                f"sample_size must be a multiple of the autoencoder's factor {vae.factor}, got {self.sample_size}"
+            )
+        if (unet.cross_attention_dim is None) != (not self.text_encoders):
+            raise InputError(
+                "text_encoders and unet.cross_attention_dim need each other: a U-Net without is without text"
+            )
 
     @property
     def reads_mask(self) -> bool:
@@ -280,6 +360,7 @@ TEXT_ENCODERS = {
     "clip-mini": CLIP_MINI,
 }
 """By the names that recipes may call them."""
+TextEncoderConfig.NAMED.update(TEXT_ENCODERS)
 
 TAESD = AutoencoderTinyConfig()
 """The tiny autoencoder for Stable Diffusion's latents."""
@@ -333,92 +414,8 @@ SD21 = replace(
 PRESETS = {"mini": MINI, "sd15": SD15, "sd21": SD21}
 
 
-def preset(name: str) -> ModelConfig:
+def preset(name: object) -> ModelConfig:
     """The preset of that name. Raises InputError with the choices for an unknown one."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain dictionaries, lists, numbers and strings, ready for JSON."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def from_dict(cls: type[T], data: dict[str, Any], *, base: T | None = None) -> T:
-    """The configuration that ``to_dict`` gave, or ``base`` (default: the class's defaults) changed by ``data``.
-
-    Raises InputError for a key that the class does not have (with the nearest) or a value of the wrong type.
-    """
-    known = typing.get_type_hints(cls)
-    if cls is ModelConfig:  # older files hold the settings of training too
-        data = {key: value for key, value in data.items() if key != "training"}
-    for key in data:
-        if key not in known:
-            raise unknown_name(f"setting of {cls.__name__}", key, known)
-    values = {key: typed(known[key], value, key, getattr(base, key, None)) for key, value in data.items()}
-    return cls(**values) if base is None else replace(base, **values)  # type: ignore[type-var] # T is a dataclass
-
-
-def documented(cls: type) -> dict[str, str]:
-    """The sentences below a class's fields, by the field: what ``--help`` shows of it."""
-    try:
-        module = ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))
-    except OSError:  # a package without its sources
-        return {}
-    (tree,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    pairs = itertools.pairwise(tree.body)
-    return {
-        field.target.id: " ".join(str(text.value.value).split())
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def typed(hint: Any, value: Any, key: str, base: Any = None) -> Any:
-    """`value`, as read from JSON or TOML, as an instance of the annotation `hint`.
-
-    Raises InputError, naming `key`, for a value of another type.
-    """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
-        if value is None and len(options) < len(typing.get_args(hint)):
-            return None
-        if len(options) > 1:  # the two autoencoders, told apart by their `kind`
-            kind = value.get("kind", getattr(base, "kind", None)) if isinstance(value, dict) else None
-            kinds = {option.kind: option for option in options}
-            if kind not in kinds:
-                raise unknown_name("autoencoder kind", kind, kinds)
-            options = [kinds[kind]]
-            base = base if isinstance(base, options[0]) else None
-        return typed(options[0], value, key, base)
-    if hint is TextEncoderConfig and isinstance(value, str):
-        if value not in TEXT_ENCODERS:
-            raise unknown_name("text encoder", value, TEXT_ENCODERS)
-        return TEXT_ENCODERS[value]
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_dict(typing.cast(type, hint), value, base=base)
-    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        inner = typing.get_args(hint)
-        items = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        if len(items) == len(value):
-            return tuple(typed(item, v, key, None) for item, v in zip(items, value, strict=True))
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise unknown_name(key, value, map(str, typing.get_args(hint)))
-    if hint is float and type(value) is int and abs(value) < 10**300:
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    expected = getattr(hint, "__name__", str(hint))
-    raise InputError(f"{key} must be of type {expected}, got {value!r}")

@@ -25,9 +25,18 @@ def three_of(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
+def shown(value: object, most: int = 80) -> str:
+    """A value as a sentence shows it: its first `most` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists without end
+        text = f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def unknown_name(kind: str, name: object, choices: Iterable[str]) -> InputError:
     """The error for a name that is not in a table: lists the choices and the closest one."""
     choices = sorted(choices)
-    close = get_close_matches(str(name), choices, n=1)
+    close = get_close_matches(name[:80], choices, n=1) if isinstance(name, str) else ()
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return InputError(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(choices)}")
+    return InputError(f"unknown {kind} {shown(name)}: {hint}choose one of {', '.join(choices)}")

@@ -13,9 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stable_diffusion import images
+from stable_diffusion.checkpoints import native
 from stable_diffusion.compiled import keep_methods
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import slug
 from stable_diffusion.generation import pipeline
 from stable_diffusion.generation.request import Request, check_size
 from stable_diffusion.nn.text import PromptEmbeds
@@ -198,7 +200,8 @@ class DiffusionModel(ModelParts):
 
         self._check_own_weights()
 
-        folder = Path("runs") / self.config.name if output_dir is None else Path(output_dir)
+        folder = Path("runs", slug(self.config.name)) if output_dir is None else Path(output_dir)
+        native.check_place(folder / "model", sum(tensor.nbytes for tensor in self.state_dict().values()))
         progress = train_model(
             self,
             data,

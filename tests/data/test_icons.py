@@ -553,7 +553,7 @@ def test_other_folders_are_not_touched(packages: Path, tmp_path: Path) -> None:
         make(tmp_path, packages)
     with pytest.raises(InputError, match="is a file"):
         make(tmp_path / "mine.txt", packages)
-    with pytest.raises(InputError, match="16 to 1024 pixels, got 8"):
+    with pytest.raises(InputError, match="size must be from 16 to 1024, got 8"):
         make(tmp_path / "set", packages, size=8)
     assert content(tmp_path) == {"mine.txt": b"mine"}
 

@@ -13,6 +13,7 @@ import tyro
 
 from stable_diffusion.cli import data, evaluate, export, generate, info, train
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import lacks_memory
 from stable_diffusion.runtime import first_process, stop_signals
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -32,6 +33,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. Input that cannot be used is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", "Image size")  # PIL's, of pictures that are refused
     arguments = sys.argv[1:] if arguments is None else [*arguments]
     try:
         with stop_signals(_stop):
@@ -53,6 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         place = f" {error.filename}" if error.filename else ""
         print(f"minisd: cannot read or write{place}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        print(
+            "minisd: there is too little memory: close other programs, or ask for less at once",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == 0 and list(arguments[:1]) == ["generate"]:

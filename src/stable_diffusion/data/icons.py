@@ -7,7 +7,6 @@ tone, and gender) make a grid, of which ``icon_splits`` holds parts out.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from collections import Counter, defaultdict
@@ -16,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.data.icon_captions import STYLES, Thing, captions, read_things, slug, slugs, style_words
-from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, draw, drawings, fetch, read
+from stable_diffusion.data.icon_captions import STYLES, Thing, captions, slug, style_words
+from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, all_drawings, draw, fetch
 from stable_diffusion.data.icon_splits import HASH_RULE, PARTED, SPLITS, sisters, split_pictures
 from stable_diffusion.data.item import Progress
 from stable_diffusion.data.made import Captioned, make_set, write_captions
@@ -41,16 +40,14 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
 
     Args:
         out: a folder that is empty, new, or such a set, which is left as it is if it was made of the same.
-        size: side of the pictures in pixels, 16 to 1024.
+        size: side of the pictures in pixels.
         packages: a folder where the packages' archives are kept; those that are not there yet are fetched into
             it. None keeps none.
 
     Raises:
-        InputError: npm or resvg-py is missing, a package cannot be had or read, ``out`` holds something else or
-            cannot be written, or the size is out of range.
+        InputError: npm or resvg-py is missing, a package cannot be had or read, or ``out`` holds something else or
+            cannot be written.
     """
-    if not 16 <= size <= 1024:
-        raise InputError(f"the pictures' size must be 16 to 1024 pixels, got {size}")
     info = _info(size)
 
     def fill(root: Path) -> Iterator[Progress]:
@@ -59,7 +56,7 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
             yield from fetch(archives)
             yield from _make(root, Path(workshop), archives, size, info)
 
-    yield from make_set(out, "icons", info, "dataset.json", fill)
+    yield from make_set(out, "icons", info, ("dataset.json", "README.md"), fill)
 
 
 def _info(size: int) -> dict[str, Any]:
@@ -81,11 +78,7 @@ def _info(size: int) -> dict[str, Any]:
 
 def _make(out: Path, drawn: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterator[Progress]:
     """Draws everything, sorts it into splits, and writes the set."""
-    names = read(archives / NAMES.file, ["en/data.json", "meta/groups.json"])
-    data = json.loads(names["en/data.json"])
-    things = read_things(data, json.loads(names["meta/groups.json"]))
-    found, left_out = drawings(archives, things, slugs(data))
-
+    found, left_out = all_drawings(archives)
     alike: dict[tuple[str, str], list[Drawing]] = defaultdict(list)  # by style and pixels
     for number, drawing in enumerate(found):
         if number % 50 == 0:
@@ -128,7 +121,7 @@ def merged(things: Sequence[Thing]) -> Thing:
 
 
 def _file(style: str, thing: Thing) -> str:
-    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{thing.code}.png"
+    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{slug(thing.code)}.png"
 
 
 Row = tuple[str, Thing, str, bool]

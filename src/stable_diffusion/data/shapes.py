@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 
 from stable_diffusion.data.item import Progress
 from stable_diffusion.data.made import Captioned, make_set, write_captions
-from stable_diffusion.errors import InputError
 
 Outline = tuple[tuple[float, float], ...]
 
@@ -119,15 +118,13 @@ def write_shapes(out: Path, count: int, size: int, seed: int) -> Generator[Progr
 
     Args:
         out: a folder that is empty, new, or such a set, which is left as it is if it was made with the same.
-        count: pictures in all, at least 2.
-        size: side of the pictures in pixels, at least 16.
+        count: pictures in all.
+        size: side of the pictures in pixels.
         seed: of all random numbers.
 
     Raises:
-        InputError: a number is too small, or ``out`` holds something else or cannot be written.
+        InputError: ``out`` holds something else or cannot be written.
     """
-    if count < 2 or size < 16:
-        raise InputError(f"a set has at least 2 pictures of at least 16 pixels a side, got {count} of {size}")
     info = {"description": _DESCRIPTION, "count": count, "size": size, "seed": seed}
     train = count - max(1, count // 10)
 
@@ -137,7 +134,7 @@ def write_shapes(out: Path, count: int, size: int, seed: int) -> Generator[Progr
                 yield Progress("drawing", number, count)
         yield Progress("drawing", count, count)
 
-    yield from make_set(out, "shapes", info, "annotations/captions_train.json", fill)
+    yield from make_set(out, "shapes", info, ("annotations/captions_train.json",), fill)
 
 
 def _write_split(

@@ -10,13 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from stable_diffusion.config import from_dict
 from stable_diffusion.errors import unknown_name
+from stable_diffusion.fields import Rule, Settings, from_dict, within
 
 if TYPE_CHECKING:
     from stable_diffusion.data.item import Progress, Source
+
+FilePath = Annotated[str, Rule("a path of a file", lambda path: "\0" not in path)]
 
 
 class SourceConfig(Protocol):
@@ -41,12 +43,12 @@ class MadeConfig(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coco:
+class Coco(Settings):
     """A folder of pictures, and their captions in COCO's format."""
 
-    images: str = ""
+    images: FilePath = ""
     """The image folder."""
-    captions: str = ""
+    captions: FilePath = ""
     """Its captions file."""
 
     def open(self, folder: Path) -> Source:
@@ -57,14 +59,14 @@ class Coco:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes(MadeConfig):
+class Shapes(Settings, MadeConfig):
     """Draw coloured shapes."""
 
-    size: int = 128
+    size: Annotated[int, within(16, 4096)] = 128
     """Side of the pictures in pixels."""
-    count: int = 5000
+    count: Annotated[int, within(2, 10_000_000)] = 5000
     """Number of pictures; every tenth is held out."""
-    seed: int = 0
+    seed: Annotated[int, within(0, 2**63 - 1)] = 0
     """Of the random numbers; the same seed gives the same files."""
 
     def make(self, folder: Path) -> Generator[Progress, None, None]:
@@ -75,12 +77,12 @@ class Shapes(MadeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Icons(MadeConfig):
+class Icons(Settings, MadeConfig):
     """Make 20,000 named drawings in eight styles, from npm packages."""
 
-    size: int = 128
+    size: Annotated[int, within(16, 1024)] = 128
     """Side of the pictures in pixels."""
-    packages: str | None = None
+    packages: FilePath | None = None
     """A folder to keep the npm packages in; by default they are not kept."""
 
     def make(self, folder: Path) -> Generator[Progress, None, None]:
@@ -101,7 +103,7 @@ def source_config(table: Mapping[str, Any]) -> SourceConfig:
     """
     settings = {key: value for key, value in table.items() if key != "source"}
     name = table.get("source", "coco")
-    if name not in SOURCES:
+    if not isinstance(name, str) or name not in SOURCES:
         raise unknown_name("source", name, SOURCES)
     return from_dict(SOURCES[name], settings)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import replacing
+from stable_diffusion.files import replacing, writing
 from stable_diffusion.training.events import TrainStep
 
 LINE = {"stage": str, "step": int, "losses": dict, "skipped": int, "elapsed": float}  # what is read of one
@@ -36,7 +36,7 @@ class JsonLines:
             self._forget(event)
         line = asdict(event)
         line |= {"images_per_second": round(event.images_per_second, 2), "elapsed": round(self.elapsed(), 3)}
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": line.pop("stage"), "step": line.pop("index"), **line}) + "\n")
 
     def _forget(self, event: TrainStep) -> None:
@@ -87,7 +87,8 @@ class TensorBoard:
             raise InputError(
                 "TensorBoard is not installed: pip install 'mini-stable-diffusion[tensorboard]'"
             ) from None
-        self.writer = SummaryWriter(str(folder))
+        with writing(folder):
+            self.writer = SummaryWriter(str(folder))
 
     def __call__(self, event: object) -> None:
         if not isinstance(event, TrainStep) or event.loss is None:

@@ -6,13 +6,17 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from stable_diffusion.config import ModelConfig, from_dict, preset
+from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.data.sources import SourceConfig, source_config
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.errors import InputError, shown, unknown_name
+from stable_diffusion.fields import from_dict, typed, within
+from stable_diffusion.files import check_is_file
 from stable_diffusion.training.stage import OptimizerSettings, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
+
+SEED = Annotated[int, within(0, 2**63 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InputError: no such file, not TOML, or a setting that does not exist.
     """
+    check_is_file(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,7 +48,7 @@ def read_recipe(path: Path) -> Recipe:
     data, model = (_table(content.pop(name, {}), f"[{name}]") for name in ("data", "model"))
     seed, tables = content.pop("seed", 0), content.pop("stage", None)
     for table in content:
-        raise InputError(f"{path} has {table!r}: a recipe has [data], [model], seed and [[stage]]")
+        raise InputError(f"{path} has {shown(table)}: a recipe has [data], [model], seed and [[stage]]")
     if "training" in model:
         if tables is not None:
             raise InputError(
@@ -52,8 +57,7 @@ def read_recipe(path: Path) -> Recipe:
         tables, seed = _older(_table(model.pop("training"), "[model.training]"), model.get("base", "mini"))
     if "kind" in data:
         data["source"] = data.pop("kind")
-    if type(seed) is not int:
-        raise InputError(f"seed must be of type int, got {seed!r}")
+    seed = typed(SEED, seed, "seed")
     config = from_dict(ModelConfig, model, base=preset(model.pop("base", "mini")))
     stages = DEFAULT if tables is None else _stages(tables)
     return Recipe(name=path.stem, data=source_config(data), config=config, stages=stages, seed=seed)
@@ -61,7 +65,7 @@ def read_recipe(path: Path) -> Recipe:
 
 def _table(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{name} of a recipe must be a table, got {value!r}")
+        raise InputError(f"{name} of a recipe must be a table, got {shown(value)}")
     return dict(value)
 
 
@@ -71,7 +75,11 @@ def _stages(tables: object) -> tuple[StageSettings, ...]:
     for table in tables:
         if not isinstance(table.get("kind"), str) or table["kind"] not in STAGES:
             raise unknown_name("stage kind", table.get("kind"), STAGES)
-    return tuple(from_dict(STAGES[table["kind"]].settings, table) for table in tables)
+    kinds = [table["kind"] for table in tables]
+    return tuple(
+        typed(STAGES[kind].settings, table, f"stage {i} ({kind})")
+        for i, (kind, table) in enumerate(zip(kinds, tables, strict=True), start=1)
+    )
 
 
 def _older(training: Mapping[str, Any], base: str) -> tuple[Sequence[Mapping[str, Any]], Any]:

@@ -117,6 +117,10 @@ def _check(
         raise InputError("there are no captioned pictures to train on: the set is empty")
     if parts.unet.dtype != torch.float32:
         raise InputError("training keeps its weights in float32: load the model with dtype=torch.float32")
+    if parts.config.unet.num_class_embeds is not None:
+        raise InputError(
+            "training learns from captions: a U-Net with num_class_embeds cannot be trained here"
+        )
     names = [settings.name for settings in stages]
     if not names:
         raise InputError(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
+from stable_diffusion.fields import Rule, Settings, within
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.training.draw import Draw
 from stable_diffusion.training.events import TrainStep
@@ -21,31 +21,22 @@ from stable_diffusion.training.workspace import Workspace
 COOLDOWN = 0.4  # last part of the steps, over which the learning rate falls to 0
 
 Batch = tuple[Tensor, ...]
+Count = Annotated[int, within(1, 10**9)]
+Decay = Annotated[float, Rule("from 0 to below 1", lambda decay: 0 <= decay < 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
+class OptimizerSettings(Settings):
     """How one player's weights are updated, by AdamW."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, within(0, 10)] = 1e-3
     schedule: Literal["cooldown", "constant"] = "cooldown"
     """After the warm-up: constant, then a linear fall to 0 over the last 40 % of the steps; or constant."""
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, within(0, 10**9)] = 100
     """Steps of linear warm-up, at most a tenth of all."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, within(0, 1000)] = 0.01
     """Of matrices and kernels; biases and norms have none."""
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.check(("max_grad_norm",), lambda x: 0 < x < math.inf, "above 0")
-        others = ("learning_rate", "weight_decay", "warmup_steps")
-        self.check(others, lambda x: 0 <= x < math.inf, "at least 0")
-
-    def check(self, names: Sequence[str], holds: Callable[[float], bool], what: str) -> None:
-        """Raises InputError for a setting that is not what it must be."""
-        for name in names:
-            if not holds(getattr(self, name)):
-                raise InputError(f"{name} must be {what}, got {getattr(self, name)}")
+    max_grad_norm: Annotated[float, within(1e-9, 10**9)] = 1.0
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of a step."""
@@ -62,26 +53,25 @@ class StageSettings(OptimizerSettings):
     """A row of `training.stages.STAGES`."""
     name: str = ""
     """Of its random numbers, checkpoint and log; by default the kind."""
-    epochs: float = 10.0
+    epochs: Annotated[float, within(1e-6, 10**6)] = 10.0
     """Epochs over the pictures, unless steps or minutes are given."""
-    min_steps: int = 1000
+    min_steps: Count = 1000
     """Optimizer steps that even the smallest set gets."""
-    batch_size: int = 64
+    batch_size: Annotated[int, within(1, 2**20)] = 64
     """Of all processes and micro-batches together; no more than the set has pictures."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Micro-batches of an optimizer step, one after the other: less memory. Batch statistics are a micro-batch's."""
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     """Upper limit of the average's decay, which grows from 0: min(decay, (1 + step) / (10 + step))."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises InputError where the name is none of a file, or a batch has too few samples."""
         object.__setattr__(self, "name", self.name or self.kind)
-        if not re.fullmatch(r"[\w-]+", self.name):
-            raise InputError(f"a stage's name must be letters, digits, _ or -, got {self.name!r}")
-        super().__post_init__()
-        self.check(("epochs",), lambda x: 0 < x < math.inf, f"above 0 in the stage {self.name!r}")
-        self.check(("min_steps", "batch_size"), lambda x: x >= 1, "at least 1")
-        self.check(("ema_decay",), lambda x: 0 <= x < 1, "from 0 to below 1")
-        if not 1 <= self.gradient_accumulation_steps <= self.batch_size:
+        if not re.fullmatch(r"[\w-]{1,40}", self.name):
+            raise InputError(
+                f"a stage's name must be 1 to 40 letters, digits, _ or -, got {shown(self.name)}"
+            )
+        if self.gradient_accumulation_steps > self.batch_size:
             raise InputError(
                 f"the stage {self.name!r} must have gradient_accumulation_steps from 1 to its batch_size"
                 f" {self.batch_size}, got {self.gradient_accumulation_steps}"

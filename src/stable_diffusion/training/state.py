@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from stable_diffusion.checkpoints.files import write_tensors
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import replacing
+from stable_diffusion.files import reading
 from stable_diffusion.training.stage import Player
 
 
@@ -81,13 +81,13 @@ class TrainState:
         tensors |= {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         for name, fields in self._moments().items():
             tensors |= {f"optimizer.{field}.{name}": value for field, value in fields.items()}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         counts = {"step": self.step, "skipped": self.skipped, "scale": self.scaler.get_scale()}
-        with replacing(path) as building:
-            save_file(tensors, building, metadata={key: str(value) for key, value in counts.items()})
+        write_tensors(path, tensors, metadata={key: str(value) for key, value in counts.items()})
 
     def load(self, path: Path) -> None:
         """Restores what ``save`` wrote. Raises InputError for a file that is cut, or of something else."""
+        with reading(path), path.open("rb"):  # safetensors calls a file that may not be read missing
+            pass
         try:
             self._load(path)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stable_diffusion.config import Part
 from stable_diffusion.data.cache import Array
 from stable_diffusion.diffusion.objective import loss_weight, target
 from stable_diffusion.nn.text import PromptEmbeds
@@ -29,14 +30,10 @@ class DenoiserSettings(StageSettings):
     learning_rate: float = 8e-4
     epochs: float = 30.0
     min_steps: int = 400
-    caption_dropout: float = 0.1
+    caption_dropout: Part = 0.1
     """Part of the captions that training replaces by the empty one, which guidance needs."""
     loss_weight: Literal["simple", "min_snr", "bound"] = "simple"
     """Weight of each noise level in the loss (`diffusion.objective`)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check(("caption_dropout",), lambda x: 0 <= x <= 1, "from 0 to 1")
 
 
 class DenoiserStage(Stage):
