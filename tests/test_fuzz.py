@@ -249,7 +249,7 @@ def read_model(folder: Path) -> None:
     if path.is_file():
         list(describe(path))
     else:
-        DiffusionModel.from_pretrained(path)
+        DiffusionModel.from_pretrained(path).encode_prompt("a fox")
 
 
 def read_pictures(folder: Path) -> None:
@@ -613,7 +613,7 @@ def fuzz(name: str, count: int) -> list[str]:
 @pytest.mark.parametrize("name", [name for name in READERS if name != "run folder"])
 def test_a_few_damaged_files_end_as_one_sentence(tmp_path: Path, name: str) -> None:
     cases = Cases(name, tmp_path / "cases")
-    found = [(number, cases.attempt(number)) for number in range(round(24 * READERS[name].part))]
+    found = [(number, cases.attempt(number)) for number in range(round(12 * READERS[name].part))]
     assert not [each for each in found if each[1]]
 
 
