@@ -55,7 +55,7 @@ def in_a_process(work: Callable[[], object]) -> int:
         os._exit(1)
 
 
-def said(work: Callable[[], object]) -> str:
+def refusal(work: Callable[[], object]) -> str:
     """The sentence that a forked process is told, for rights and limits that the tests must not lose."""
     reads, writes = os.pipe()
 
@@ -360,7 +360,7 @@ def test_missing_rights_are_called_that(locked: Path) -> None:
         lambda: check_place(locked / "a/b/c.png"),
         lambda: check_place(locked / "sub", is_folder=True),
     ):
-        sentence = said(without_rights(work))
+        sentence = refusal(without_rights(work))
         assert "Permission denied" in sentence, sentence
         assert str(beside) in sentence and ".part" not in sentence
 
@@ -374,9 +374,9 @@ def test_a_full_disk_is_called_that(tmp_path: Path) -> None:
         lambda: write_tensors(tmp_path / "a.safetensors", many),
         lambda: create(tmp_path / "a.png", lambda path: path.write_bytes(bytes(10_000))),
     ):
-        sentence = said(with_limit(resource.RLIMIT_FSIZE, 5_000, work))
+        sentence = refusal(with_limit(resource.RLIMIT_FSIZE, 5_000, work))
         assert "File too large" in sentence and f"cannot write {tmp_path}" in sentence, sentence
-    sentence = said(with_limit(resource.RLIMIT_FSIZE, 0, lambda: check_place(tmp_path / "a.png")))
+    sentence = refusal(with_limit(resource.RLIMIT_FSIZE, 0, lambda: check_place(tmp_path / "a.png")))
     assert "File too large" in sentence
     assert names(tmp_path) == []
 
@@ -392,7 +392,7 @@ def test_too_little_memory_is_called_that(tmp_path: Path) -> None:
             tmp_path / "small.safetensors", {"a": torch.zeros(1).expand(50_000_000)}, torch.float16
         ),
     }.items():
-        sentence = said(with_limit(resource.RLIMIT_AS, limit, work))
+        sentence = refusal(with_limit(resource.RLIMIT_AS, limit, work))
         assert f"cannot {verb} {tmp_path}" in sentence and "there is too little memory" in sentence, sentence
 
 

@@ -146,8 +146,8 @@ def replacing_folder(folder: Path, ours: Callable[[str], object] = lambda name: 
     Raises:
         InputError: what the system refuses, or a new file has the name of one that is not ours.
     """
-    folder = folder.resolve()
-    with writing(folder), _workshop(folder, folder.parent) as workshop:
+    named, folder = folder, folder.resolve()
+    with writing(named), _workshop(folder, folder.parent) as workshop:
         building, aside = workshop / "new", workshop / "old"
         building.mkdir()
         yield building
@@ -198,6 +198,9 @@ def check_place(path: Path, *, is_folder: bool = False, size: int = 0) -> None:
     with writing(path):
         if not is_folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        for part in filter(Path.is_dir, (path, *path.rglob("*"))):
+            if not os.access(part, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(part))
         there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if (free := shutil.disk_usage(there).free) < size:
             raise InputError(
@@ -280,7 +283,11 @@ def _mode(path: Path) -> int:
     with reading(path):
         try:
             return path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a zero byte
+        except ValueError:  # a zero byte
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             return 0
 
 

@@ -78,8 +78,7 @@ def open_mask(path: str | Path) -> Image.Image:
     Raises InputError as ``open_image`` does.
     """
     with opened(path) as image:
-        image.load()
-        mask = _upright(image)
+        mask = _loaded(image)
         return mask.convert("RGBA") if _is_transparent(mask) else mask.copy()
 
 
@@ -143,12 +142,17 @@ def _room_for(size: tuple[int, int]) -> Iterator[None]:
 
 def decoded(image: Image.Image) -> Image.Image:
     """The picture of an opened file: RGB, upright, on white where it is transparent."""
+    return to_rgb(_loaded(image))
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The picture of an opened file, upright."""
     if isinstance(image, JpegImageFile) and image.fp is not None:
         image.fp.seek(0)
         if image.fp.read().count(b"\xff\xda") > MAX_SCANS:
             raise InputError(f"a JPEG of more than {MAX_SCANS} scans: save it anew, or remove it")
     image.load()
-    return to_rgb(_upright(image))
+    return _upright(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import MINILM, PRESETS, ModelConfig, TextEncoderConfig, from_dict, to_dict
 from stable_diffusion.files import _computer
 from tests.lively import lively
+from tests.test_files import refusal, without_rights
 from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
 
 TRAINED = replace(TINY, text_encoders=(replace(TEXT, trainable=True),))
@@ -249,6 +250,28 @@ def test_a_tokenizer_that_is_missing_is_named(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "model/tokenizer")
     with pytest.raises(InputError, match=r"model/tokenizer has no tokenizer"):
         DiffusionModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are forked")
+@pytest.mark.parametrize("part", ["", "config.json", "unet", native.VAE, "tokenizer", "tokenizer/vocab.json"])
+def test_missing_rights_are_called_that(part: str, tmp_path: Path) -> None:
+    """Where a model is read, and where one is replaced, which is known before the training."""
+    folder, network = tmp_path / "model", model(TRAINED)
+    network.save_pretrained(folder)
+    for path in (*tmp_path.parents[:2], tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    (folder / part).chmod(0)
+    read = refusal(without_rights(lambda: DiffusionModel.from_pretrained(folder)))
+    (folder / part).chmod(0o777)
+    assert f"cannot open {folder}" in read and "Permission denied" in read, read
+    if (folder / part).is_dir():
+        for mode in (0, 0o555):
+            (folder / part).chmod(mode)
+            for write in (native.check_place, network.save_pretrained):
+                sentence = refusal(without_rights(lambda write=write: write(folder)))
+                assert f"cannot write {folder}: Permission denied" in sentence, sentence
+    (folder / part).chmod(0o777)
+    assert same(DiffusionModel.from_pretrained(folder), network)
 
 
 @pytest.mark.parametrize("calls", range(4))

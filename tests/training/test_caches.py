@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import warnings
@@ -25,6 +26,7 @@ from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
 from stable_diffusion.training.stages.denoiser import DenoiserStage
 from stable_diffusion.training.workspace import TextCache, Workspace
+from tests.test_files import refusal, with_limit
 from tests.tiny import STAGES, TEXT, TINY, shapes, tiny_model
 from tests.training.record import Record
 
@@ -63,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    count(CocoImageLoader, "image")
+    count(CocoImageLoader, "opened")
     count(type(model.vae), "encode")
     count(type(model.text_encoder), "encode")
     return counter
@@ -137,6 +139,20 @@ def test_a_full_disk_is_said_before_anything_is_removed(
     assert names(tmp_path) == {"rows-old.npy"}
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot promise room")
+def test_a_disk_that_fills_up_is_a_sentence_not_the_end_of_the_process(tmp_path: Path) -> None:
+    """A file of blanks takes no room; writing to its mapping where there is none would be a bus error."""
+    cache = ArrayCache(tmp_path, "rows", "key", (10**6,), "float32")
+    limited = with_limit(resource.RLIMIT_FSIZE, 10**6, lambda: fill(cache, np.ones(4)))
+    assert "rows-key.npy: File too large" in refusal(limited)
+    blank = cache.fill([np.ones(4)])
+    next(blank)
+    (building,) = tmp_path.glob(".rows-key.npy.*/new")
+    assert building.stat().st_blocks * 512 >= 4 * 10**6
+    blank.close()  # type: ignore[attr-defined]
+    assert names(tmp_path) == set()
+
+
 def test_digests_tell_apart_what_differs() -> None:
     array = np.arange(4.0)
     parts: list[tuple[object, ...]] = [
@@ -188,10 +204,10 @@ def test_the_second_run_computes_nothing_twice(
         return +calls
 
     first = work()
-    assert first["CocoImageLoader.image"] == len(own) and first["PromptEncoder.encode"] > 0
+    assert first["CocoImageLoader.opened"] == len(own) and first["PromptEncoder.encode"] > 0
     second = work()
     # Of the first's pictures, latents and captions none; the latents' standard deviation is measured.
-    assert second["CocoImageLoader.image"] == second["PromptEncoder.encode"] == 0
+    assert second["CocoImageLoader.opened"] == second["PromptEncoder.encode"] == 0
     kept = run(tmp_path / "run", own)
     assert kept == run(tmp_path / "run", own) and len(kept) == 3
 

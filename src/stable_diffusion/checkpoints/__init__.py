@@ -14,7 +14,7 @@ from stable_diffusion.checkpoints.checkpoint import Checkpoint
 from stable_diffusion.checkpoints.files import is_weights
 from stable_diffusion.config import ModelConfig, from_dict
 from stable_diffusion.errors import InputError, unknown_name
-from stable_diffusion.files import check_place, is_file
+from stable_diffusion.files import check_place, is_file, writing
 
 __all__ = ["Checkpoint", "export", "found", "read"]
 
@@ -104,6 +104,9 @@ def check_export(path: Path, format: str) -> None:
         raise unknown_name("format", format, ("diffusers", "single-file"))
     if format == "single-file" and path.suffix != ".safetensors":
         raise InputError(f"a single file ends in .safetensors, got {path}")
+    with writing(path):
+        if os.path.lexists(path) and not (
+            format == "diffusers" and path.is_dir() and not any(path.iterdir())
+        ):
+            raise InputError(f"{path} exists: choose another name")
     check_place(path, is_folder=True)
-    if os.path.lexists(path) and not (format == "diffusers" and path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path} exists: choose another name")

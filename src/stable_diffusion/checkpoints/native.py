@@ -105,9 +105,12 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
 
 def check_place(folder: Path, size: int = 0) -> None:
     """Raises InputError where a model folder of so many bytes cannot be written, as ``write`` does."""
+    with files.writing(folder):
+        if folder.exists() and not _is_replaceable(folder):
+            raise InputError(
+                f"{folder} exists and is not a model folder of this project: choose another name"
+            )
     files.check_place(folder, is_folder=True, size=size)
-    if folder.exists() and not _is_replaceable(folder):
-        raise InputError(f"{folder} exists and is not a model folder of this project: choose another name")
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -116,7 +119,9 @@ def _is_replaceable(folder: Path) -> bool:
         return folder.is_dir()
     try:
         return is_native(folder) and {"unet", "vae"} <= read_json(folder / "config.json").keys()
-    except InputError:
+    except InputError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
         return False
 
 

@@ -55,18 +55,10 @@ class ArrayCache:
         if self._is_whole():
             return
         check_place(self.path, size=math.prod(self.shape) * np.dtype(self.dtype).itemsize)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        own = re.compile(rf"(\.?)({re.escape(self.name)}-[^-]+\.npy)(.*)")
-        for match in filter(None, (own.fullmatch(path.name) for path in self.folder.iterdir())):
-            if match[1]:  # of a run that was killed
-                tidy(self.folder / match[2])
-            elif not match[3]:
-                (self.folder / match[2]).unlink(missing_ok=True)
         with replacing(self.path) as building:
+            self._remove_others()
             array = np.lib.format.open_memmap(building, mode="w+", dtype=self.dtype, shape=self.shape)
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a mapped file that a full disk has no room for ends the process
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk ends the process
                 with building.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, building.stat().st_size)
             done = 0
@@ -76,6 +68,15 @@ class ArrayCache:
                 yield done
             array.flush()
             del array  # Windows moves no file that is mapped
+
+    def _remove_others(self) -> None:
+        """Removes the caches of this name and other keys, and what killed processes left of them."""
+        own = re.compile(rf"(\.?)({re.escape(self.name)}-[^-]+\.npy)(.*)")
+        for match in filter(None, (own.fullmatch(path.name) for path in self.folder.iterdir())):
+            if match[1]:
+                tidy(self.folder / match[2])
+            elif not match[3]:
+                (self.folder / match[2]).unlink(missing_ok=True)
 
     def _is_whole(self) -> bool:
         try:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from stable_diffusion.data.item import Entry, Item, Split, ahead
 from stable_diffusion.errors import InputError, three_of
-from stable_diffusion.files import check_is_file, reading
+from stable_diffusion.files import check_is_file, exists, reading
 from stable_diffusion.images import check_header, open_image, opened
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -196,6 +196,8 @@ def coco_splits(folder: str | Path) -> list[Split]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}: check the path")
+    with reading(folder):
+        os.scandir(folder / "annotations" if exists(folder / "annotations") else folder).close()
     files = {path.stem.removeprefix("captions_"): path for path in folder.glob("annotations/captions_*.json")}
     found = [coco_split(folder / name, path) for name, path in files.items() if (folder / name).is_dir()]
     if not found:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import check_place, read_json, replacing_folder
+from stable_diffusion.files import check_place, read_json, replacing_folder, writing
 
 Captioned = list[tuple[dict[str, Any], list[str]]]
 """What a set says of each picture, its ``id`` among that, and its captions."""
@@ -38,14 +38,16 @@ def make_set(
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{str(folder)!r} is a file: give a folder")
-    check_place(folder, is_folder=True)
     there: dict[str, Any] = {}
-    if folder.is_dir() and any(folder.iterdir()):
+    with writing(folder):
+        taken = folder.is_dir() and any(folder.iterdir())
+    if taken:
         there = _info(folder / records[0])
         if not str(there.get("description")).startswith(f"mini-stable-diffusion {kind}"):
             raise InputError(f"{str(folder)!r} holds something else than a set of {kind}: give a new folder")
         if there == info:
             return
+    check_place(folder, is_folder=True)
     own = {*records, *_files(folder, there)}
     with replacing_folder(folder, own.__contains__) as building:
         yield from fill(building)

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import writing
 
 if sys.platform == "win32":
     import msvcrt
@@ -41,8 +42,10 @@ def _locked(path: Path) -> Iterator[str | None]:
 
     Yields None, or the number of the process that holds it. On a file system without locks it is never held.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="ascii") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="ascii")
+    with file:
         try:
             if sys.platform == "win32":
                 file.seek(2**30)  # beyond the number, which others may then read

@@ -53,7 +53,9 @@ class RunRecord:
         if resume and any(file.exists() for file in (self.path, *checkpoints)):
             try:
                 self.content = read_json(self.path)
-            except InputError:
+            except InputError as error:
+                if isinstance(error.__cause__, PermissionError):
+                    raise
                 self.content = {}
             if other := self._other(facts):
                 raise _occupied(folder, other)

@@ -19,7 +19,7 @@ from stable_diffusion.config import ModelConfig, TextEncoderConfig, to_dict
 from stable_diffusion.data.cache import Array, ArrayCache, digest
 from stable_diffusion.data.item import Entry, Source, squares
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import read_json, write_json
+from stable_diffusion.files import read_json, write_json, writing
 from stable_diffusion.generation.pipeline import Parts
 from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.unet import UNet
@@ -126,7 +126,8 @@ class Workspace:
 
         cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
         if PartialState().is_main_process and _rows(record, count) is None:
-            cache.path.unlink(missing_ok=True)  # nobody knows which of its rows are blank
+            with writing(cache.path):
+                cache.path.unlink(missing_ok=True)  # nobody knows which of its rows are blank
         pictures = yield from _filled(cache, blocks(), "reading pictures", np.arange(count + 1))
         if damaged := _rows(record, count):
             names = ", ".join(self.entries[i].key for i in damaged[:3])
