@@ -330,6 +330,8 @@ def test_a_jpeg_of_endless_scans_is_refused(tmp_path: Path) -> None:
     last = content.rindex(b"\xff\xda")
     (tmp_path / "a.jpg").write_bytes(content[:-2] + (content[last : last + 10] + b"\0") * 600 + b"\xff\xd9")
     assert "more than 500 scans" in reason(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match="more than 500 scans"):
+        open_mask(tmp_path / "a.jpg")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes and devices")

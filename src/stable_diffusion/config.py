@@ -79,7 +79,7 @@ class UNetConfig(Settings):
     """Width of a pooled text vector that is added to the timestep embedding; None for none."""
     mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
     """What is between the way down and the way up; None for nothing, as in compressed models (Kim et al. 2023)."""
-    time_cond_proj_dim: Width | None = None
+    time_cond_proj_dim: Annotated[int, within(4, 65536)] | None = None
     """Width of the embedded guidance scale of a network distilled from a guided one (Luo et al. 2023); None for others,
     which classifier-free guidance evaluates twice."""
 
@@ -92,9 +92,8 @@ class UNetConfig(Settings):
             "2", 2, widths[:1], "the first of block_out_channels, which timesteps become sines and cosines of"
         )
         for i, heads in enumerate(self.num_attention_heads):
-            if (
-                self.attention_levels[i] or i == len(widths) - 1
-            ):  # below the last is the middle, which has attention
+            # Below the last is the middle, which has attention.
+            if self.attention_levels[i] or (self.mid_block_type and i == len(widths) - 1):
                 _divides("num_attention_heads", heads, widths[i : i + 1], "its level's block_out_channels")
         if self.num_class_embeds is not None and self.pooled_projection_dim is not None:
             raise InputError("num_class_embeds and pooled_projection_dim exclude each other: leave one out")

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
@@ -78,8 +78,7 @@ def open_mask(path: str | Path) -> Image.Image:
     Raises InputError as ``open_image`` does.
     """
     with opened(path) as image:
-        image.load()
-        mask = _upright(image)
+        mask = _loaded(image)
         return mask.convert("RGBA") if _is_transparent(mask) else mask.copy()
 
 
@@ -90,16 +89,19 @@ def check_header(path: str | Path) -> None:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path, content: BinaryIO | None = None) -> Iterator[Image.Image]:
     """The image in a file as PIL has it, not decoded yet; waits while others of many pixels are open.
+
+    Where its content is given, the path only names it.
 
     Raises InputError for what ``open_image`` refuses, also where that shows only inside the ``with`` block.
     """
     try:
-        check_is_file(Path(path))
+        if content is None:
+            check_is_file(Path(path))
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
-        with Image.open(path, formats=known) as image, _room_for(image.size):
+        with Image.open(content or path, formats=known) as image, _room_for(image.size):
             yield image
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -140,12 +142,17 @@ def _room_for(size: tuple[int, int]) -> Iterator[None]:
 
 def decoded(image: Image.Image) -> Image.Image:
     """The picture of an opened file: RGB, upright, on white where it is transparent."""
+    return to_rgb(_loaded(image))
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The picture of an opened file, upright."""
     if isinstance(image, JpegImageFile) and image.fp is not None:
         image.fp.seek(0)
         if image.fp.read().count(b"\xff\xda") > MAX_SCANS:
             raise InputError(f"a JPEG of more than {MAX_SCANS} scans: save it anew, or remove it")
     image.load()
-    return to_rgb(_upright(image))
+    return _upright(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -190,7 +190,8 @@ class DiffusionModel(ModelParts):
             The averaged weights as ``load_state_dict`` takes them, or None.
 
         Raises:
-            InputError: data that cannot be used, or an `output_dir` of another run.
+            InputError: data that cannot be used, or an `output_dir` of another run, or one that is in use.
+            KeyboardInterrupt: after the step, and saved; at once where Ctrl-C comes again. SIGTERM is as patient.
         """
         if isinstance(data, bool):
             return super().train(data)

@@ -79,13 +79,14 @@ def test_single_files_and_files_of_one_part(single: Path, tmp_path: Path) -> Non
     state = load_file(single)
     for name, prefix, kind in (
         ("vae", "first_stage_model.", "autoencoder of Stable Diffusion"),
-        ("unet", "model.diffusion_model.", "U-Net of an unknown base model (text width 32)"),
+        ("unet", "model.diffusion_model.", "512 pixels, scaled_linear schedule, predicts epsilon"),
     ):
         part = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
         metadata = {"modelspec.license": "CC0-1.0", "training": "x" * 500}
         save_file(part, tmp_path / f"{name}.safetensors", metadata=metadata)
         found = text(tmp_path / f"{name}.safetensors")
-        assert f"{name}: {kind}, single file" in found
+        assert f"{name}: {kind}" in found
+        assert ("  no text encoder: add --text-encoder FOLDER" in found) == (name == "unet")
         assert f"  {name}: " in found
         assert "  licence: CC0-1.0" in found
         assert f"  training: {'x' * 100} …" in found

@@ -809,6 +809,7 @@ def test_info_says_of_a_damaged_file_what_loading_says(
         ("Hyper-SD15-8steps-CFG-lora", {}, "--steps 8 --guidance 5 --sampler ddim --spacing trailing"),
         ("lcm-lora-sdv1-5/pytorch_lora_weights", {}, "--steps 4 --guidance 1 --sampler lcm"),
         ("a", {"ss_output_name": "my_LCM_lora_6steps"}, "--steps 6 --guidance 1 --sampler lcm"),
+        ("TCD-SD15-LoRA", {}, "--steps 4 --guidance 1 --sampler tcd"),
         ("realcmyk", {}, None),
         ("lcm/style", {}, None),
     ],

@@ -358,18 +358,14 @@ def test_parts(folder: Path, tmp_path: Path) -> None:
         k.removeprefix("model.diffusion_model."): t for k, t in state.items() if k.startswith("model.diff")
     }
     for content in (unet, {f"model.diffusion_model.{name}": t for name, t in unet.items()}, state):
-        unet_config, found = single_file.read_unet(saved(tmp_path, content))
-        assert unet_config == original.config.unet
-        equal(found, original.unet)
-    lone = single_file.read(saved(tmp_path, unet))
-    equal(lone.unet, original.unet)
-    assert lone.missing == ["autoencoder", "text encoder"]
+        found = single_file.read(saved(tmp_path, content))
+        assert found.config.unet == original.config.unet
+        equal(found.unet, original.unet)
+    assert single_file.read(saved(tmp_path, unet)).missing == ["autoencoder", "text encoder"]
     with pytest.raises(InputError, match="holds no U-Net"):
         single_file.read(saved(tmp_path, bare))
     with pytest.raises(InputError, match=r"of the autoencoder, .* are missing"):
         single_file.read_vae(saved(tmp_path, unet))
-    with pytest.raises(InputError, match="U-Net"):
-        single_file.read_unet(saved(tmp_path, bare))
 
 
 def test_averaged_weights_are_a_choice(folder: Path, tmp_path: Path) -> None:
@@ -383,7 +379,7 @@ def test_averaged_weights_are_a_choice(folder: Path, tmp_path: Path) -> None:
     equal(averaged.unet, {name: tensor + 1 for name, tensor in original.unet.items()})
     equal(averaged.vae, original.vae)
     assert "plain, not its averaged" in plain.notes[1] and "averaged (EMA) weights" in averaged.notes[1]
-    equal(single_file.read_unet(path, ema=True)[1], averaged.unet)
+    equal(single_file.read(path, ema=True).unet, averaged.unet)
     with pytest.raises(InputError, match=r"holds no averaged \(EMA\) weights"):
         single_file.read(folder / "1.5-foreign.safetensors", ema=True)  # its two counters are no weights
     ema.popitem()
@@ -470,7 +466,7 @@ OTHERS = {
 @pytest.mark.parametrize("what", OTHERS)
 def test_other_kinds_are_named(tmp_path: Path, what: str) -> None:
     path = saved(tmp_path, OTHERS[what])
-    for read in (single_file.read, single_file.read_vae, single_file.read_unet):
+    for read in (single_file.read, single_file.read_vae):
         with pytest.raises(InputError) as caught:
             read(path)
         assert what in str(caught.value) and "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -99,6 +100,17 @@ def theirs(folder: Path, steps: int, scale: float, prompt: str = "a fox") -> tor
     return pipe(
         prompt, num_inference_steps=steps, guidance_scale=scale, latents=noise, output_type="latent"
     ).images
+
+
+def test_the_picture_of_the_light_autoencoder(folders: dict[str, Path]) -> None:
+    pipe = quietly(diffusers.DiffusionPipeline.from_pretrained, folders["sdxs"])
+    pipe.set_progress_bar_config(disable=True)
+    noise = normal(1, 4, 8, 8, dtype=torch.float32)
+    (there,) = pipe("a fox", num_inference_steps=1, guidance_scale=0.0, latents=noise).images
+    (here,) = DiffusionModel.from_pretrained(folders["sdxs"]).generate("a fox", latents=noise)
+    wanted, found = (np.asarray(image, dtype=int) for image in (there, here))
+    assert wanted.std() > 5
+    assert np.abs(found - wanted).max() <= 1
 
 
 def own(model: DiffusionModel, prompt: str = "a fox", **settings: Any) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import diffusers
 import pytest
@@ -56,6 +57,12 @@ CONFIGS = {
     "guidance": replace(SMALL, time_cond_proj_dim=11),
 }
 WITHOUT_TEXT = replace(SMALL, cross_attention_dim=None, num_class_embeds=5, in_channels=1, out_channels=2)
+COMPRESSED = replace(SD15.unet, layers_per_block=1)
+THREE_LEVELS: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "attention_levels": (True,) * 3,
+    "num_attention_heads": (8,) * 3,
+}
 TRAINED = ("three-levels", "labels", "pooled", "no-middle", "guidance")
 MASK = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
 
@@ -207,6 +214,9 @@ def test_parameter_counts() -> None:
             "sd21": SD21.unet,
             "sd15-inpainting": replace(SD15.unet, in_channels=9),
             "sd21-inpainting": replace(SD21.unet, in_channels=9),
+            "bk-sdm-base": COMPRESSED,
+            "bk-sdm-small": replace(COMPRESSED, mid_block_type=None),
+            "bk-sdm-tiny": replace(COMPRESSED, mid_block_type=None, **THREE_LEVELS),
         }.items():
             parameters = list(UNet(config).parameters())
             counts[name] = (sum(p.numel() for p in parameters), len(parameters))
@@ -215,6 +225,10 @@ def test_parameter_counts() -> None:
         "sd21": (865_910_724, 686),
         "sd15-inpainting": (859_535_364, 686),
         "sd21-inpainting": (865_925_124, 686),
+        # Kim et al. 2023, table 1: 0.58, 0.48 and 0.32 billion.
+        "bk-sdm-base": (579_384_964, 442),
+        "bk-sdm-small": (482_346_884, 396),
+        "bk-sdm-tiny": (323_384_964, 358),
     }
 
 

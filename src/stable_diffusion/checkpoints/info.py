@@ -46,10 +46,6 @@ def describe(path: str | Path) -> Iterator[str]:
     elif found == "vae":
         yield f"{path.stem}: autoencoder of Stable Diffusion, single file"
         yield _part("vae", single_file.read_vae(path)[1])
-    elif found == "unet":
-        unet, state = single_file.read_unet(path)
-        yield f"{path.stem}: U-Net of {long_name(unet.cross_attention_dim)}, single file"
-        yield _part("unet", state)
     else:
         yield from _model(single_file.read(path), "single file in CompVis' layout")
     for key, value in sorted(metadata.items()):

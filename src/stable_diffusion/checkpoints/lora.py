@@ -28,7 +28,10 @@ from stable_diffusion.nn.unet import UNet
 
 OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 PEFT_SETTINGS = "lora_adapter_metadata"
-FEW_STEPS = {r"hyper.?sd": "ddim --spacing trailing", r"(?<![a-z])lcm(?![a-z])": "lcm"}
+FEW_STEPS = {
+    r"hyper.?sd": "ddim --spacing trailing",
+    **{rf"(?<![a-z]){sampler}(?![a-z])": sampler for sampler in ("lcm", "tcd")},
+}
 """Samplers of published LoRAs that distil a model to few steps, by their names."""
 
 
@@ -67,7 +70,7 @@ def read(
 
 
 def advice(path: Path, metadata: dict[str, str]) -> str:
-    """How a published few-step LoRA (Hyper-SD, LCM) is to be used, as the end of a sentence; empty for others.
+    """How a published few-step LoRA (Hyper-SD, LCM, TCD) is to be used, as the end of a sentence; empty for others.
 
     The settings are those of its card, which no tensor tells: the names do that the file, or its folder where it has
     diffusers' own, and its metadata have.

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class ArrayCache:
     def _is_whole(self) -> bool:
         try:
             rows = self.read()
-        except (OSError, ValueError, EOFError):  # none, or one that a crash or a full disk left
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # none, or one that a crash or a full disk left
             return False
         return rows.shape == self.shape and rows.dtype == self.dtype
 

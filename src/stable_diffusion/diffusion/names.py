@@ -5,6 +5,7 @@ No torch here, so that ``--help`` can list the names. A row names its function i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -150,3 +151,56 @@ def spacing_named(name: str) -> Spacing:
     if ours not in SPACINGS:
         raise unknown_name("spacing", name, SPACINGS)
     return SPACINGS[ours]
+
+
+_CLIPPED = {"clip_sample": True, "thresholding": False}
+_NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
+_SIGMAS = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+_EULER = {**_SIGMAS, "timestep_spacing": None}  # there it bounds the noise levels that _SIGMAS spread
+_SOLVER = {**_SIGMAS, "thresholding": False, "use_dynamic_shifting": False}
+_DPM = {**_SOLVER, "final_sigmas_type": "zero", "lambda_min_clipped": -math.inf, "variance_type": None}
+_ORDERS = {"solver_order": 2, "lower_order_final": True}
+_RANGE = dict.fromkeys(("sigma_min", "sigma_max"))
+_FEW_STEPS = {
+    **_NARROW,
+    **{"beta_schedule": "scaled_linear", "original_inference_steps": 50},
+    **{"clip_sample": False, "thresholding": False},
+}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {**_CLIPPED, "variance_type": "fixed_small"},
+    "DDPMParallelScheduler": {**_CLIPPED, "variance_type": "fixed_small"},
+    "DDIMScheduler": {**_CLIPPED, "set_alpha_to_one": True},
+    "DDIMParallelScheduler": {**_CLIPPED, "set_alpha_to_one": True},
+    "PNDMScheduler": {"skip_prk_steps": False},
+    "EulerDiscreteScheduler": {
+        **{**_EULER, **_RANGE, "interpolation_type": "linear"},
+        **{"timestep_type": "discrete", "final_sigmas_type": "zero"},
+    },
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {**_EULER, **_NARROW, "clip_sample": False},
+    "DPMSolverMultistepScheduler": {
+        **{**_DPM, **_ORDERS, "use_lu_lambdas": False},
+        **{"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+    },
+    "UniPCMultistepScheduler": {
+        **{**_SOLVER, **_ORDERS, **_RANGE, "final_sigmas_type": "zero", "shift_terminal": None},
+        **{"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None},
+    },
+    "LCMScheduler": {**_FEW_STEPS, "timestep_scaling": 10.0},
+    "TCDScheduler": _FEW_STEPS,
+    # Those that are not here, without what only their own steps read.
+    "DEISMultistepScheduler": _SOLVER,
+    "DPMSolverSinglestepScheduler": _DPM,
+    "LMSDiscreteScheduler": _EULER,
+    "KDPM2DiscreteScheduler": {**_EULER, **_NARROW},
+    "KDPM2AncestralDiscreteScheduler": {**_EULER, **_NARROW},
+    "DPMSolverSDEScheduler": {**_EULER, **_NARROW},
+    "SASolverScheduler": {
+        **_SIGMAS,
+        "thresholding": False,
+        "lambda_min_clipped": -math.inf,
+        "variance_type": None,
+    },
+}
+"""What each scheduler class in diffusers reads beside the forward process, with its defaults. It passes by what it does
+not read: files keep that when their class is changed."""

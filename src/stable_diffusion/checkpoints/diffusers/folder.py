@@ -10,12 +10,13 @@ import torch
 
 from stable_diffusion.checkpoints import families
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged, published_text_state, text_state
-from stable_diffusion.checkpoints.diffusers import settings, weights
+from stable_diffusion.checkpoints.diffusers import schedulers, settings, weights
 from stable_diffusion.checkpoints.files import State, write_tensors
 from stable_diffusion.config import (
     CLIP_H,
     CLIP_L,
     SD15,
+    AutoencoderKLConfig,
     AutoencoderTinyConfig,
     Guidance,
     ModelConfig,
@@ -53,69 +54,60 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
             variant.
     """
     aside = _left_aside(folder)
-    denoiser = (
-        folder if not (folder / "unet").is_dir() and (folder / "config.json").is_file() else folder / "unet"
-    )
-    unet = _json(denoiser / "config.json", *settings.UNET_KEYS)
-    config = ModelConfig(name=folder.resolve().name, unet=settings.unet_config(unet), sampler=SD15.sampler)
-    notes = [
-        "The U-Net predicts epsilon: most do, and there is no scheduler/scheduler_config.json to say so."
-    ]
+    denoiser = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet_settings = _json(denoiser / "config.json", *settings.UNET_KEYS)
+    unet = settings.unet_config(unet_settings)
+    parts: dict[str, Any] = {"sampler": SD15.sampler}
+    notes = ["The U-Net predicts epsilon: most do, and no scheduler/scheduler_config.json says otherwise."]
     if (folder / "scheduler").is_dir():
         schedule = _json(folder / "scheduler/scheduler_config.json", "_class_name")
         said = "says so" if "prediction_type" in schedule else "is silent, which is diffusers' word for it"
-        process = settings.schedule_config(schedule)
-        config = replace(config, schedule=process, sampler=settings.sampler_config(schedule))
-        notes = [f"The U-Net predicts {process.prediction_type}: scheduler/scheduler_config.json {said}."]
-        clips = schedule["_class_name"] in ("DDIMScheduler", "DDPMScheduler")
-        if schedule.get("clip_sample", clips) or schedule.get("thresholding"):
-            notes.append("Left aside: the scheduler's clipping of what it sees in the noise (clip_sample).")
+        parts = {
+            "schedule": schedulers.schedule_config(schedule),
+            "sampler": schedulers.sampler_config(schedule),
+        }
+        predicted = parts["schedule"].prediction_type
+        notes = [f"The U-Net predicts {predicted}: scheduler/scheduler_config.json {said}."]
+        notes += schedulers.scheduler_notes(schedule)
     if aside:
         notes.append(f"Left aside: {' and '.join(aside)}.")
-    vae: State = {}
-    if (folder / "vae").is_dir():
-        config = replace(config, vae=settings.autoencoder_config(_json(folder / "vae/config.json")))
-        vae = weights.vae_state(weights.read_part(folder / "vae", weights.WEIGHTS["vae"], variant))
-    text, state, tokenizer = (
-        TextEncoderConfig(hidden_size=config.unet.cross_attention_dim or 0),
-        State(),
-        folder,
+    codec: AutoencoderKLConfig | AutoencoderTinyConfig = AutoencoderKLConfig(
+        latent_channels=unet.out_channels
     )
+    vae, text_encoder, tokenizer = State(), State(), folder
+    if (folder / "vae").is_dir():
+        codec = settings.autoencoder_config(_json(folder / "vae/config.json"))
+        vae = weights.vae_state(weights.read_part(folder / "vae", weights.WEIGHTS["vae"], variant))
+    text = TextEncoderConfig(hidden_size=unet.cross_attention_dim or 1, num_attention_heads=1)
     if (folder / "text_encoder").is_dir():
-        text, state, tokenizer = read_text_encoder(folder, variant)
-    size = typed(int, unet.get("sample_size", 64), "sample_size") * config.vae.factor
-    config = replace(config, sample_size=size, text_encoders=(text,))
+        text, text_encoder, tokenizer = read_text_encoder(folder, variant)
     if variant is not None and not weights.has_variant(folder, variant):
         raise InputError(
             f"{folder} has no files of the variant {variant!r}: {weights.variants_there(folder)}"
         )
-    denoiser_state = weights.read_part(denoiser, weights.WEIGHTS["unet"], variant)
+    size = typed(int, unet_settings.get("sample_size", 64), "sample_size") * codec.factor
+    parts |= {"unet": unet, "vae": codec, "text_encoders": (text,), "sample_size": size}
+    config = ModelConfig(name=folder.resolve().name, **parts)
     if few := few_steps(config):
         config = replace(config, num_inference_steps=few[0], guidance=Guidance(scale=few[1]))
         notes.append(f"By default {few[0]} step{'s' * (few[0] > 1)}: {few[2]}.")
-    return Checkpoint(
-        config,
-        vae=vae,
-        unet=denoiser_state,
-        text_encoders=[state],
-        tokenizers=[tokenizer],
-        notes=tuple(notes),
-    )
+    state = weights.read_part(denoiser, weights.WEIGHTS["unet"], variant)
+    return Checkpoint(config, vae, state, [text_encoder], [tokenizer], notes=tuple(notes))
 
 
 def few_steps(config: ModelConfig) -> tuple[int, float, str] | None:
     """Steps and guidance scale of a model that was distilled to few steps, and what tells that it is one.
 
     A folder does not say how it wants to be used, its model's card does. What tells those cards' models apart is in
-    the configurations: a U-Net that reads its guidance (LCM_Dreamshaper: 4 steps, scale 8), the scheduler of latent
-    consistency models (4 steps without guidance), a U-Net without a middle whose autoencoder is TAESD's (SDXS: 1
-    step), and Euler's trailing steps for eps without zero terminal SNR (SD-Turbo: 1 step).
+    the configurations: a U-Net that reads its guidance (LCM_Dreamshaper: 4 steps, scale 8), the scheduler of
+    consistency models (LCM's or TCD's: 4 steps without guidance), a U-Net without a middle whose autoencoder is
+    TAESD's (SDXS: 1 step), and Euler's trailing steps for eps without zero terminal SNR (SD-Turbo: 1 step).
     """
     sampler, schedule = config.sampler, config.schedule
     if config.unet.time_cond_proj_dim is not None:
         return 4, 8.0, "its U-Net reads its guidance, as latent consistency models' do"
     if SAMPLERS[sampler.name].spacing == "lcm":
-        return 4, 1.0, "its scheduler is that of latent consistency models, which need no guidance"
+        return 4, 1.0, "its scheduler is that of consistency models, which need no guidance"
     if config.unet.mid_block_type is None and isinstance(config.vae, AutoencoderTinyConfig):
         return 1, 1.0, "U-Net and autoencoder are SDXS', which needs no guidance"
     eps = schedule.prediction_type == "epsilon" and not schedule.rescale_betas_zero_snr
@@ -141,13 +133,11 @@ def read_text_encoder(folder: Path, variant: str | None = None) -> tuple[TextEnc
     if "max_position_embeddings" not in found or not str(found.get("model_type", "clip")).startswith("clip"):
         raise InputError(f"{part / 'config.json'} is not the configuration of a CLIP text encoder")
     config = settings.text_encoder_config(found)
-    if (
-        found is not whole and config.hidden_size == CLIP_H.hidden_size
-    ):  # 2.x reads it at its penultimate layer
-        config = replace(config, skip_last_layers=CLIP_H.skip_last_layers)
+    if found is not whole and config.hidden_size == CLIP_H.hidden_size:
+        config = replace(config, skip_last_layers=CLIP_H.skip_last_layers)  # where 2.x reads it
     state = text_state(weights.read_part(part, weights.WEIGHTS["text_encoder"], variant), config)
-    tokenizers = [folder / "tokenizer", part.with_name("tokenizer")]
-    tokenizers += [part] * any((part / name).is_file() for name in TOKENIZERS)
+    own = [part] * any((part / name).is_file() for name in TOKENIZERS)
+    tokenizers = [folder / "tokenizer", *own, part.parent / "tokenizer"]
     if config.vocab_size == CLIP_L.vocab_size:
         tokenizers.append(packaged("clip-tokenizer-2" if config.hidden_act == "gelu" else "clip-tokenizer"))
     return config, state, next(filter(Path.is_dir, tokenizers), tokenizers[0])
@@ -210,7 +200,7 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
     if not written:
         raise InputError(f"diffusers has no place for any part of {config.name!r}: {reason}")
     with replacing_folder(folder) as building:
-        texts = {"scheduler/scheduler_config.json": settings.scheduler_settings(config)}
+        texts = {"scheduler/scheduler_config.json": schedulers.scheduler_settings(config)}
         states = {}
         if text:
             texts["unet/config.json"], states["unet"] = settings.unet_settings(config), checkpoint.unet
@@ -237,7 +227,9 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         notes.append(
             "Diffusers' pipeline sets steps_offset to 1: its pictures differ with leading timesteps."
         )
-    if config.schedule.kind == "flow":
+    if config.schedule.kind != "flow":
+        notes += schedulers.unsaid(config.sampler)
+    else:
         notes.append(
             "Diffusers walks a rectified flow from 0.999 on and cuts times to whole numbers: its pictures differ a"
             " little."
@@ -255,7 +247,7 @@ def pipeline_index(config: ModelConfig) -> dict[str, Any]:
         "_diffusers_version": settings.VERSION,
         **{part: [None, None] for part in LEFT_ASIDE},
         "requires_safety_checker": False,
-        "scheduler": ["diffusers", settings.scheduler_settings(config)["_class_name"]],
+        "scheduler": ["diffusers", schedulers.scheduler_settings(config)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -1,8 +1,8 @@
-"""The settings in diffusers' JSON files, of each part both ways: ours for theirs, and theirs for ours."""
+"""The settings in diffusers' JSON files, of each network both ways: ours for theirs, and theirs for ours."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,11 @@ from stable_diffusion.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     ModelConfig,
-    SamplerConfig,
-    ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     from_dict,
     to_dict,
 )
-from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS, sampler_name
 from stable_diffusion.errors import InputError, unknown_name
 
 VERSION = "0.42.1"
@@ -36,11 +33,6 @@ TEXT_SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("hidden_act", "max_position_embeddings", "layer_norm_eps"),
 )
-# With diffusers' own defaults, which hold where a file is silent; that of set_alpha_to_one is the scheduler's.
-SCHEDULE_SAME: dict[str, Any] = {
-    **{"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0},
-    **{"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "set_alpha_to_one": None},
-}
 
 # What our networks are built for; another value is a network that they are not.
 UNET_FIXED: dict[str, Any] = {
@@ -65,8 +57,6 @@ TINY_NAMES = {
     **{"latent_channels": "latent_channels", "encoder_block_out_channels": "block_out_channels"},
     **{"num_encoder_blocks": "encoder_blocks", "num_decoder_blocks": "decoder_blocks"},
 }
-
-BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
 def unet_config(settings: dict[str, Any]) -> UNetConfig:
@@ -188,69 +178,6 @@ def text_settings(config: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
-def schedule_config(settings: dict[str, Any]) -> ScheduleConfig:
-    """Our configuration of the forward process for a ``scheduler_config.json``."""
-    found = SCHEDULE_SAME | {"set_alpha_to_one": settings["_class_name"] == "DDIMScheduler"}
-    found |= {key: settings[key] for key in SCHEDULE_SAME if key in settings}
-    if settings.get("use_flow_sigmas"):
-        flow = {key: found[key] for key in ("num_train_timesteps", "prediction_type")}
-        return from_dict(ScheduleConfig, {"kind": "flow", "shift": settings.get("flow_shift", 1.0), **flow})
-    if settings.get("trained_betas") is not None:
-        raise InputError("scheduler_config.json: trained_betas are not supported, a named beta_schedule is")
-    beta_schedule = str(settings.get("beta_schedule", "linear"))
-    if beta_schedule not in BETA_SCHEDULES:
-        raise unknown_name("beta_schedule", beta_schedule, BETA_SCHEDULES)
-    return from_dict(ScheduleConfig, {"kind": BETA_SCHEDULES[beta_schedule], **found})
-
-
-def sampler_config(settings: dict[str, Any]) -> SamplerConfig:
-    """The sampler that a ``scheduler_config.json`` names, with its spacing."""
-    name = str(settings["_class_name"])
-    rows = {ours: row for ours, row in SAMPLERS.items() if row.diffusers == name}
-    if not rows:
-        raise unknown_name("scheduler class", name, [row.diffusers for row in SAMPLERS.values()])
-    if settings.get("use_flow_sigmas"):
-        return SamplerConfig(name="euler" if settings.get("solver_order") == 1 else next(iter(rows)))
-    sampler = max(rows, key=lambda ours: _says(settings, rows[ours].diffusers_settings))
-    if rows[sampler].spacing == "lcm":  # which places its levels itself, whatever the file says
-        return SamplerConfig(name=sampler)
-    said = [ours for ours, row in SPACINGS.items() if row.diffusers and _says(settings, row.diffusers)]
-    if not said and settings.get("timestep_spacing") is not None:
-        raise unknown_name("timestep_spacing", settings["timestep_spacing"], SPACINGS)
-    return SamplerConfig(name=sampler, spacing=said[-1] if said else None)  # Karras' levels before timesteps
-
-
-def scheduler_settings(config: ModelConfig) -> dict[str, Any]:
-    """The ``scheduler_config.json``: the inverse of ``schedule_config`` and ``sampler_config``."""
-    schedule, sampler = config.schedule, config.sampler
-    name = sampler_name(sampler.name)
-    same = {"_diffusers_version": VERSION, **_same(schedule, SCHEDULE_SAME)}
-    if schedule.kind == "flow":  # DPM-Solver++ of the first order is Euler's step
-        return {
-            "_class_name": "DPMSolverMultistepScheduler",
-            **{key: same[key] for key in ("_diffusers_version", "num_train_timesteps", "prediction_type")},
-            "flow_shift": schedule.shift,
-            "steps_offset": 1,  # which its pipeline asks for
-            "solver_order": 1 if name in ("euler", "ddim") else 2,
-            "use_flow_sigmas": True,
-        }
-    if not schedule.rescale_betas_zero_snr:
-        del same["rescale_betas_zero_snr"]
-    beta_schedule = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[schedule.kind]
-    settings: dict[str, Any] = {
-        "_class_name": SAMPLERS[name].diffusers,
-        **SAMPLERS[name].diffusers_settings,
-        **same,
-        **{"beta_schedule": beta_schedule, "trained_betas": None},
-        **{"clip_sample": False, "skip_prk_steps": True},
-    }
-    if sampler.spacing is not None:
-        settings |= SPACINGS[sampler.spacing].diffusers
-    if name == "ddpm" and sampler.variance == "large":
-        settings["variance_type"] = "fixed_large"
-    return settings
-
-
 def _same(config: object, keys: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key in keys}
 
@@ -262,8 +189,3 @@ def _check_fixed(file: str, settings: dict[str, Any], fixed: dict[str, Any]) -> 
             raise InputError(
                 f"{file}: {key} must be {value!r}, as in published models, got {settings[key]!r}"
             )
-
-
-def _says(settings: dict[str, Any], wanted: Mapping[str, Any]) -> int:
-    """How many settings are as wanted; 0 unless all are."""
-    return len(wanted) if all(settings.get(key) == value for key, value in wanted.items()) else 0

@@ -19,7 +19,6 @@ from stable_diffusion.checkpoints.single_file.infer import (
     File,
     has_gaps,
     model_config,
-    unet_config,
     vae_config,
 )
 from stable_diffusion.checkpoints.single_file.write import CONFIG, check_fits
@@ -79,14 +78,6 @@ def read_vae(path: Path) -> tuple[AutoencoderKLConfig, State]:
     config = stored.vae if stored is not None else vae_config(file)
     assert isinstance(config, AutoencoderKLConfig)
     return config, _vae_state(file, config)
-
-
-def read_unet(path: Path, *, ema: bool = False) -> tuple[UNetConfig, State]:
-    """The U-Net in a file of its own or of a whole model. Raises InputError as ``read`` does."""
-    file = _load(path)
-    stored = _stored_config(file)
-    config = stored.unet if stored is not None else unet_config(file)
-    return config, _unet_state(file, config, ema)
 
 
 def _load(path: Path) -> File:
