@@ -554,16 +554,13 @@ def test_a_long_prompt_in_any_script_has_a_name(minisd: Any, model: str) -> None
     assert path.name == f"{'𐍈' * 45}-{2**62}.png"
 
 
-def test_a_models_name_is_never_a_path(minisd: Any, model: str, tmp_path: Path) -> None:
-    """Whoever made the model, or the recipe, does not choose where files are written."""
-    Path("smallest.toml").write_text(RECIPE.replace('"smallest"', '"../../../x"'), encoding="utf-8")
-    result = minisd("train", "smallest.toml", "--steps", 1, "--no-autocast")
-    assert (result.code, result.out.splitlines()[-1]) == (0, str(Path("runs/x/model")))
+def test_a_models_name_is_never_a_path(tmp_path: Path) -> None:
+    """Whoever made the model, or the recipe (see below), does not choose where files are written."""
     network = tiny_model(replace(TINY, name="../../../y"))
     network.train(shapes(Path("shapes")), STAGES, steps=1)
     assert DiffusionModel.from_pretrained("runs/y/model").config.name == "../../../y"
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
-    assert {str(path) for path in Path().iterdir()} == {"datasets", "runs", "shapes", "smallest.toml"}
+    assert {str(path) for path in Path().iterdir()} == {"runs", "shapes"}
 
 
 def test_too_little_memory_is_one_sentence(minisd: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -712,7 +709,7 @@ count = 10
 size = 32
 
 [model]
-name = "smallest"
+name = "../smallest"
 sample_size = 32
 num_inference_steps = 2
 
@@ -758,7 +755,7 @@ def test_train_a_recipe_then_draw_with_its_model(minisd: Any) -> None:
     result = minisd("train", "other.toml", "--start", "runs/smallest/model", "--output", "other")
     assert (
         result.code == 2
-        and "'smallest' has another unet than the recipe" in result.err
+        and "'../smallest' has another unet than the recipe" in result.err
         and not Path("other").exists()
     )
     unknown = RECIPE.replace("norm_num_groups", "norm_groups")

@@ -204,7 +204,7 @@ def check_place(path: Path, *, is_folder: bool = False, size: int = 0) -> None:
         there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if (free := shutil.disk_usage(there).free) < size:
             raise InputError(
-                f"{there} has {free / 1e9:.2f} GB free and {path.name} needs {size / 1e9:.2f} GB there:"
+                f"{there} has {free / 1e6:,.0f} MB free and {path.name} needs {size / 1e6:,.0f} MB there:"
                 " make room, or choose another place"
             )
         with _workshop(path, there) as workshop:
