@@ -277,15 +277,20 @@ class ModelConfig(Settings):
         """Raises InputError where the parts do not fit together."""
         unet, vae, latents = self.unet, self.vae, self.vae.latent_channels
         texts = sum(text.hidden_size for text in self.text_encoders)
-        for name, value, choices in (
-            ("vae.in_channels", vae.in_channels, (3,)),  # pictures are RGB
-            ("unet.in_channels", unet.in_channels, (latents, 2 * latents + 1)),
-            ("unet.out_channels", unet.out_channels, (latents,)),
-            ("unet.pooled_projection_dim", unet.pooled_projection_dim, (None, texts or None)),
+        for name, value, choices, of in (
+            ("vae.in_channels", vae.in_channels, (3,), "the pictures, which are RGB"),
+            ("unet.in_channels", unet.in_channels, (latents, 2 * latents + 1), "vae.latent_channels"),
+            ("unet.out_channels", unet.out_channels, (latents,), "vae.latent_channels"),
+            (
+                "unet.pooled_projection_dim",
+                unet.pooled_projection_dim,
+                (None, texts or None),
+                "the hidden_size of the text_encoders",
+            ),
         ):
             if value not in choices:
                 said = " or ".join(dict.fromkeys(str(choice) for choice in choices))
-                raise InputError(f"{name} must be {said}, to fit the model's other parts, got {value}")
+                raise InputError(f"{name} must be {said}, to fit {of}, got {value}")
         if self.sample_size % vae.factor:
             raise InputError(
                 f"sample_size must be a multiple of the autoencoder's factor {vae.factor}, got {self.sample_size}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -11,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
+
+NESTING = 32
+"""Of lists and objects in JSON: what says a value in an error, or walks it, can then not run out of stack."""
 
 
 @contextmanager
@@ -52,6 +56,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside)
 
 
+def as_path(path: object) -> Path:
+    """The path that a caller gave. Raises InputError where it is none."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise InputError(f"a path must be a text or a Path, got {shown(path)}")
+    return Path(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none, or something else."""
     try:
@@ -62,9 +73,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot open {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
+    if _nested(content, NESTING):
+        raise InputError(f"{path} nests lists and objects more than {NESTING} deep: it holds no settings")
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
+
+
+def _nested(value: object, most: int) -> bool:
+    """Whether lists and objects lie in each other more than `most` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (most == 0 and bool(inner)) or any(_nested(item, most - 1) for item in inner)
 
 
 def write_json(path: Path, value: object) -> None:

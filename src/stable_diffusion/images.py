@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -129,6 +129,8 @@ def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
     """Images of one size as float32 in [-1, 1]. Raises InputError if there are none, or of several sizes."""
     import torch
 
+    if not isinstance(images, Sequence) or not all(isinstance(image, Image.Image) for image in images):
+        raise InputError(f"pictures must be PIL images, got {shown(images)}")
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         found = ", ".join(f"{width}x{height}" for width, height in sizes) or "none"

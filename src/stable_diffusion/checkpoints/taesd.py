@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from stable_diffusion.checkpoints.diffusers.weights import vae_state
 from stable_diffusion.checkpoints.families import kind
 from stable_diffusion.checkpoints.files import State, assign, building, read_weights
 from stable_diffusion.config import TAESD, AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
+from stable_diffusion.fields import from_dict
 from stable_diffusion.files import read_json
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
@@ -24,6 +24,10 @@ WEIGHTS = [f"diffusion_pytorch_model.{ending}" for ending in ENDINGS]
 PAIRS = [f"taesd_decoder.{ending}" for ending in ("safetensors", "pth")]
 # What an AutoencoderTiny must be like, or say nothing of, for ours to be the same.
 TINY_SETTINGS = {"act_fn": "relu", "upsampling_scaling_factor": 2, "scaling_factor": 1, "shift_factor": 0}
+TINY_NAMES = {
+    **{"latent_channels": "latent_channels", "block_out_channels": "encoder_block_out_channels"},
+    **{"encoder_blocks": "num_encoder_blocks", "decoder_blocks": "num_decoder_blocks"},
+}
 
 
 def read_vae(path: Path) -> tuple[AutoencoderKLConfig | AutoencoderTinyConfig, State]:
@@ -57,14 +61,11 @@ def tiny_config(path: Path, settings: dict[str, Any]) -> AutoencoderTinyConfig:
     """Our configuration for an ``AutoencoderTiny``'s ``config.json``; TAESD's where there is none."""
     for key, value in TINY_SETTINGS.items():
         if settings.get(key, value) != value:
-            raise InputError(f"the autoencoder {path} has {key} {settings[key]!r}: it must be {value!r}")
-    return replace(
-        TAESD,
-        latent_channels=settings.get("latent_channels", TAESD.latent_channels),
-        block_out_channels=tuple(settings.get("encoder_block_out_channels", TAESD.block_out_channels)),
-        encoder_blocks=tuple(settings.get("num_encoder_blocks", TAESD.encoder_blocks)),
-        decoder_blocks=tuple(settings.get("num_decoder_blocks", TAESD.decoder_blocks[::-1]))[::-1],
-    )
+            raise InputError(f"the autoencoder {path} has {key} {shown(settings[key])}: it must be {value!r}")
+    said = {ours: settings[key] for ours, key in TINY_NAMES.items() if key in settings}
+    if isinstance(blocks := said.get("decoder_blocks"), list):  # from the latents to the pixels there
+        said["decoder_blocks"] = blocks[::-1]
+    return from_dict(AutoencoderTinyConfig, said, base=TAESD)
 
 
 def _pair(path: Path) -> State:

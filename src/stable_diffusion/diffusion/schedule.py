@@ -37,18 +37,23 @@ CLEAN = Level(-1.0, 1.0, 0.0)
 
 def linear_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
     """Ho et al. 2020, section 4: from 1e-4 to 0.02 there."""
-    return torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float64)
+    return torch.linspace(
+        config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float64, device="cpu"
+    )
 
 
 def scaled_linear_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
     """Rombach et al. 2022 (their "linear"): linear in the square root of beta."""
     ends = math.sqrt(config.beta_start), math.sqrt(config.beta_end)
-    return torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float64) ** 2
+    return torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float64, device="cpu") ** 2
 
 
 def cosine_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
     """Nichol & Dhariwal 2021, equation 17, with beta at most 0.999."""
-    time = torch.arange(config.num_train_timesteps + 1, dtype=torch.float64) / config.num_train_timesteps
+    time = (
+        torch.arange(config.num_train_timesteps + 1, dtype=torch.float64, device="cpu")
+        / config.num_train_timesteps
+    )
     alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
@@ -66,7 +71,7 @@ class Schedule:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
         self.num_train_timesteps = config.num_train_timesteps
-        self.alphas_cumprod = torch.empty(0, dtype=torch.float64)
+        self.alphas_cumprod = torch.empty(0, dtype=torch.float64, device="cpu")
         if config.kind != "flow":
             self.alphas_cumprod = torch.cumprod(1 - BETAS[config.kind](config), dim=0)
             if config.rescale_betas_zero_snr:
@@ -113,7 +118,9 @@ class Schedule:
                 raise InputError(
                     f"spacing {spacing!r} is for the DDPM family; use {FLOW_SPACING!r} for a rectified flow"
                 )
-            sigmas = self._shift(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1])
+            sigmas = self._shift(
+                torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")[:-1]
+            )
             return [*(self.level(sigma * self.num_train_timesteps) for sigma in sigmas.tolist()), CLEAN]
         most = row.most_steps or self.num_train_timesteps - (grid == "intervals")
         if num_inference_steps > most:
@@ -141,7 +148,7 @@ class Schedule:
         Raises:
             InputError: a time outside the schedule.
         """
-        alpha, sigma = self.alpha_sigma(torch.as_tensor(timesteps).expand(len(x0)))
+        alpha, sigma = self.alpha_sigma(torch.as_tensor(timesteps, device="cpu").expand(len(x0)))
         shape = (-1, 1, 1, 1)
         alpha, sigma = (value.to(x0.device, x0.dtype).view(shape) for value in (alpha, sigma))
         return alpha * x0 + sigma * noise
@@ -153,7 +160,9 @@ class Schedule:
         if not bool(((times >= 0) & (times <= last)).all()):
             raise InputError(f"timesteps must be from 0 to {last}, got {times.tolist()}")
         levels = [self.level(t) for t in times.tolist()]
-        table = torch.tensor([(level.alpha, level.sigma) for level in levels], dtype=torch.float64)
+        table = torch.tensor(
+            [(level.alpha, level.sigma) for level in levels], dtype=torch.float64, device="cpu"
+        )
         return table[:, 0], table[:, 1]
 
     def training_timesteps(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -210,7 +219,9 @@ def leading(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 def linspace(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     """From the last timestep to the first, both included (Lin et al. 2023, table 2)."""
     points = steps + 1 if grid == "intervals" else steps
-    times = torch.linspace(schedule.num_train_timesteps - 1, 0, points, dtype=torch.float64)[:steps]
+    times = torch.linspace(schedule.num_train_timesteps - 1, 0, points, dtype=torch.float64, device="cpu")[
+        :steps
+    ]
     return [schedule.level(t) for t in (times if grid == "fractional" else times.round()).tolist()]
 
 
@@ -233,7 +244,7 @@ def karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
         raise InputError(
             "spacing 'karras' needs a finite noise level; a zero-terminal-SNR schedule has none: use 'trailing'"
         )
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     ratios = ((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7).tolist()
     times = [schedule.time(ratio) for ratio in ratios]
     if grid == "intervals":

@@ -180,7 +180,9 @@ class PromptEncoder(nn.Module):
     def embed(self, batches: list[TokenBatch], count: int) -> PromptEmbeds:
         """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
         if not self.encoders:  # a model without text: tokens of no length
-            return PromptEmbeds(torch.empty(count, 0, 0), None, torch.empty(count, 0))
+            return PromptEmbeds(
+                torch.empty(count, 0, 0, device="cpu"), None, torch.empty(count, 0, device="cpu")
+            )
         read = [self.read(i, batch.input_ids, batch.attention_mask) for i, batch in enumerate(batches)]
         return self.join(read)
 

@@ -93,7 +93,7 @@ class Tokenizer:
             padding = room - len(kept)
             ids.append([self.begin_id, *kept, self.end_id] + [self.pad_id] * padding)
             mask.append([True] * (len(kept) + 2) + [False] * padding)
-        return TokenBatch(torch.tensor(ids), torch.tensor(mask), cut)
+        return TokenBatch(torch.tensor(ids, device="cpu"), torch.tensor(mask, device="cpu"), cut)
 
     def add_tokens(self, tokens: dict[str, list[int]]) -> None:
         """Makes each word, in upper or lower case, a token that stands for the ids in its list.
