@@ -20,12 +20,15 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
 from stable_diffusion import DiffusionModel, cli
+from stable_diffusion.checkpoints import hub
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import Styles
+from stable_diffusion.evaluation import run
 from stable_diffusion.generation.request import FIELDS, SHORT
+from stable_diffusion.generation.strangers import FILES, LIMITS
 from stable_diffusion.nn import tokenizer
 from tests.lively import lively
-from tests.tiny import KL, TINY, tiny_model
+from tests.tiny import KL, STAGES, TINY, shapes, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGED = json.loads((packaged("model") / "config.json").read_text(encoding="utf-8"))
@@ -151,7 +154,16 @@ def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: s
         "mask_image": str(mask("mask.png")),
         "strength": 0.5,
     }
-    added = {"num_images_per_prompt", "prediction_type", "variant", "ema", "vae", "lora", "embedding"}
+    added = {
+        "num_images_per_prompt",
+        "prediction_type",
+        "variant",
+        "ema",
+        "vae",
+        "text_encoder",
+        "lora",
+        "embedding",
+    }
     assert given.keys() | added == FIELDS.keys() - {"prompt", "latents"}, "the others: tests/checkpoints"
     pictures = []
     none: dict[str, str] = {}
@@ -185,6 +197,18 @@ def test_unmasked_bytes_are_identical(minisd: Any, model: str) -> None:
         outside = np.asarray(where) == 0
         assert np.array_equal(np.asarray(image)[outside], np.asarray(before)[outside])
         assert (np.asarray(image)[~outside] != np.asarray(before)[~outside]).mean() > 0.9
+
+
+def test_a_mask_drawn_on_a_transparent_layer_is_repainted_where_it_is_drawn(minisd: Any, model: str) -> None:
+    given = picture("given.png")
+    drawn = Image.new("RGBA", (32, 32))
+    drawn.paste("white", (8, 8, 16, 24))
+    drawn.save("mask.png")
+    result = minisd("generate", "a", "--model", model, "--image", given, "--mask", "mask.png")
+    assert "minisd: note: all that is opaque in the mask is white" in result.err
+    with Image.open(result.paths[0]) as image, Image.open(given) as before:
+        changed = (np.asarray(image) != np.asarray(before)).any(-1)
+    assert Image.fromarray(changed).getbbox() == (8, 8, 16, 24)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +252,90 @@ def test_from_with_other_settings_changes_only_those(minisd: Any, model: str) ->
     assert [settings(p)["seed"] for p in minisd("generate", "--from", first, "--count", 3).paths] == [5, 6, 7]
 
 
+def stranger(**settings: Any) -> str:
+    """A picture of somebody else's, with settings of theirs."""
+    plain = {"model": None, "prompt": "a", "negative_prompt": "", "seed": 1, "num_inference_steps": 1}
+    plain |= {"guidance_scale": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0}
+    plain |= {"sampler": "euler", "spacing": None, "eta": 0.0, "variance": "small", "width": 32, "height": 32}
+    chunks = PngInfo()
+    chunks.add_text("minisd", json.dumps({**plain, **settings}))
+    Image.new("RGB", (8, 8)).save("stranger.png", pnginfo=chunks)
+    return "stranger.png"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_picture_fetches_nothing(
+    name: str, minisd: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the hub, nor from a Windows share, for which a look is a connection."""
+    looked: list[str] = []
+    stat = os.stat
+
+    def look(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        looked.append(str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", look)
+    monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("it asked the network"))
+    given = () if name == "model" else ("--model", model)
+    for text in ("owner/name", "https://host/x", "gone.pt", "a" * 5000, "\0", "//host/a", "\\\\host\\a:b"):
+        value: Any = {"lora": {text: 1.0}, "embedding": [text]}.get(name, text)
+        result = minisd("generate", "--from", stranger(**{name: value}), *given)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert f"stranger.png names the {name} " in result.err and "give --" in result.err
+    assert "owner/name" in looked
+    assert not any(path.startswith(("//", "\\\\")) for path in looked)
+    older = minisd("generate", "--from", stranger(lora=["//host/a:0.5"]), *given)
+    assert "names the lora '//host/a:0.5', which is on another machine: give --lora" in older.err
+
+
+def test_what_a_picture_names_here_is_read_after_a_note(minisd: Any, model: str) -> None:
+    picture("given.png")
+    mask("mask.png")
+    named = stranger(model=model, image="given.png", mask_image="mask.png", strength=0.5)
+    result = minisd("generate", "--from", named)
+    assert result.code == 0
+    lines = result.err.splitlines()
+    for name, text in (("model", model), ("image", "given.png"), ("mask_image", "mask.png")):
+        assert f"minisd: note: stranger.png names the {name} {text!r}: reading it" in lines
+    repeated = minisd(
+        "generate", "--from", named, "--model", model, "--image", "given.png", "--mask", "mask.png"
+    )
+    assert repeated.code == 0 and "names" not in repeated.err
+    assert repeated.paths[0].read_bytes() == result.paths[0].read_bytes()
+    Path("folder").mkdir()
+    said, refused = minisd("generate", "--from", stranger(model="folder")).err.splitlines()
+    assert "names the model 'folder': reading it" in said and "is not a model folder" in refused
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"num_inference_steps": 151}, ("--steps", 1)),
+        ({"width": 2052}, ("--size", 32)),
+        ({"height": 4096}, ("--height", 32)),
+        ({"num_images_per_prompt": 17}, ("--count", 1)),
+        ({"prompt": ["a"] * 9, "num_images_per_prompt": 2}, ("--count", 1, "a")),
+    ],
+)
+def test_a_picture_may_ask_for_so_much_and_the_user_for_more(
+    asked: dict[str, Any], options: tuple[object, ...], minisd: Any, model: str
+) -> None:
+    base = ("generate", "--model", model, "--from", stranger(**asked))
+    result = minisd(*base)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "may be at most" in result.err and "on the command line" in result.err
+    assert minisd(*base, *options).code == 0
+    if "num_inference_steps" in asked:
+        assert minisd(*base, "--steps", 151, "--size", 16).code == 0, "what is typed is the user's"
+
+
+def test_the_help_says_how_much_a_picture_may_ask_for(minisd: Any) -> None:
+    said = " ".join(minisd("generate", "--help").out.split())
+    for name in ("width", "height", "num_inference_steps"):
+        assert str(LIMITS[name]) in said
+
+
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [
@@ -239,7 +347,7 @@ def test_from_with_other_settings_changes_only_those(minisd: Any, model: str) ->
         ("two\nlines", "two-lines-1.png"),
         ("-", "picture-1.png"),
         ("word " * 12, "word-" * 12 + "1.png"),
-        ("NUL", "nul-1.png"),
+        ("NUL", "_nul-1.png"),
         ("\udcff", "picture-1.png"),  # how a byte that is no text comes in from a command line
     ],
 )
@@ -264,6 +372,8 @@ def test_a_prompt_that_is_too_long_is_a_note(minisd: Any, model: str) -> None:
 
 def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) -> None:
     picture("given.png")
+    Image.new("L", (32, 32)).save("black.png")
+    mask("wide.png", 64, 32)
     Path("text.png").write_text("not a picture")
     Path("cut.png").write_bytes(Path("given.png").read_bytes()[:500])
     Path("folder").mkdir()
@@ -279,6 +389,10 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         chunks = PngInfo()
         chunks.add_text("minisd", chunk)
         Image.new("RGB", (8, 8)).save(name, pnginfo=chunks)
+    hostile: list[dict[str, Any]] = [{"guidance_interval": ["a", "b"]}, {"width": 10**30}, {"eta": math.nan}]
+    hostile += [{"prompt": [["a"]]}, {"seed": None}, {"lora": {"a": [1]}}, {"sampler": {}}, {"ema": "yes"}]
+    for number, settings in enumerate(hostile):
+        Path(stranger(**settings)).rename(f"hostile-{number}.png")
     before = everything()
     failures: list[tuple[Any, ...]] = []
     base: tuple[object, ...] = ("generate", "a", "--model", model)
@@ -292,12 +406,12 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         ((*base, "--size", 33), "multiple of 4, got 33; nearest are 32 and 36"),
         ((*base, "--size", "32x"), "WIDTHxHEIGHT"),
         ((*base, "--size", "0"), "width must be"),
-        ((*base, "--steps", 0), "num_inference_steps must be a whole number, at least 1"),
-        ((*base, "--count", 0), "--count must be"),
-        ((*base, "--count", -2), "--count must be"),
+        ((*base, "--steps", 0), "num_inference_steps must be from 1 to 100000, got 0"),
+        ((*base, "--count", 0), "num_images_per_prompt must be from 1 to"),
+        ((*base, "--count", -2), "num_images_per_prompt must be from 1 to"),
         ((*base, "--seed", -1), "seed must be"),
         ((*base, "--seed", 2**64), "seed must be"),
-        ((*base, "--guidance", "nan"), "guidance_scale must be a number"),
+        ((*base, "--guidance", "nan"), "guidance_scale must be a finite number, got nan"),
         ((*base, "--sampler", "eulr"), "did you mean 'euler'"),
         ((*base, "--strength", 0), "strength must be above 0"),
         ((*base, "--strength", 2), "strength must be above 0"),
@@ -307,6 +421,11 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         ((*base, "--image", "folder"), "cannot open folder"),
         ((*base, "--mask", "given.png"), "mask_image needs the image"),
         ((*base, "--image", "given.png", "--mask", "text.png"), "text.png is not a picture"),
+        ((*base, "--image", "given.png", "--mask", "black.png"), "the mask repaints nothing"),
+        (
+            (*base, "--image", "given.png", "--mask", "wide.png"),
+            "the mask has 64x32 pixels and the image 32x32",
+        ),
         ((*base, "--output", "picture.jpg"), "picture.jpg"),
         ((*base, "--device", "nonsense"), "no device 'nonsense' here: choose one of cpu"),
         ((*base, "--device", "cpu:x"), "no device 'cpu:x'"),
@@ -322,6 +441,10 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         (("generate", "--from", "typed.png", "--model", model), "typed.png"),
         (("generate", "--from", "half.png", "--model", model), "half.png"),
         (("generate", "--from", "odd.png", "--model", model), "odd.png"),
+        *(
+            (("generate", "--from", f"hostile-{number}.png", "--model", model), next(iter(settings)))
+            for number, settings in enumerate(hostile)
+        ),
         (("info", "nowhere"), "nowhere does not exist"),
         (("info", "given.png"), "holds no settings"),
         (("info", "text.png"), "text.png is not a picture"),
@@ -386,6 +509,77 @@ def test_places_that_cannot_be_written_are_one_sentence(minisd: Any, model: str)
         last = result.err.splitlines()[-1]
         assert result.code == 2 and last.startswith("minisd: "), arguments
         assert "file" in last or "x" * 50 in last
+
+
+def test_a_place_is_looked_at_before_the_work(
+    minisd: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model is read and no set is made for pictures, a model or scores that have no place."""
+    minisd("data", "shapes", "--out", "shapes", "--count", 4, "--size", 32)
+    Path("smallest.toml").write_text(RECIPE, encoding="utf-8")
+    Path("file").touch()
+    for folder in ("run/model", "runs/smallest/model", "taken.png", "taken", "scores/index.html"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "mine").touch()
+    Path("page").mkdir()
+    Path("page/index.html").write_text("mine", encoding="utf-8")
+    before = everything()
+
+    def unneeded(*_: object, **__: object) -> None:
+        pytest.fail("the work has begun")
+
+    monkeypatch.setattr(run, "evaluate", unneeded)
+    evaluate = ("evaluate", model, "--data", "shapes", "--count", 2, "--out")
+    commands = [(*evaluate, folder) for folder in ("file", "scores", "page", "𐍈" * 64)]
+    begin = DiffusionModel.from_pretrained
+    for arguments in [
+        *(("generate", "a", "--model", model, "--output", out) for out in ("file", "taken.png", "𐍈" * 64)),
+        *(("export", model, out) for out in ("file", "file/x", "taken", "𐍈" * 64)),
+        ("export", model, "x", "--format", "single-file"),
+        ("train", "smallest.toml"),
+        ("train", "smallest.toml", "--output", "run"),
+        ("train", "smallest.toml", "--output", "file"),
+        *commands,
+    ]:
+        monkeypatch.setattr(DiffusionModel, "from_pretrained", begin if arguments in commands else unneeded)
+        monkeypatch.setattr(DiffusionModel, "train", unneeded)
+        result = minisd(*arguments)
+        assert (result.code, result.out) == (2, ""), arguments
+        assert result.err.startswith("minisd: ") and result.err.count("\n") == 1, (arguments, result.err)
+        assert everything() == before, arguments
+
+
+def test_a_long_prompt_in_any_script_has_a_name(minisd: Any, model: str) -> None:
+    (path,) = minisd("generate", "𐍈" * 60, "--model", model, "--steps", 1, "--seed", 2**62).paths
+    assert path.name == f"{'𐍈' * 45}-{2**62}.png"
+
+
+def test_a_models_name_is_never_a_path(minisd: Any, model: str, tmp_path: Path) -> None:
+    """Whoever made the model, or the recipe, does not choose where files are written."""
+    Path("smallest.toml").write_text(RECIPE.replace('"smallest"', '"../../../x"'), encoding="utf-8")
+    result = minisd("train", "smallest.toml", "--steps", 1, "--no-autocast")
+    assert (result.code, result.out.splitlines()[-1]) == (0, str(Path("runs/x/model")))
+    network = tiny_model(replace(TINY, name="../../../y"))
+    network.train(shapes(Path("shapes")), STAGES, steps=1)
+    assert DiffusionModel.from_pretrained("runs/y/model").config.name == "../../../y"
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert {str(path) for path in Path().iterdir()} == {"datasets", "runs", "shapes", "smallest.toml"}
+
+
+def test_too_little_memory_is_one_sentence(minisd: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    ):
+
+        def failing(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(DiffusionModel, "generate", failing)
+        result = minisd("generate", "a", "--model", model)
+        assert result.code == 2
+        assert result.err.startswith("minisd: there is too little memory") and result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,38 @@ def test_a_set_without_a_training_split(
     assert "no training split" in found["left_out"][0]
     assert found["codec"]["pca_psnr"] is None
     assert found["groups"][0]["scores"]["generated"]["nearest_ratio"] is None
+
+
+def test_text_in_files_is_never_a_path(
+    models: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a model's name nor a part of a set; and a name with marks of patterns removes no other's cache."""
+    shutil.copytree(models / "tiny", tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny/config.json").read_text())
+    (tmp_path / "tiny/config.json").write_text(json.dumps(config | {"name": "../../../x"}))
+    shutil.copytree(drawings, tmp_path / "set")
+    file = tmp_path / "set/annotations/captions_test_style.json"
+    content = file.read_text()
+    assert content.count('"part": "no sister"') > 1
+    file.write_text(content.replace('"part": "no sister"', '"part": "../../../*"'))
+    Path("runs/evaluation/x/cache").mkdir(parents=True)
+    Path("runs/evaluation/x/cache/generated-test_style-mine-x.npy").touch()
+    code, lines, _ = run(capsys, "tiny", "--data", "set", "--count", 2, "--splits", "test_style")
+    assert (code, Path(lines[0])) == (0, Path("runs/evaluation/x/scores.json"))
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "set", "tiny"}
+    cache = sorted(path.name.rpartition("-")[0] for path in Path("runs/evaluation/x/cache").iterdir())
+    assert cache == ["generated-test_style", "generated-test_style-mine", "generated-test_style-sister"]
+
+
+def test_a_page_of_another_kind_is_not_replaced(
+    models: Path, drawings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("index.html", "<h1>My thesis</h1>"), ("scores.json", '{"goals": 3}')):
+        Path(name).write_text(text)
+        code, lines, error = run(capsys, models / "tiny", "--data", drawings, "--out", ".", "--count", 2)
+        assert (code, lines) == (2, []) and f"{name} is not of an evaluation" in error
+        assert {path.name: path.read_text() for path in Path().iterdir()} == {name: text}
+        Path(name).unlink()
 
 
 def test_a_model_without_text(models: Path, drawings: Path, capsys: pytest.CaptureFixture[str]) -> None:

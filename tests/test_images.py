@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import re
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, ImageFile, PngImagePlugin, features
+from safetensors.torch import save_file
 
+from stable_diffusion import images
+from stable_diffusion.data.item import ahead
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import read_json
 from stable_diffusion.generation.metadata import parameters, read_settings, save_png
 from stable_diffusion.images import (
+    MAX_PIXELS,
     binary_mask,
     check_header,
     cover,
-    free_name,
     mask_tensor,
     open_image,
+    open_mask,
     to_pil,
     to_rgb,
     to_tensor,
@@ -180,9 +189,10 @@ def test_text_is_told_apart_from_damage(tmp_path: Path) -> None:
     assert "damaged" in damage and "not a picture" not in damage
 
 
-def test_formats_that_are_programs_are_refused(tmp_path: Path) -> None:
-    noise().save(tmp_path / "a.eps")
-    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+@pytest.mark.parametrize("suffix", ["eps", "ico", "pcx", "sgi", "pdf", "icns"])
+def test_formats_that_nobody_needs_are_refused(tmp_path: Path, suffix: str) -> None:
+    noise(32, 32).save(tmp_path / f"a.{suffix}")
+    (tmp_path / f"a.{suffix}").rename(tmp_path / "a.png")
     assert "not a picture" in reason(tmp_path / "a.png")
 
 
@@ -213,19 +223,126 @@ def test_damage_anywhere_is_one_sentence_or_a_picture(tmp_path: Path) -> None:
                 assert str(path) in str(error) and "\n" not in str(error)
 
 
-def test_decompression_bomb(tmp_path: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(1000)))
-        + chunk(b"IEND", b"")
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """A file that says it has these pixels, but holds a thousand bytes of them."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def gif(width: int, height: int) -> bytes:
+    return (
+        b"GIF89a"
+        + struct.pack("<HH", width, height)
+        + bytes.fromhex("800000000000ffffff2c00000000")
+        + (struct.pack("<HH", width, height) + bytes.fromhex("000202440100 3b".replace(" ", "")))
     )
-    (tmp_path / "a.png").write_bytes(png)
-    assert "too large" in reason(tmp_path / "a.png")
+
+
+def webp(width: int, height: int) -> bytes:
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + sides
+    lossless = b"VP8L" + struct.pack("<I", 10) + b"\x2f" + bits(width, height) + bytes(5)
+    return b"RIFF" + struct.pack("<I", len(body + lossless)) + body + lossless
+
+
+def bits(width: int, height: int) -> bytes:
+    return ((width - 1) | (height - 1) << 14).to_bytes(4, "little")
+
+
+BOMBS = {
+    "60,000 a side": png(60_000, 60_000),
+    "13,000 a side": png(13_000, 13_000),
+    "one row": png(178_000_000, 1),
+    "one too many": png(MAX_PIXELS + 1, 1),
+    "a GIF": gif(13_000, 13_000),
+    "a WebP": webp(16_000, 11_000),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_too_many_pixels_are_refused_before_they_are_decoded(
+    tmp_path: Path, bomb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(BOMBS[bomb])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert "67,108,864 pixels are the most" in reason(tmp_path / "a.png")
+    with pytest.raises(InputError, match="67,108,864 pixels are the most"):
+        check_header(tmp_path / "a.png")
+
+
+def test_a_picture_without_memory_for_it_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: object) -> None:
+        raise MemoryError
+
+    noise().save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert "is too large" in reason(tmp_path / "a.png")
+
+
+def test_only_so_many_pixels_are_decoded_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_free", [1000])
+    at_work, most = [0], [0]
+    load = ImageFile.ImageFile.load
+
+    def counted(image: ImageFile.ImageFile) -> object:
+        at_work[0] += image.width * image.height
+        most[0] = max(most[0], at_work[0])
+        time.sleep(0.01)
+        result = load(image)
+        at_work[0] -= image.width * image.height
+        return result
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
+    noise(20, 20).save(tmp_path / "a.png")
+    assert len(list(ahead(open_image, [tmp_path / "a.png"] * 20))) == 20
+    assert 400 < most[0] <= 1000
+    assert images._free == [1000]
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    assert "damaged" in reason(tmp_path / "b.png") and images._free == [1000], "an error gives its room back"
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_texts_that_fill_the_memory_are_refused(tmp_path: Path, kind: bytes) -> None:
+    start = b"key\0\1\0\0\0" if kind == b"iTXt" else b"key\0\0"
+    bomb = chunk(kind, start + zlib.compress(bytes(100_000_000)))
+    (tmp_path / "a.png").write_bytes(png(16, 16, bomb))
+    assert "damaged" in reason(tmp_path / "a.png")
+    with pytest.raises(InputError):
+        read_settings(tmp_path / "a.png")
+
+
+def test_a_jpeg_of_endless_scans_is_refused(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    noise(64, 64).save(file, format="JPEG", progressive=True)
+    content = file.getvalue()
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert open_image(tmp_path / "a.jpg").size == (64, 64)
+    last = content.rindex(b"\xff\xda")
+    (tmp_path / "a.jpg").write_bytes(content[:-2] + (content[last : last + 10] + b"\0") * 600 + b"\xff\xd9")
+    assert "more than 500 scans" in reason(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match="more than 500 scans"):
+        open_mask(tmp_path / "a.jpg")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes and devices")
+def test_pipes_devices_and_loops_are_one_sentence_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name, said in (("pipe", "is not a file"), ("zero", "is not a file"), ("loop", "cannot open")):
+        assert said in reason(tmp_path / f"{name}.png")
+        with pytest.raises(InputError, match=r"is not a file|does not exist|cannot open"):
+            read_json(tmp_path / f"{name}.png")
 
 
 def test_reading_does_not_import_torch(tmp_path: Path) -> None:
@@ -318,7 +435,7 @@ def test_cover_is_antialiased() -> None:
 def test_mask_is_binary_and_white_is_one() -> None:
     mask = Image.new("L", (4, 1))
     mask.putdata([0, 127, 128, 255])
-    tensor = mask_tensor(binary_mask(mask, 4, 1))
+    tensor = mask_tensor(binary_mask(mask, 4, 1)[0])
     assert tensor.tolist() == [[[[0, 0, 1, 1]]]]
     assert tensor.dtype == torch.float32
 
@@ -327,7 +444,7 @@ def test_mask_is_binary_and_white_is_one() -> None:
 def test_mask_modes_and_sizes(mode: str) -> None:
     mask = Image.new("L", (96, 48))
     mask.paste(255, (48, 0, 96, 48))  # the right half; the square in the middle is half of it
-    tensor = mask_tensor(binary_mask(mask.convert(mode), 16, 16))
+    tensor = mask_tensor(binary_mask(mask.convert(mode), 16, 16)[0])
     assert tensor.shape == (1, 1, 16, 16)
     assert (tensor[0, 0, :, :8] == 0).all()
     assert (tensor[0, 0, :, 8:] == 1).all()
@@ -335,8 +452,100 @@ def test_mask_modes_and_sizes(mode: str) -> None:
 
 def test_16_bit_mask() -> None:
     mask = Image.fromarray(np.array([[0, 30000, 40000, 65535]], dtype=np.uint16))
-    assert mask_tensor(binary_mask(mask, 4, 1)).flatten().tolist() == [0, 0, 1, 1]
+    assert mask_tensor(binary_mask(mask, 4, 1)[0]).flatten().tolist() == [0, 0, 1, 1]
     assert to_rgb(mask).getpixel((3, 0)) == (255, 255, 255)
+
+
+DRAWN = np.zeros((12, 20), dtype=np.uint8)
+DRAWN[2:6, 3:9] = 1
+HOLE = np.where(DRAWN, 0, 255).astype(np.uint8)
+
+
+def layer(colour: tuple[int, int, int] | Image.Image, alpha: np.ndarray) -> Image.Image:
+    """A picture with that transparency."""
+    picture = Image.new("RGB", (20, 12), colour) if isinstance(colour, tuple) else colour.copy()
+    picture.putalpha(Image.fromarray(alpha))
+    return picture
+
+
+def on_black(colour: tuple[int, int, int]) -> Image.Image:
+    return Image.fromarray(DRAWN[..., None] * np.array(colour, dtype=np.uint8))
+
+
+MASKS = {
+    "white on black": (on_black((255, 255, 255)), None),
+    "a colour brighter than 127": (on_black((0, 255, 0)), None),
+    "0 and 1": (Image.fromarray(DRAWN), None),
+    "0 and 1 in three channels": (on_black((1, 1, 1)), None),
+    "0 and 1 in 16 bits": (Image.fromarray(DRAWN.astype(np.uint16)), None),
+    "0 and 1 in 32 bits": (Image.fromarray(DRAWN.astype(np.int32)), None),
+    "floating point": (Image.fromarray(DRAWN.astype(np.float32)), None),
+    "bits": (Image.fromarray(DRAWN.astype(bool)), None),
+    "a palette": (on_black((255, 255, 255)).quantize(2), None),
+    "white on black, opaque alpha": (layer(on_black((255, 255, 255)), np.full_like(HOLE, 255)), None),
+    "white on transparent": (layer((255, 255, 255), 255 - HOLE), "opaque part"),
+    "grey 200 on transparent": (layer((200, 200, 200), 255 - HOLE), "opaque part"),
+    "white on transparent black": (layer(on_black((255, 255, 255)), 255 - HOLE), "opaque part"),
+    "soft edges count from 128 on": (
+        layer((255, 255, 255), np.where(DRAWN, 128, 127).astype(np.uint8)),
+        "opaque",
+    ),
+    "a palette with transparency": (layer((255, 255, 255), 255 - HOLE).quantize(), "opaque part"),
+    "grey with alpha": (layer((255, 255, 255), 255 - HOLE).convert("LA"), "opaque part"),
+    "a hole in a picture": (layer(noise(20, 12), HOLE), "transparent part"),
+    "a hole in black": (layer((0, 0, 0), HOLE), "transparent part"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_drawn_part_is_repainted_however_it_was_drawn(tmp_path: Path, name: str) -> None:
+    mask, said = MASKS[name]
+    found, note = binary_mask(mask, 20, 12)
+    assert (array(found) == DRAWN * 255).all()
+    assert note is None if said is None else note is not None and said in note
+    suffix = "tif" if mask.mode in "FI" else "png"
+    mask.save(tmp_path / f"mask.{suffix}")
+    assert (array(binary_mask(open_mask(tmp_path / f"mask.{suffix}"), 20, 12)[0]) == DRAWN * 255).all()
+
+
+def test_transparency_without_an_alpha_channel(tmp_path: Path) -> None:
+    """A PNG can name one grey level or colour that is transparent."""
+    for colour, mode in ((0, "L"), ((0, 0, 0), "RGB")):
+        Image.fromarray(DRAWN * 255).convert(mode).save(tmp_path / "mask.png", transparency=colour)
+        found, note = binary_mask(open_mask(tmp_path / "mask.png"), 20, 12)
+        assert (array(found) == DRAWN * 255).all()
+        assert note is not None and "opaque part" in note
+
+
+def test_a_mask_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    layer((255, 255, 255), 255 - HOLE).rotate(180).save(tmp_path / "mask.png", exif=exif)
+    assert (array(binary_mask(open_mask(tmp_path / "mask.png"), 20, 12)[0]) == DRAWN * 255).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "brightest"),
+    [
+        (Image.new("L", (8, 8)), 0),
+        (Image.new("L", (8, 8), 100), 100),
+        (Image.new("RGB", (8, 8), "red"), 76),
+        (Image.new("RGBA", (8, 8)), 0),
+        (layer((255, 255, 255), np.full_like(HOLE, 127)), 127),
+    ],
+    ids=["black", "grey", "red", "transparent", "half transparent"],
+)
+def test_a_mask_that_repaints_nothing_is_an_error(mask: Image.Image, brightest: int) -> None:
+    with pytest.raises(InputError, match=f"repaints nothing .* its brightest pixel there has {brightest};"):
+        binary_mask(mask, 8, 8)
+
+
+def test_a_mask_whose_white_part_is_cropped_repaints_nothing() -> None:
+    mask = Image.new("L", (40, 10))
+    mask.paste(255, (0, 0, 8, 10))
+    assert binary_mask(mask, 40, 10)[0].getbbox() == (0, 0, 8, 10)
+    with pytest.raises(InputError, match="nothing of the 10x10 pixels"):
+        binary_mask(mask, 10, 10)
 
 
 # Settings in files
@@ -391,9 +600,41 @@ def test_parameters_text_quotes_and_omits() -> None:
         'a\nSampler: DPM++ 2M, Schedule type: Karras, Model: "C:\\\\my, \\"model\\""'
     )
     assert parameters({"guidance_scale": 0.0, "strength": 0.75, "seed": 3, "sampler": "new"}) == (
-        "Sampler: new, CFG scale: 0, Seed: 3, Denoising strength: 0.75"
+        "Sampler: new, CFG scale: 1, Seed: 3, Denoising strength: 0.75"
     )
     assert parameters({}) == ""
+
+
+A1111_FIELD = re.compile(r'([\w /-]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)')
+"""A field of the last line, as AUTOMATIC1111's webui and its readers take it apart."""
+
+
+def test_parameters_name_files_of_weights_as_a1111_does(tmp_path: Path) -> None:
+    """Its readers put LoRAs back by the tags in the prompt, and look files up by the hashes."""
+    lora, word = tmp_path / "fine style-v1.5.safetensors", tmp_path / "bad.hands.pt"
+    save_file({"x": torch.ones(3)}, lora, {"note": "of no account"})
+    word.write_bytes(b"vectors")
+    text = parameters(
+        SETTINGS
+        | {
+            "lora": {str(lora): 0.8, "C:\\loras\\other.safetensors": 1.0, "by:name": -0.5},
+            "embedding": [str(word), f"{word}:<hand>", "gone.pt"],
+            "vae": "/models/vae-ft-mse.safetensors",
+        }
+    )
+    prompt, negative, last = text.split("\n")
+    assert prompt == "a cat <lora:fine style-v1.5:0.8> <lora:other:1> <lora:by_name:-0.5>"
+    assert negative == "Negative prompt: blurry"
+    fields = {
+        key: json.loads(value) if value[0] == '"' else value for key, value in A1111_FIELD.findall(last)
+    }
+    tensors = hashlib.sha256(torch.ones(3).numpy().tobytes()).hexdigest()[:12]
+    vectors = hashlib.sha256(b"vectors").hexdigest()[:12]
+    assert fields["Lora hashes"] == f"fine style-v1.5: {tensors}"
+    assert fields["TI hashes"] == f"bad.hands: {vectors}, _hand_: {vectors}"
+    assert fields["VAE"] == "vae-ft-mse.safetensors"
+    assert (fields["Seed"], fields["Model"]) == ("0", "mini")
+    assert parameters({"lora": {"a": 0.5}}) == "<lora:a:0.5>"
 
 
 def test_settings_missing_or_damaged(tmp_path: Path) -> None:
@@ -412,7 +653,6 @@ def test_settings_missing_or_damaged(tmp_path: Path) -> None:
 
 
 def test_saving_makes_folders_and_leaves_nothing_else(tmp_path: Path) -> None:
-    save_png(noise(), tmp_path / "new" / "ö" / "a.png", {})
     save_png(noise(), tmp_path / "new" / "ö" / "a.png", {"seed": 1})
     assert [path.name for path in (tmp_path / "new" / "ö").iterdir()] == ["a.png"]
     assert read_settings(tmp_path / "new" / "ö" / "a.png") == {"seed": 1}
@@ -441,11 +681,8 @@ def test_saving_where_it_cannot_be(tmp_path: Path) -> None:
         save_png(noise(), tmp_path / "a.jpg", {})
 
 
-def test_free_names_never_overwrite(tmp_path: Path) -> None:
-    names = []
-    for _ in range(3):
-        path = free_name(tmp_path, "a.b")
-        path.touch()
-        names.append(path.name)
-    assert names == ["a.b.png", "a.b-2.png", "a.b-3.png"]
-    assert free_name(tmp_path / "no such folder", "x", ".jpg").name == "x.jpg"
+def test_a_name_that_is_taken_is_numbered(tmp_path: Path) -> None:
+    (tmp_path / "a.b-2.png").symlink_to("nowhere")
+    names = [save_png(noise(), tmp_path / "a.b.png", {"seed": seed}).name for seed in range(3)]
+    assert names == ["a.b.png", "a.b-3.png", "a.b-4.png"]
+    assert [read_settings(tmp_path / name)["seed"] for name in names] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""The doors of a model: wrong arguments are one sentence, a subclass keeps its own `__init__`, defaults change nothing."""
+"""The doors of a model: wrong arguments are one sentence, a subclass keeps its `__init__`, defaults change nothing."""
 
 from __future__ import annotations
 

@@ -77,6 +77,11 @@ class UNetConfig(Settings):
     """Number of class labels, whose embeddings are added to the timestep embedding; None for none."""
     pooled_projection_dim: Width | None = None
     """Width of a pooled text vector that is added to the timestep embedding; None for none."""
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
+    """What is between the way down and the way up; None for nothing, as in compressed models (Kim et al. 2023)."""
+    time_cond_proj_dim: Annotated[int, within(4, 65536)] | None = None
+    """Width of the embedded guidance scale of a network distilled from a guided one (Luo et al. 2023); None for others,
+    which classifier-free guidance evaluates twice."""
 
     def check(self) -> None:
         """Raises InputError where the levels' settings do not fit together."""
@@ -87,9 +92,8 @@ class UNetConfig(Settings):
             "2", 2, widths[:1], "the first of block_out_channels, which timesteps become sines and cosines of"
         )
         for i, heads in enumerate(self.num_attention_heads):
-            if (
-                self.attention_levels[i] or i == len(widths) - 1
-            ):  # below the last is the middle, which has attention
+            # Below the last is the middle, which has attention.
+            if self.attention_levels[i] or (self.mid_block_type and i == len(widths) - 1):
                 _divides("num_attention_heads", heads, widths[i : i + 1], "its level's block_out_channels")
         if self.num_class_embeds is not None and self.pooled_projection_dim is not None:
             raise InputError("num_class_embeds and pooled_projection_dim exclude each other: leave one out")
@@ -168,7 +172,7 @@ class TextEncoderConfig(Settings):
     """Layers left out at the end: 1 gives the penultimate layer, which the final norm follows."""
     trainable: bool = False
     """Whether this encoder is trained jointly with the denoiser."""
-    packaged: str | None = None
+    packaged: Literal["all-MiniLM-L6-v2", "clip-tokenizer", "clip-tokenizer-2"] | None = None
     """Folder inside the package that holds weights and tokenizer; None for random weights."""
 
     NAMED: ClassVar[dict[str, Any]] = {}  # TEXT_ENCODERS, below
@@ -218,8 +222,8 @@ class SamplerConfig(Settings):
     """A row of `diffusion.names`, by our name or another program's."""
     spacing: SpacingName | None = None
     """How the levels are spread, likewise; None for the sampler's own."""
-    eta: Part = 0.0
-    """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM does."""
+    eta: Part | None = None
+    """How much noise DDIM and TCD add: 0 is deterministic, 1 as much as can be; None for their own, 0 and 0.3."""
     variance: Literal["small", "large"] = "small"
     """DDPM only: the posterior's variance given clean latents, or beta (Ho et al. 2020, section 3.2)."""
 
@@ -229,7 +233,7 @@ class Guidance(Settings):
     """Classifier-free guidance (`diffusion.guidance`)."""
 
     scale: Annotated[float, within(-10_000, 10_000)] = 7.5
-    """1 is no guidance, and half the work; 0 ignores the prompt."""
+    """1 and below is no guidance, and half the work."""
     interval: Interval = (0.0, 1.0)
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on (Kynkäänniemi et al. 2024)."""
     rescale: Part = 0.0

@@ -10,7 +10,14 @@ class InputError(ValueError):
     """An input that cannot be used: one sentence with the value, what is accepted, and what to do.
 
     The command line prints it without a traceback and exits with code 2.
+
+    Attributes:
+        command: the sentence in the words of the command line, where these are others.
     """
+
+    def __init__(self, said: str, command: str | None = None) -> None:
+        super().__init__(said)
+        self.command = said if command is None else command
 
 
 def three_of(names: Sequence[str]) -> str:

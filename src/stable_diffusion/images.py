@@ -6,25 +6,33 @@ that checking files costs no start-up time.
 
 from __future__ import annotations
 
-import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from stable_diffusion.errors import InputError, shown
+from stable_diffusion.files import check_is_file
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-# PIL also opens formats that are programs (EPS runs Ghostscript); those are not read.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
+# PIL also opens formats that are programs (EPS runs Ghostscript) or hold pictures of other sizes than they say
+# (ICO); those are not read.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+
+MAX_SCANS = 500
+"""Of a JPEG: a progressive one goes over its pixels about ten times, but may say that it does so 100,000 times."""
+MAX_PIXELS = 8192 * 8192
+"""Of a picture that is read, and of all that are decoded at the same time: decoding takes up to 24 bytes for each."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -36,6 +44,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_TOO_LARGE = f"is too large: make it smaller ({MAX_PIXELS:,} pixels are the most, as 8192x8192), or remove it"
 
 # What PIL's decoders raise, besides OSError, on damaged files.
 _DAMAGE = (
@@ -56,10 +66,20 @@ def open_image(path: str | Path) -> Image.Image:
     """The picture in a file, fully decoded: RGB, upright, on white where it is transparent.
 
     The content decides, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
-    cut off, or too large to be decoded safely.
+    cut off, or has more than ``MAX_PIXELS``.
     """
     with opened(path) as image:
         return decoded(image)
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """The mask in a file, fully decoded and upright, with its transparency; ``binary_mask`` says what it means.
+
+    Raises InputError as ``open_image`` does.
+    """
+    with opened(path) as image:
+        mask = _loaded(image)
+        return mask.convert("RGBA") if _is_transparent(mask) else mask.copy()
 
 
 def check_header(path: str | Path) -> None:
@@ -69,15 +89,19 @@ def check_header(path: str | Path) -> None:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """The image in a file as PIL has it, not decoded yet.
+def opened(path: str | Path, content: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """The image in a file as PIL has it, not decoded yet; waits while others of many pixels are open.
+
+    Where its content is given, the path only names it.
 
     Raises InputError for what ``open_image`` refuses, also where that shows only inside the ``with`` block.
     """
     try:
-        with Image.open(path) as image:
-            if image.format not in FORMATS:
-                raise UnidentifiedImageError
+        if content is None:
+            check_is_file(Path(path))
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
+        with Image.open(content or path, formats=known) as image, _room_for(image.size):
             yield image
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -86,10 +110,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             f"{path} is not a picture that can be read, whatever its name says: "
             "convert it to PNG or JPEG, or remove it"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path} is too large to be decoded safely: make the picture smaller, or remove it"
-        ) from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise InputError(f"{path} {_TOO_LARGE}") from error
     except OSError as error:
         if error.errno is not None:
             raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error
@@ -98,10 +120,39 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise _damaged(path, error) from error
 
 
+_free, _some_freed = [MAX_PIXELS], threading.Condition()
+
+
+@contextmanager
+def _room_for(size: tuple[int, int]) -> Iterator[None]:
+    """Waits until so many pixels may be decoded. Raises InputError where there are too many in one picture."""
+    pixels = size[0] * size[1]
+    if pixels > MAX_PIXELS:
+        raise InputError(f"a picture of {size[0]}x{size[1]} pixels {_TOO_LARGE}")
+    with _some_freed:
+        _some_freed.wait_for(lambda: pixels <= _free[0])
+        _free[0] -= pixels
+    try:
+        yield
+    finally:
+        with _some_freed:
+            _free[0] += pixels
+            _some_freed.notify_all()
+
+
 def decoded(image: Image.Image) -> Image.Image:
     """The picture of an opened file: RGB, upright, on white where it is transparent."""
+    return to_rgb(_loaded(image))
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The picture of an opened file, upright."""
+    if isinstance(image, JpegImageFile) and image.fp is not None:
+        image.fp.seek(0)
+        if image.fp.read().count(b"\xff\xda") > MAX_SCANS:
+            raise InputError(f"a JPEG of more than {MAX_SCANS} scans: save it anew, or remove it")
     image.load()
-    return to_rgb(_upright(image))
+    return _upright(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -112,8 +163,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise InputError("floating-point pictures have no fixed range: convert the picture to 8 or 16 bits")
     if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        grey *= 255
+        grey += 32767
+        grey //= 65535
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -155,9 +209,40 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def binary_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
-    """A mask in black and white: white, to be repainted, where it is brighter than 127; fitted as ``cover`` does."""
-    return cover(to_rgb(mask).convert("L"), width, height).point(lambda value: 255 if value > 127 else 0)
+def binary_mask(mask: Image.Image, width: int, height: int) -> tuple[Image.Image, str | None]:
+    """A mask in black and white, fitted as ``cover`` does, and a note where its meaning had to be found out.
+
+    White is repainted: what is brighter than 127, where levels from 0 to 1 count as 0 to 255. In a mask with
+    transparent pixels it is the opaque part if all of that is white, a drawing on a layer of its own, else the
+    transparent part, a hole in a picture; the note says which.
+
+    Raises InputError where nothing is repainted.
+    """
+    note = None
+    levels = np.asarray(mask if mask.mode[0] in "IF" else to_rgb(mask).convert("L"))
+    if levels.max() <= 1:
+        grey = Image.fromarray((np.clip(levels, 0, 1) * 255).astype(np.uint8))
+    else:
+        grey = to_rgb(mask).convert("L")
+    if _is_transparent(mask):
+        layer = mask.convert("RGBA")
+        alpha = layer.getchannel("A")
+        opaque = np.asarray(alpha) > 127
+        if not opaque.all():
+            white = bool((np.asarray(layer.convert("L"))[opaque] > 127).all())
+            grey = alpha if white else ImageChops.invert(alpha)
+            part = "all that is opaque in the mask is white: the opaque part"
+            if not white:
+                part = "the mask is transparent beside a part that is not white: the transparent part"
+            note = f"{part} is repainted"
+    fitted = cover(grey, width, height)
+    brightest = int(np.asarray(fitted).max())
+    if brightest <= 127:
+        raise InputError(
+            f"the mask repaints nothing of the {width}x{height} pixels: what is brighter than 127 is repainted,"
+            f" and its brightest pixel there has {brightest}; draw that part white"
+        )
+    return fitted.point(lambda value: 255 if value > 127 else 0), note
 
 
 def mask_tensor(mask: Image.Image) -> Float[Tensor, "1 1 h w"]:
@@ -167,17 +252,13 @@ def mask_tensor(mask: Image.Image) -> Float[Tensor, "1 1 h w"]:
     return torch.from_numpy(np.asarray(mask) > 127).to(torch.float32)[None, None]
 
 
-def free_name(folder: str | Path, stem: str, suffix: str = ".png") -> Path:
-    """The first of ``stem.png``, ``stem-2.png``, ``stem-3.png`` … that is not in the folder yet."""
-    path, number = Path(folder, stem + suffix), 1
-    while os.path.lexists(path):
-        number += 1
-        path = path.with_name(f"{stem}-{number}{suffix}")
-    return path
-
-
 def _damaged(path: str | Path, error: Exception) -> InputError:
     return InputError(f"{path} is damaged or cut off ({error}): fetch or export it again, or remove it")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether it may have transparent pixels; 16-bit grey is read without them."""
+    return image.has_transparency_data and not image.mode.startswith("I")
 
 
 def _upright(image: Image.Image) -> Image.Image:

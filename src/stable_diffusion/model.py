@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stable_diffusion import images
+from stable_diffusion.checkpoints import native
 from stable_diffusion.compiled import keep_methods
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.errors import InputError, shown
 from stable_diffusion.fields import typed
-from stable_diffusion.files import as_path
+from stable_diffusion.files import as_path, slug
 from stable_diffusion.generation import pipeline
 from stable_diffusion.generation.request import Request, check_size
 from stable_diffusion.nn.text import PromptEmbeds
@@ -187,7 +188,8 @@ class DiffusionModel(ModelParts):
             autocast: computes in 16 bits where the device is good at it: bfloat16 on GPUs since 2020 and CPUs with
                 AVX512-BF16 or AMX, float16 on older GPUs; elsewhere float32, with a warning.
             callback: called after each step; stops by returning True, and the run can be resumed.
-            compiler: compiles a stage, such as ``torch.compile``; ``torch.compile(model).train`` sets it.
+            compiler: compiles a stage that takes long enough for it to pay, such as ``torch.compile``;
+                ``torch.compile(model).train`` sets it.
             observers: called with every event (`training.events`), the plan included; True stops likewise.
             about: what else ``run.json`` is to keep beside the stages, such as the settings of the data.
 
@@ -195,7 +197,8 @@ class DiffusionModel(ModelParts):
             The averaged weights as ``load_state_dict`` takes them, or None.
 
         Raises:
-            InputError: data that cannot be used, or an `output_dir` of another run.
+            InputError: data that cannot be used, or an `output_dir` of another run, or one that is in use.
+            KeyboardInterrupt: after the step, and saved; at once where Ctrl-C comes again. SIGTERM is as patient.
         """
         if isinstance(data, bool):
             return super().train(data)
@@ -208,7 +211,8 @@ class DiffusionModel(ModelParts):
 
         self._check_own_weights()
 
-        folder = Path("runs") / self.config.name if output_dir is None else as_path(output_dir)
+        folder = Path("runs", slug(self.config.name)) if output_dir is None else as_path(output_dir)
+        native.check_place(folder / "model", sum(tensor.nbytes for tensor in self.state_dict().values()))
         progress = train_model(
             self,
             data,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from stable_diffusion import checkpoints
-from stable_diffusion.checkpoints import Checkpoint, embeddings, lora, native, taesd
+from stable_diffusion import checkpoints, files
+from stable_diffusion.checkpoints import Checkpoint, embeddings, hub, lora, native, taesd
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.checkpoints.files import building
 from stable_diffusion.config import ModelConfig, preset
@@ -101,27 +100,36 @@ class ModelParts(nn.Module):
         prediction_type: str | None = None,
         variant: str | None = None,
         ema: bool = False,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
     ) -> Self:
         """The model in a folder, ours or diffusers', in a single file, or under a name of the Hugging Face hub.
 
         Diffusers folders and single files are those of Stable Diffusion 1.x and 2.x.
 
         Args:
-            path: the folder, file or name; None for the model that the package carries.
+            path: the folder, the file, or the name, a text; None for the model that the package carries.
             dtype: number format to compute in. float32 unless the device is good at another.
             prediction_type: what the U-Net predicts (``epsilon``, ``v_prediction`` …), whatever the files say.
             variant: diffusers folders: the files to prefer, such as ``fp16`` or ``non_ema``.
             ema: single files: whether to take the averaged weights where there are both.
+            vae: another autoencoder, as ``load_vae`` takes it, for a model that has none or instead of its own.
+            text_encoder: another CLIP text encoder, likewise: its folder, or that of a diffusers pipeline.
 
         Raises:
             InputError: nothing there, not a model, or files that are damaged or do not fit together.
         """
         _check_dtype(dtype)
-        source = packaged("model") if path is None else as_path(path)
+        for given in filter(None, (path, vae, text_encoder)):
+            as_path(given)  # a text may also be a name of the hub
+        source = packaged("model") if path is None else path
         variant, ema = typed(str | None, variant, "variant"), typed(bool, ema, "ema")
         reading: dict[str, Any] = {"prediction_type": prediction_type, "variant": variant, "ema": ema}
-        model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
-        model.origin = {"model": None if path is None else str(path), **reading}
+        for name, given in (("vae", vae), ("text_encoder", text_encoder)):
+            reading[name] = None if given is None else str(given)
+        with files.reading(source):
+            model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
+        model.origin = {"model": None if path is None else hub.as_path(path), **reading}
         return model
 
     @classmethod
@@ -180,7 +188,10 @@ class ModelParts(nn.Module):
         Raises:
             InputError: there is something at `path`, or the format cannot hold the model, nor a part of it.
         """
-        for note in checkpoints.export(as_path(path), self._to_checkpoint(dtype), format, dtype):
+        path = as_path(path)
+        with files.writing(path):
+            notes = checkpoints.export(path, self._to_checkpoint(dtype), format, dtype)
+        for note in notes:
             warnings.warn(note, stacklevel=2)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> str:
@@ -246,15 +257,13 @@ class ModelParts(nn.Module):
         Raises:
             InputError: no such autoencoder there, or one of other latents; the model keeps its own then.
         """
-        vae = taesd.load(as_path(path), self.config, self.unet)
+        config, vae = taesd.load(as_path(path), self.config, self.unet)
         if preview:
             self._preview = (vae,)  # in a tuple: no part of the model's state
             return
-        # The U-Net keeps its size of latents.
-        size = self.config.sample_size // self.config.vae.factor * vae.config.factor
-        self.config = dataclasses.replace(self.config, vae=vae.config, sample_size=size)
         self.vae = vae.train(self.vae.training)
         self.origin["vae"] = str(path)
+        self.config = config
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for vae in self._preview:  # which no state holds, but which moves along
@@ -283,9 +292,11 @@ class ModelParts(nn.Module):
         encoder_hidden_states: Float[Tensor, "b n d"] | None = None,
         encoder_attention_mask: Bool[Tensor, "b n"] | None = None,
         class_labels: Tensor | None = None,
+        timestep_cond: Float[Tensor, "b g"] | None = None,
     ) -> Float[Tensor, "b c2 h w"]:
         """The U-Net's prediction for noisy latents (see `nn.unet.UNet.forward`)."""
-        return self.unet(sample, timesteps, encoder_hidden_states, encoder_attention_mask, class_labels)
+        text = (encoder_hidden_states, encoder_attention_mask)
+        return self.unet(sample, timesteps, *text, class_labels, timestep_cond)
 
     def adapted(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Within it, the networks compute with the LoRAs of these names, each at its weight, in this context alone."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ from tqdm.auto import tqdm
 
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.generation.pipeline import Result, Steps
-from stable_diffusion.runtime import first_process, watched
+from stable_diffusion.runtime import first_process, stop_signals, watched
 from stable_diffusion.training.events import Observer, TrainStep
 
 
@@ -27,19 +29,41 @@ def show(
         callback: called after each step; True stops.
         observers: called with every event; True stops.
 
+    A signal that asks to stop takes effect after the step, and in all processes after the same one, when the
+    training is closed and saved; a second signal takes effect at once.
+
     Returns:
         What `progress` yielded last, or None where it was stopped.
     """
+    from stable_diffusion.training.compute import agreed
+
     last: object = None
-    with contextlib.closing(progress), _Bar() as bar:
-        for last in progress:
-            bar.show(last)
-            stops = [observer(last) is True for observer in observers]
-            if callback is not None and isinstance(last, TrainStep):
-                stops.append(callback(last) is True)
-            if any(stops):
-                return None
-    return last
+    caught: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        caught.append(number)
+        give_back()
+        if first_process() and sys.stderr is not None:
+            with contextlib.suppress(OSError, RuntimeError):  # it may have come within another print
+                print("\nstopping after this step; another signal stops at once", file=sys.stderr, flush=True)
+
+    try:
+        with stop_signals(note) as give_back, contextlib.closing(progress), _Bar() as bar:
+            for last in progress:
+                bar.show(last)
+                stops = [observer(last) is True for observer in observers]
+                if callback is not None and isinstance(last, TrainStep):
+                    stops.append(callback(last) is True)
+                stop = caught[0] if caught else any(stops) - 1  # a signal, 0 for who was asked, or -1
+                if isinstance(last, TrainStep) and last.loss is not None:
+                    stop = agreed(stop)
+                if stop >= 0:
+                    caught += [stop] * (stop > 0 and not caught)
+                    return None
+        return last
+    finally:
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 def show_steps(steps: Steps, whole: int, callback: Callable[[Step], bool | None] | None = None) -> Result:

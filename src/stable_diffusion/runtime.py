@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from stable_diffusion.errors import InputError
 
@@ -63,3 +67,27 @@ def has_native_bf16(device: torch.device | str) -> bool:
         features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return False
+
+
+@contextmanager
+def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[Callable[[], None]]:
+    """Sends what asks the process to stop to `handler`: Ctrl-C, SIGTERM, and a terminal that is closed.
+
+    Signals that are ignored stay so. Only the main thread may do this; in another one nothing changes. Yields the
+    function that gives the signals back before the end.
+    """
+    before: dict[int, Any] = {}
+
+    def give_back() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # no system has all of them
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) not in (None, signal.SIG_IGN):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield give_back
+    finally:
+        give_back()

@@ -112,19 +112,26 @@ def build(
     scheduler: dict[str, Any],
     *,
     second: bool = False,
+    pipeline: str = "StableDiffusionPipeline",
 ) -> Path:
-    levels, codec_levels = len(unet["block_out_channels"]), len(vae["block_out_channels"])
-    parts = {
-        "unet": diffusers.UNet2DConditionModel(
-            down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-            **unet,
-        ),
-        "vae": diffusers.AutoencoderKL(
+    """A folder of these settings; `vae` without ``layers_per_block`` is an ``AutoencoderTiny``."""
+    levels, codec_levels = len(unet["block_out_channels"]), len(vae.get("block_out_channels", ()))
+    down = unet.get("down_block_types", ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",))
+    kl = "layers_per_block" in vae
+    if kl:
+        codec = diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * codec_levels,
             up_block_types=("UpDecoderBlock2D",) * codec_levels,
             **vae,
+        )
+    else:
+        codec = diffusers.AutoencoderTiny(**vae)
+    parts = {
+        "unet": diffusers.UNet2DConditionModel(
+            up_block_types=tuple(kind.replace("Down", "Up") for kind in down[::-1]),
+            **{"down_block_types": down} | unet,
         ),
+        "vae": codec,
         "text_encoder": transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
                 **{"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 32} | text,
@@ -143,9 +150,10 @@ def build(
     for name, part in parts.items():
         quietly(part.save_pretrained, folder / name)
     parts.clear()
-    _keep(folder / "unet" / "config.json", UNET_KEYS_2 if second else UNET_KEYS)
-    _keep(folder / "vae" / "config.json", VAE_KEYS)
-    _old_names(folder)
+    _keep(folder / "unet" / "config.json", (UNET_KEYS_2 if second else UNET_KEYS) | unet.keys())
+    if kl:
+        _keep(folder / "vae" / "config.json", VAE_KEYS)
+    _old_names(folder, kl=kl)
     _json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _tokenizer(folder / "tokenizer", "!" if second else "<|endoftext|>")
     names |= {
@@ -154,12 +162,12 @@ def build(
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0", **names}
+    index = {"_class_name": pipeline, "_diffusers_version": "0.6.0", **names}
     _json(folder / "model_index.json", index)
     return folder
 
 
-def _old_names(folder: Path) -> None:
+def _old_names(folder: Path, *, kl: bool) -> None:
     path = folder / "text_encoder" / "model.safetensors"
     text = {
         f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()
@@ -167,6 +175,8 @@ def _old_names(folder: Path) -> None:
     positions = text["text_model.embeddings.position_embedding.weight"].shape[0]
     text["text_model.embeddings.position_ids"] = torch.arange(positions)[None]
     save_file(text, path, metadata={"format": "pt"})
+    if not kl:
+        return
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     vae = {}
     for name, tensor in load_file(path).items():

@@ -129,6 +129,18 @@ def test_text_to_image_gives_the_latents_of_diffusers(
     assert error(found, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, -2.0])
+def test_without_guidance_the_latents_are_those_of_diffusers(
+    scale: float, folders: dict[str, Path], models: dict[str, DiffusionModel]
+) -> None:
+    """1 and below is off, and what else is said of guidance has no effect then."""
+    noise = normal(len(PROMPTS), 4, 8, 8, dtype=torch.float32)
+    settings: dict[str, Any] = {"prompt": PROMPTS, "guidance_scale": scale, "guidance_rescale": 0.7}
+    settings["negative_prompt"] = ""
+    wanted = theirs(reference(folders["1.5"]), "ddim", latents=noise.clone(), **settings)
+    assert error(ours(models["1.5"], "ddim", latents=noise, **settings), wanted) < TOLERANCE
+
+
 def test_the_exact_prompt_has_77_tokens(models: dict[str, DiffusionModel]) -> None:
     tokenizer = models["1.5"].text_encoder.tokenizers[0]
     batch = tokenizer(PROMPTS)

@@ -17,15 +17,19 @@ from torch import Tensor
 
 from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints import files as weight_files
-from stable_diffusion.checkpoints.diffusers.settings import (
+from stable_diffusion.checkpoints.diffusers.schedulers import (
     sampler_config,
     schedule_config,
+    scheduler_notes,
     scheduler_settings,
+    unsaid,
 )
 from stable_diffusion.checkpoints.families import misfit
 from stable_diffusion.cli import main
 from stable_diffusion.config import MINILM, SD15, SD21, ModelConfig, SamplerConfig, ScheduleConfig
-from stable_diffusion.diffusion.names import SAMPLERS
+from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
+from stable_diffusion.diffusion.samplers import sampling_levels
+from stable_diffusion.diffusion.schedule import Schedule
 from tests.checkpoints import sd
 from tests.checkpoints.test_diffusers import TOLERANCE, error, ours, reference, theirs
 from tests.lively import lively
@@ -211,15 +215,34 @@ def test_the_reasons() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("spacing", [None, "trailing", "karras"])
-def test_every_scheduler_comes_back(name: str, spacing: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("spacing", [None, *SPACINGS])
+def test_every_scheduler_comes_back(name: str, spacing: str | None) -> None:
+    """With the same levels, or a note that says of what diffusers has no form."""
     schedule = ScheduleConfig(prediction_type="v_prediction", kind="linear", set_alpha_to_one=True)
     config = replace(CLIP, schedule=schedule, sampler=SamplerConfig(name=name, spacing=spacing))
     settings = json.loads(json.dumps(scheduler_settings(config)))
     assert schedule_config(settings) == schedule
-    assert sampler_config(settings) == config.sampler
+    back = sampler_config(settings)
+    assert back.name == name
+    walked = [sampling_levels(sampler, Schedule(schedule), 7) for sampler in (back, config.sampler)]
+    lost = [note for note in unsaid(config.sampler) if f"cannot have the spacing {spacing!r}" in note]
+    assert (walked[0] == walked[1]) == (not lost)
+    assert scheduler_notes(settings) == []
     scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_eta_is_for_the_call() -> None:
+    """diffusers' pipelines take eta 0 unless told, for TCD too."""
+    asked = "Diffusers' pipeline asks for eta with each call: give it eta="
+    assert unsaid(SamplerConfig(name="tcd")) == [f"{asked}0.3."]
+    assert unsaid(SamplerConfig(name="ddim", eta=0.5)) == [f"{asked}0.5."]
+    for quiet in (
+        SamplerConfig(name="tcd", eta=0.0),
+        SamplerConfig(name="ddim"),
+        SamplerConfig(name="euler_a", eta=0.5),
+    ):
+        assert unsaid(quiet) == []
 
 
 def test_the_documented_example_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +290,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(
         save(*args, **kwargs)
 
     monkeypatch.setattr(weight_files, "save_file", failing)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=rf"cannot write {tmp_path / 'new'}: No space left"):
         network.export(tmp_path / "new")
     assert files(tmp_path) == {"file", "folder", "one.safetensors"}
     assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"mine"}

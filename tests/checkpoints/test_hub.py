@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints import hub
 from tests.checkpoints import sd
+from tests.tiny import tiny_model
 
 PUBLISHED = [
     *("README.md", "model_index.json", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors"),
@@ -56,10 +65,160 @@ def test_half_a_snapshot_is_not_taken_for_a_whole_one() -> None:
     assert not hub.is_whole([name for name in PUBLISHED if "fp16" not in name], "fp16")
 
 
-def test_what_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert hub.is_name("owner/some-model_1.5")
-    for path in (
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and the hub's cache beside it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.5)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+@contextmanager
+def hub_at(monkeypatch: pytest.MonkeyPatch, url: str) -> Iterator[None]:
+    """A client of its own, which asks that server."""
+    huggingface_hub.close_session()
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.constants.ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        patched.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield
+    huggingface_hub.close_session()
+
+
+@contextmanager
+def server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def hub_of(folder: Path) -> tuple[type[BaseHTTPRequestHandler], list[str]]:
+    """A hub that has one model, owner/tiny-sd, and the paths that it is asked for."""
+    asked: list[str] = []
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            asked.append(path)
+            _, _, file = path.partition(f"/resolve/{SHA}/")
+            if path in ("/api/models/owner/tiny-sd", "/api/models/owner/tiny-sd/revision/main"):
+                listed = [{"rfilename": name} for name in files]
+                self.answer(json.dumps({"id": "owner/tiny-sd", "sha": SHA, "siblings": listed}).encode())
+            elif path == f"/api/models/owner/tiny-sd/tree/{SHA}":
+                tree = [
+                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": f"{i:040x}"}
+                    for i, (name, path) in enumerate(files.items())
+                ]
+                self.answer(json.dumps(tree).encode())
+            elif file in files:
+                self.answer(files[file].read_bytes(), etag=f"{[*files].index(file):040x}")
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def answer(self, content: bytes, etag: str | None = None) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("X-Repo-Commit", SHA)
+            if etag:
+                self.send_header("ETag", f'"{etag}"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler, asked
+
+
+SHA = "0" * 40
+
+
+def test_what_is_downloaded_opens_without_the_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the hub has files that are not read, and so are not in the cache."""
+    published = sd.write(here / "sd", "1.5")
+    (published / "safety_checker").mkdir()
+    (published / "safety_checker" / "model.safetensors").write_bytes(b"unread")
+    handler, asked = hub_of(published)
+    with server(handler) as url, hub_at(monkeypatch, url):
+        folder = hub.find("owner/tiny-sd")
+        assert asked and not any("safety_checker" in path for path in asked)
+        asked.clear()
+        assert hub.find("owner/tiny-sd") == folder and not asked
+        (here / "here" / "owner").mkdir()  # which does not hide it
+        assert hub.find("owner/tiny-sd") == folder and not asked
+        with pytest.raises(
+            InputError, match=r"owner/tiny-ds does not exist: give a model folder; .* a folder here"
+        ):
+            hub.find("owner/tiny-ds")
+        assert not asked, "a path that is mistyped was sent to the hub"
+    with hub_at(monkeypatch, "http://127.0.0.1:9"):
+        assert DiffusionModel.from_pretrained("owner/tiny-sd").origin["model"] == "owner/tiny-sd"
+    (here / "here" / "owner" / "tiny-sd").mkdir()
+    assert hub.find("owner/tiny-sd") == Path("owner/tiny-sd")
+
+
+def _status(code: int) -> type[BaseHTTPRequestHandler]:
+    handler, _ = hub_of(Path("nothing"))
+    return type("Handler", (handler,), {"do_GET": lambda self: self.send_error(code)})
+
+
+def _silent() -> type[BaseHTTPRequestHandler]:
+    handler, _ = hub_of(Path("nothing"))
+    return type("Handler", (handler,), {"do_GET": lambda self: time.sleep(2)})
+
+
+def _garbage() -> type[BaseHTTPRequestHandler]:
+    handler, _ = hub_of(Path("nothing"))
+    return type("Handler", (handler,), {"do_GET": lambda self: self.answer(b"<html>log in to this network")})
+
+
+REFUSED = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("hub_or_url", "proxy"),
+    [
+        *((_status(code), None) for code in (401, 404, 429, 500, 503)),
+        (_silent(), None),
+        (_garbage(), None),
+        *((url, None) for url in (REFUSED, "http://no-such-host.invalid", "nonsense")),
+        *((REFUSED, proxy) for proxy in (REFUSED, "foo://127.0.0.1:9", "socks5://127.0.0.1:9")),
+    ],
+    ids=[
+        *("401", "404", "429", "500", "503", "silent", "garbage", "refused", "no DNS", "no URL"),
+        *("proxy refused", "no proxy", "SOCKS"),
+    ],
+)
+def test_a_hub_that_gives_nothing_is_one_sentence_at_once(
+    hub_or_url: type[BaseHTTPRequestHandler] | str,
+    proxy: str | None,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if proxy is not None:
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+    place = nullcontext(hub_or_url) if isinstance(hub_or_url, str) else server(hub_or_url)
+    with place as url, hub_at(monkeypatch, url):
+        began = time.monotonic()
+        with pytest.raises(
+            InputError, match=r"^models/sd15 does not exist: give a model folder; .*\)$"
+        ) as error:
+            DiffusionModel.from_pretrained("models/sd15")
+        assert time.monotonic() - began < 5
+    assert "\n" not in str(error.value) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
         "nowhere",
         "/a/b",
         "./a/b",
@@ -68,12 +227,35 @@ def test_what_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "a/../b",
         "owner/",
         "https://huggingface.co/a/b",
+        Path("a/b"),
+    ],
+)
+def test_what_is_no_name_is_never_sent(path: str | Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler, asked = hub_of(here)
+    with (
+        server(handler) as url,
+        hub_at(monkeypatch, url),
+        pytest.raises(InputError, match=f"^{re.escape(str(path))} does not exist: give a model folder$"),
     ):
-        assert not hub.is_name(path)
-    (tmp_path / "runs").mkdir()
-    assert not hub.is_name("runs/mini")
-    with pytest.raises(InputError, match="runs/mini does not exist: give a model folder"):
-        DiffusionModel.from_pretrained("runs/mini")
+        DiffusionModel.from_pretrained(path)
+    assert not asked
+
+
+def test_a_path_stays_one_in_what_is_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that was read as models/sd15 is not looked for on the hub by who makes the picture again."""
+    tiny_model().save_pretrained("models/sd15")
+    model = DiffusionModel.from_pretrained("models/sd15")
+    stored = model.request("a").to_dict()["model"]
+    assert DiffusionModel.from_pretrained(stored).origin == model.origin
+    shutil.rmtree("models")
+    handler, asked = hub_of(here)
+    with (
+        server(handler) as url,
+        hub_at(monkeypatch, url),
+        pytest.raises(InputError, match=r"models/sd15 does not exist: give a model folder$"),
+    ):
+        DiffusionModel.from_pretrained(stored)
+    assert not asked
 
 
 def test_the_cache_is_enough_and_without_it_the_message_is_clear(tmp_path: Path) -> None:

@@ -79,13 +79,14 @@ def test_single_files_and_files_of_one_part(single: Path, tmp_path: Path) -> Non
     state = load_file(single)
     for name, prefix, kind in (
         ("vae", "first_stage_model.", "autoencoder of Stable Diffusion"),
-        ("unet", "model.diffusion_model.", "U-Net of an unknown base model (text width 32)"),
+        ("unet", "model.diffusion_model.", "512 pixels, scaled_linear schedule, predicts epsilon"),
     ):
         part = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
         metadata = {"modelspec.license": "CC0-1.0", "training": "x" * 500}
         save_file(part, tmp_path / f"{name}.safetensors", metadata=metadata)
         found = text(tmp_path / f"{name}.safetensors")
-        assert f"{name}: {kind}, single file" in found
+        assert f"{name}: {kind}" in found
+        assert ("  no text encoder: add --text-encoder FOLDER" in found) == (name == "unet")
         assert f"  {name}: " in found
         assert "  licence: CC0-1.0" in found
         assert f"  training: {'x' * 100} …" in found
@@ -107,9 +108,8 @@ def test_loras_and_embeddings(tmp_path: Path) -> None:
     save_file(kohya, path, metadata={"ss_base_model_version": "sd_v1", "ss_network_dim": "4"})
     assert text(path).startswith("style: LoRA for sd_v1, rank 4 to 8\n")
     assert "  ss_network_dim: 4" in text(path)
-    peft = {
-        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(2, 1024)
-    }
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    peft = {f"{key}.lora_A.weight": torch.zeros(2, 1024), f"{key}.lora_B.weight": torch.zeros(320, 2)}
     save_file(peft, path)
     assert text(path).startswith("style: LoRA for Stable Diffusion 2.x, rank 2\n")
     torch.save(

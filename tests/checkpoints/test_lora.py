@@ -24,6 +24,8 @@ from stable_diffusion import DiffusionModel, InputError, cli
 from stable_diffusion.checkpoints import lora
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.checkpoints.files import read_weights
+from stable_diffusion.checkpoints.info import describe
+from stable_diffusion.checkpoints.single_file.names import unet_blocks
 from stable_diffusion.config import SD15, SD21, TAESD, ModelConfig
 from stable_diffusion.generation.metadata import read_settings
 from stable_diffusion.nn import tokenizer
@@ -404,6 +406,19 @@ UNET_FORMS = {
             "base_model.model.{}.attn1.to_out.0.lora_B.weight",
         ),
         ("unet.{}.attn1.to_out.0.lora_A.default.weight", "unet.{}.attn1.to_out.0.lora_B.default.weight"),
+        ("unet.{}.attn1.to_out.0.lora_A.my_style.weight", "unet.{}.attn1.to_out.0.lora_B.my_style.weight"),
+        (
+            "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
+            "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+        ),
+        *(
+            (
+                f"{prefix}input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.{down}.weight",
+                f"{prefix}input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.{up}.weight",
+            )
+            for prefix in ("diffusion_model.", "model.diffusion_model.")
+            for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B"))
+        ),
     ],
     "attn2.to_q": [
         ("unet.{}.attn2.processor.to_q_lora.down.weight", "unet.{}.attn2.processor.to_q_lora.up.weight")
@@ -419,6 +434,9 @@ TEXT_FORMS = {
          "text_encoder.encoder.layers.1.self_attn.out_proj.lora_B.weight"),
     ],
     "k_proj": [
+        *((f"text_encoders.{clip}.transformer.text_model.encoder.layers.1.self_attn.k_proj.lora_down.weight",
+           f"text_encoders.{clip}.transformer.text_model.encoder.layers.1.self_attn.k_proj.lora_up.weight")
+          for clip in ("clip_l", "clip_h")),
         (f"{LAYER}.to_k_lora.down.weight", f"{LAYER}.to_k_lora.up.weight"),
         ("lora_te_text_model_encoder_layers_1_self_attn_k_proj.lora_down.weight",
          "lora_te_text_model_encoder_layers_1_self_attn_k_proj.lora_up.weight"),
@@ -541,17 +559,17 @@ def test_shapes_or_metadata_tell_the_base_model(tmp_path: Path) -> None:
     """Self-attention has the same shapes in 1.x and 2.x."""
     name = f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q"
     tensors, _ = read_weights(written(one(320, 320, name), tmp_path / "a"))
-    modules, _ = lora._modules(Path("a"), tensors)
+    modules, _ = lora.modules_in(Path("a"), tensors)
     for metadata in ({"ss_base_model_version": "sd_v2_v"}, {"modelspec.architecture": "stable-diffusion-v2-768-v"},
                      {"ss_v2": "True"}):  # fmt: skip
         lora.check_base(Path("a"), modules, metadata, SD21)
         with pytest.raises(InputError, match=r"for SD 2.x \(1024\), the model is SD 1.x \(768\)"):
             lora.check_base(Path("a"), modules, metadata, SD15)
-    modules, _ = lora._modules(Path("a"), dict(one(768)))
+    modules, _ = lora.modules_in(Path("a"), dict(one(768)))
     with pytest.raises(InputError, match=r"this file is for SD 1.x \(768\), the model is SD 2.x \(1024\)"):
         lora.check_base(Path("a"), modules, {"ss_v2": "True"}, SD21)
     lora.check_base(Path("a"), modules, {"ss_v2": "True"}, SD15)  # shapes cannot be wrong
-    modules, _ = lora._modules(Path("a"), tensors)
+    modules, _ = lora.modules_in(Path("a"), tensors)
     with pytest.raises(InputError, match=r"for SDXL \(2048\), the model is SD 2.x \(1024\)"):
         lora.check_base(Path("a"), modules, {"ss_base_model_version": "sdxl_base_v1-0"}, SD21)
 
@@ -733,3 +751,78 @@ def test_the_command_refuses_in_one_sentence(
     assert told.splitlines()[-1].startswith("minisd: ")
     assert all(line.startswith("minisd: note: ") for line in told.splitlines()[:-1])
     assert message in told.splitlines()[-1]
+
+
+# Other programs' files
+
+
+def comfy(model: DiffusionModel) -> dict[str, Tensor]:
+    """The change of a kohya file of every attention layer, named as ComfyUI's names are: CompVis' with a prefix."""
+    tensors = {}
+    blocks = unet_blocks(model.config.unet)
+    for i, path in enumerate(targets(model.unet)):
+        block = next(b for b in blocks if path == b or (path.startswith(f"{b}.") and ".attentions." in b))
+        up, down = pair(model.unet.get_parameter(f"{path}.weight"), 2, i)
+        name = f"diffusion_model.{blocks[block]}{path.removeprefix(block)}"
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    for i, path in enumerate(targets(model.text_encoder.encoders[0])):
+        up, down = pair(model.text_encoder.encoders[0].get_parameter(f"{path}.weight"), 2, 100 + i)
+        name = f"text_encoders.clip_l.transformer.text_model.{path}"
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    return tensors
+
+
+@pytest.mark.parametrize("nested", [0, 1, 2])
+def test_info_and_loading_agree_on_files_of_other_programs(
+    nested: int, model: DiffusionModel, tmp_path: Path
+) -> None:
+    """ComfyUI's names, in a training program's checkpoint that keeps more than the weights."""
+    content: dict[str, Any] = comfy(model)
+    count = len(content) // 2
+    for _ in range(nested):
+        content = {"state_dict": content, "epoch": 3, "optimizer_states": [{"step": torch.ones(2)}]}
+    path = tmp_path / "style.ckpt"
+    torch.save(content, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.load_lora(path) == f"style.ckpt: {count} of {count} modules applied"
+    text = len(targets(model.text_encoder.encoders[0]))
+    assert f"  {count - text} modules of the U-Net, {text} of the text encoder" in list(describe(path))
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name in ("nan", "no up", "vector")])
+def test_info_says_of_a_damaged_file_what_loading_says(
+    name: str, model: DiffusionModel, tmp_path: Path
+) -> None:
+    path = written(BAD[name][0], tmp_path / "a.safetensors")
+    with pytest.raises(InputError) as loading:
+        model.load_lora(path)
+    with pytest.raises(InputError) as saying:
+        list(describe(path))
+    assert str(saying.value) == str(loading.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "settings"),
+    [
+        ("Hyper-SD15-1step-lora", {}, "--steps 1 --guidance 1 --sampler ddim --spacing trailing"),
+        ("Hyper-SD15-8steps-CFG-lora", {}, "--steps 8 --guidance 5 --sampler ddim --spacing trailing"),
+        ("lcm-lora-sdv1-5/pytorch_lora_weights", {}, "--steps 4 --guidance 1 --sampler lcm"),
+        ("a", {"ss_output_name": "my_LCM_lora_6steps"}, "--steps 6 --guidance 1 --sampler lcm"),
+        ("TCD-SD15-LoRA", {}, "--steps 4 --guidance 1 --sampler tcd"),
+        ("realcmyk", {}, None),
+        ("lcm/style", {}, None),
+    ],
+)
+def test_loras_of_few_steps_are_applied_whole_and_say_their_settings(
+    name: str, metadata: dict[str, str], settings: str | None, model: DiffusionModel, tmp_path: Path
+) -> None:
+    """They change every layer of the U-Net, convolutions and time embeddings included."""
+    path = tmp_path / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = kohya(model, convolutions=True, rank=2)
+    written({key: tensor for key, tensor in tensors.items() if key.startswith("lora_unet")}, path, metadata)
+    layers = len(targets(model.unet, convolutions=True))
+    result = f"{path.name}: {layers} of {layers} modules applied"
+    end = "" if settings is None else f"; its card's settings: {settings}"
+    assert model.load_lora(path) == result + end

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import sys
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.checkpoints import files as weight_files
 from stable_diffusion.checkpoints import native
 from stable_diffusion.checkpoints.checkpoint import packaged
-from stable_diffusion.config import MINILM, PRESETS, ModelConfig, from_dict, to_dict
+from stable_diffusion.config import MINILM, PRESETS, ModelConfig, TextEncoderConfig, from_dict, to_dict
+from stable_diffusion.files import _computer
 from tests.lively import lively
+from tests.test_files import refusal, without_rights
 from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
 
 TRAINED = replace(TINY, text_encoders=(replace(TEXT, trainable=True),))
@@ -70,6 +73,7 @@ def test_save_load_save_is_identical(name: str, tmp_path: Path) -> None:
     assert same(first, second)
     second.save_pretrained(tmp_path / "two")
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert all(native.OURS.fullmatch(file) for file in one), "so that the next model takes its place"
     assert json.loads(one.pop("config.json")) == json.loads(two.pop("config.json"))
     assert one == two
     prompt = "a red circle" if first.config.text_encoders else ""
@@ -189,6 +193,85 @@ def test_an_older_model_is_replaced(tmp_path: Path) -> None:
     assert same(newer, DiffusionModel.from_pretrained(tmp_path / "model"))
     assert not (tmp_path / "model" / "text_encoder_2").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_user_put_into_a_model_folder_stays(tmp_path: Path) -> None:
+    model(TWO_TRAINED).save_pretrained(tmp_path / "model")
+    mine = {
+        "README.md": b"mine",
+        "unet/notes.txt": b"mine",
+        ".git/HEAD": b"mine",
+        "text_encoder_2/a": b"mine",
+    }
+    for name, text in mine.items():
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(text)
+    newer = model(TINY, seed=5)
+    newer.save_pretrained(tmp_path / "model")
+    newer.save_pretrained(tmp_path / "fresh")
+    assert files(tmp_path / "model") == files(tmp_path / "fresh") | mine
+    assert same(newer, DiffusionModel.from_pretrained(tmp_path / "model"))
+
+
+def test_a_model_whose_writer_was_killed_between_two_moves_is_found(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "model")
+    newer = model(seed=5)
+    newer.save_pretrained(tmp_path / "newer")
+    left = tmp_path / f".model.{_computer()}-{os.getpid()}-00000000-abc.part"
+    left.mkdir()
+    (tmp_path / "model").rename(left / "old")
+    (tmp_path / "newer").rename(left / "new")
+    assert same(newer, DiffusionModel.from_pretrained(tmp_path / "model"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_packaged_names_only_what_the_package_has(tmp_path: Path) -> None:
+    """The configuration of a stranger's model cannot reach for other folders."""
+    model(TINY).save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model/tokenizer", ignore_errors=True)
+    content = json.loads((tmp_path / "model/config.json").read_text())
+    for name in ("../../../../etc", "model", "", "/etc", 3):
+        content["text_encoders"][0]["packaged"] = name
+        (tmp_path / "model/config.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"unknown packaged .*choose one of all-MiniLM-L6-v2, clip-tok"):
+            DiffusionModel.from_pretrained(tmp_path / "model")
+    (hint, _) = typing.get_args(typing.get_type_hints(TextEncoderConfig)["packaged"])
+    carried = {path.name for path in packaged("model").parent.iterdir()} - {"model"}
+    assert set(typing.get_args(hint)) == carried
+
+
+def test_a_tokenizer_that_is_missing_is_named(tmp_path: Path) -> None:
+    model(replace(TRAINED, text_encoders=(replace(TEXT, trainable=True),))).save_pretrained(
+        tmp_path / "model"
+    )
+    content = json.loads((tmp_path / "model/config.json").read_text())
+    content["text_encoders"][0]["packaged"] = None
+    (tmp_path / "model/config.json").write_text(json.dumps(content))
+    shutil.rmtree(tmp_path / "model/tokenizer")
+    with pytest.raises(InputError, match=r"model/tokenizer has no tokenizer"):
+        DiffusionModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are forked")
+@pytest.mark.parametrize("part", ["", "config.json", "unet", native.VAE, "tokenizer", "tokenizer/vocab.json"])
+def test_missing_rights_are_called_that(part: str, tmp_path: Path) -> None:
+    """Where a model is read, and where one is replaced, which is known before the training."""
+    folder, network = tmp_path / "model", model(TRAINED)
+    network.save_pretrained(folder)
+    for path in (*tmp_path.parents[:2], tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    (folder / part).chmod(0)
+    read = refusal(without_rights(lambda: DiffusionModel.from_pretrained(folder)))
+    (folder / part).chmod(0o777)
+    assert f"cannot open {folder}" in read and "Permission denied" in read, read
+    if (folder / part).is_dir():
+        for mode in (0, 0o555):
+            (folder / part).chmod(mode)
+            for write in (native.check_place, network.save_pretrained):
+                sentence = refusal(without_rights(lambda write=write: write(folder)))
+                assert f"cannot write {folder}: Permission denied" in sentence, sentence
+    (folder / part).chmod(0o777)
+    assert same(DiffusionModel.from_pretrained(folder), network)
 
 
 @pytest.mark.parametrize("calls", range(4))

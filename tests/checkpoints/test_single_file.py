@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stable_diffusion.checkpoints import single_file
+from stable_diffusion.checkpoints import check_export, single_file
 from stable_diffusion.checkpoints.checkpoint import Checkpoint
 from stable_diffusion.checkpoints.files import State
 from stable_diffusion.checkpoints.single_file import infer, names
@@ -358,17 +358,14 @@ def test_parts(folder: Path, tmp_path: Path) -> None:
         k.removeprefix("model.diffusion_model."): t for k, t in state.items() if k.startswith("model.diff")
     }
     for content in (unet, {f"model.diffusion_model.{name}": t for name, t in unet.items()}, state):
-        unet_config, found = single_file.read_unet(saved(tmp_path, content))
-        assert unet_config == original.config.unet
-        equal(found, original.unet)
-    with pytest.raises(InputError, match="holds no autoencoder: give a file of the whole model"):
-        single_file.read(saved(tmp_path, unet))
+        found = single_file.read(saved(tmp_path, content))
+        assert found.config.unet == original.config.unet
+        equal(found.unet, original.unet)
+    assert single_file.read(saved(tmp_path, unet)).missing == ["autoencoder", "text encoder"]
     with pytest.raises(InputError, match="holds no U-Net"):
         single_file.read(saved(tmp_path, bare))
     with pytest.raises(InputError, match=r"of the autoencoder, .* are missing"):
         single_file.read_vae(saved(tmp_path, unet))
-    with pytest.raises(InputError, match="U-Net"):
-        single_file.read_unet(saved(tmp_path, bare))
 
 
 def test_averaged_weights_are_a_choice(folder: Path, tmp_path: Path) -> None:
@@ -382,7 +379,7 @@ def test_averaged_weights_are_a_choice(folder: Path, tmp_path: Path) -> None:
     equal(averaged.unet, {name: tensor + 1 for name, tensor in original.unet.items()})
     equal(averaged.vae, original.vae)
     assert "plain, not its averaged" in plain.notes[1] and "averaged (EMA) weights" in averaged.notes[1]
-    equal(single_file.read_unet(path, ema=True)[1], averaged.unet)
+    equal(single_file.read(path, ema=True).unet, averaged.unet)
     with pytest.raises(InputError, match=r"holds no averaged \(EMA\) weights"):
         single_file.read(folder / "1.5-foreign.safetensors", ema=True)  # its two counters are no weights
     ema.popitem()
@@ -469,7 +466,7 @@ OTHERS = {
 @pytest.mark.parametrize("what", OTHERS)
 def test_other_kinds_are_named(tmp_path: Path, what: str) -> None:
     path = saved(tmp_path, OTHERS[what])
-    for read in (single_file.read, single_file.read_vae, single_file.read_unet):
+    for read in (single_file.read, single_file.read_vae):
         with pytest.raises(InputError) as caught:
             read(path)
         assert what in str(caught.value) and "\n" not in str(caught.value)
@@ -634,14 +631,15 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path, change: dict[str, Any]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writing_replaces_a_file_and_nothing_else(tmp_path: Path) -> None:
+def test_writing_leaves_a_whole_new_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.safetensors"
-    single_file.write(path, checkpoint("1.5"))
     single_file.write(path, checkpoint("2.1"))
+    with pytest.raises(InputError, match="File exists"):
+        single_file.write(path, checkpoint("1.5"))
     same(checkpoint("2.1"), single_file.read(path))
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert list(path.parent.iterdir()) == [path]
     for name in ("a.ckpt", "a"):
         with pytest.raises(InputError, match=r"ends in \.safetensors"):
-            single_file.write(tmp_path / name, checkpoint("1.5"))
+            check_export(tmp_path / name, "single-file")

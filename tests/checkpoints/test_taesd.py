@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
         half: "taesd_encoder.safetensors must lie beside it",
         half / "x.safetensors": "name them taesd_encoder",
         tmp_path / "wide": "has 16 latent channels, the model 'sd' 4",
-        odd: "act_fn 'silu'",
+        odd: "act_fn must be 'relu'.* got 'silu'",
         short: "do not fit",
         broken: "is not JSON",
         tmp_path / "text.safetensors": "not a whole safetensors file",

@@ -169,7 +169,7 @@ def test_missing_folder_and_file(folder: Path) -> None:
     assert "none.json" in refused(folder, folder / "none.json")
     assert "val2017" not in refused(folder, folder / "none.json")
     assert "val2017" in refused(folder, folder / "captions_test2017.json")
-    assert "captions file" in refused(folder, folder)
+    assert "is not a file" in refused(folder, folder)
 
 
 def test_test2017_has_no_captions(folder: Path) -> None:
@@ -182,6 +182,48 @@ def test_test2017_has_no_captions(folder: Path) -> None:
 def test_not_json(folder: Path, content: bytes) -> None:
     (folder / "captions.json").write_bytes(content)
     assert "not JSON" in refused(folder, folder / "captions.json")
+
+
+@pytest.mark.parametrize("here", [7, "7", 7.0, "7.0", "000007"])
+@pytest.mark.parametrize("there", [7, "7", 7.0, "7.0", "000007"])
+def test_an_id_is_the_same_as_a_number_and_as_text(folder: Path, here: object, there: object) -> None:
+    picture(folder / "pictures" / "a.png")
+    picture(folder / "pictures" / "b.png")
+    images, annotations = (
+        [image(here, "a.png"), image("x7", "b.png")],
+        [note(there, "red"), note("x7", "blue")],
+    )
+    loader = CocoImageLoader(folder / "pictures", captions_file(folder, images, annotations))
+    assert [entry.captions for entry in loader.entries()] == [("red",), ("blue",)]
+
+
+@pytest.mark.parametrize("key", [None, [1], {}, 1.5, float("nan"), float("inf")])
+def test_what_is_no_id_is_said(folder: Path, key: object) -> None:
+    picture(folder / "pictures" / "a.png")
+    assert "has no 'id'" in refused(folder, captions_file(folder, [image(key, "a.png")], [note(1, "red")]))
+    assert "has no 'image_id'" in refused(
+        folder, captions_file(folder, [image(1, "a.png")], [note(key, "red")])
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes and devices")
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_what_is_no_file_is_said_at_once(folder: Path, kind: str) -> None:
+    picture(folder / "pictures" / "a.png")
+    for name in ("captions.json", "pictures/b.png"):
+        path = folder / name
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to(path if kind == "loop" else "/dev/zero")
+    message = refused(folder, folder / "captions.json")
+    assert "is not a file" in message or "cannot open the captions file" in message
+    (folder / "captions.json").rename(folder / "aside")
+    file = captions_file(folder, [image(1, "a.png"), image(2, "b.png")], [note(1, "red"), note(2, "blue")])
+    with pytest.warns(UserWarning, match=r"1 unreadable \(b.png\)"):
+        assert len(CocoImageLoader(folder / "pictures", file)) == 1
 
 
 @pytest.mark.parametrize("data", [[], "text", None, {}, {"images": {}}, {"annotations": []}])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 from PIL import Image
 
-from stable_diffusion.data.item import THREADS, Entry, Split, Streams, ahead, stream
+from stable_diffusion.data.item import THREADS, Entry, Split, Streams, ahead, squares
 from stable_diffusion.errors import InputError
 
 
@@ -31,8 +31,9 @@ class Greys:
 
 def test_pictures_come_in_order_and_errors_in_their_place() -> None:
     keys = [*map(str, range(50)), "x", "7"]
-    found = list(stream(Greys(), keys))
+    found = list(squares(Greys(), keys, 2))
     assert isinstance(found[50], InputError) and str(found[50]) == "x is damaged"
+    assert isinstance(found[0], Image.Image) and found[0].size == (2, 2)
     values = [picture.getpixel((0, 0))[0] for picture in found if isinstance(picture, Image.Image)]  # type: ignore[index]
     assert values == [*range(50), 7]
 
@@ -44,7 +45,7 @@ def test_two_are_decoded_at_once() -> None:
             return super().image(key)
 
     source = Waiting()
-    assert len(list(stream(source, ["1", "2"], threads=2))) == 2
+    assert len(list(squares(source, ["1", "2"], 2, threads=2))) == 2
     assert threading.current_thread().name not in source.threads
 
 
@@ -69,7 +70,8 @@ def test_a_source_s_own_stream_is_taken() -> None:
 
     source = Shards()
     assert isinstance(source, Streams) and not isinstance(Greys(), Streams)
-    assert len(list(stream(source, ["1", "2"]))) == 2
+    found = list(squares(source, ["1", "2"], 3))
+    assert [picture.size for picture in found if isinstance(picture, Image.Image)] == [(3, 3), (3, 3)]
     assert source.threads == {threading.current_thread().name}
 
 

@@ -209,6 +209,37 @@ def test_a_set_is_left_alone_or_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def test_what_a_user_put_into_a_set_stays(tmp_path: Path) -> None:
+    out = write_shapes(tmp_path / "set", count=10, size=32)
+    mine = {
+        "notes.txt": b"mine",
+        "train/mine.png": b"mine",
+        "README.md": b"mine",
+        "annotations/captions_mine.json": b"{}",
+    }
+    for name, text in mine.items():
+        (out / name).write_bytes(text)
+    write_shapes(out, count=5, size=32)
+    write_shapes(tmp_path / "fresh", count=5, size=32)
+    assert content(out) == content(tmp_path / "fresh") | {str(Path(name)): x for name, x in mine.items()}
+    (out / "train" / "000007.png").write_bytes(b"mine")
+    before = content(out)
+    with pytest.raises(InputError, match=r"there is another file .*000007\.png"):
+        write_shapes(out, count=10, size=32)
+    assert content(out) == before
+
+
+def test_captions_that_a_user_changed_past_reading_are_theirs(tmp_path: Path) -> None:
+    out = write_shapes(tmp_path / "set", count=10, size=32)
+    file = out / "annotations" / "captions_val.json"
+    for text in ("[1]", "{"):
+        file.write_text(text)
+        before = content(out)
+        with pytest.raises(InputError, match="there is another file"):
+            write_shapes(out, count=5, size=32)
+        assert content(out) == before
+
+
 def test_the_set_is_that_of_version_1(tmp_path: Path) -> None:
     """Text byte for byte; of the pixels the sum, as another Pillow may place an edge otherwise."""
     out = write_shapes(tmp_path / "set", count=60, size=48, seed=3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.schedulers import AysSchedules
 from torch import Tensor
 
 from stable_diffusion.config import Guidance, SamplerConfig, ScheduleConfig
@@ -33,9 +34,13 @@ REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "dpmpp_2m": (DPM, {}),
     "dpmpp_2m_sde": (DPM, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_1m": (DPM, {"solver_order": 1}),
+    "dpmpp_3m": (DPM, {"solver_order": 3}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
     "lcm": (diffusers.LCMScheduler, {"set_alpha_to_one": False}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
+ALIGNED = AysSchedules["StableDiffusionTimesteps"]
 VARIANCE_EXPLODING = ("euler", "euler_a", "heun")  # there the reference keeps x / alpha
 _WEIGHT = 0.3 * torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -99,9 +104,12 @@ def reference_scheduler(
     """diffusers' scheduler with our float64 table, ready for `count` steps."""
     cls, settings = REFERENCES[name]
     config = schedule.config
-    if spacing == "karras":
-        settings = {**settings, "use_karras_sigmas": True}
-    elif spacing is not None:
+    aligned = {"timesteps": ALIGNED} if spacing == "align_your_steps" else {"num_inference_steps": count}
+    if spacing in ("karras", "exponential", "beta"):
+        settings = {**settings, f"use_{spacing}_sigmas": True}
+    elif spacing == "sgm_uniform":
+        settings = {**settings, "timestep_spacing": "linspace"}  # which that is in the multistep solvers
+    elif spacing is not None and spacing != "align_your_steps":
         settings = {**settings, "timestep_spacing": spacing}
     scheduler = cls(
         beta_start=config.beta_start,
@@ -114,17 +122,17 @@ def reference_scheduler(
     scheduler.alphas_cumprod = schedule.alphas_cumprod.clone()
     if hasattr(scheduler, "final_alpha_cumprod") and not scheduler.config.set_alpha_to_one:
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
-    scheduler.set_timesteps(count)
+    scheduler.set_timesteps(**aligned)
     return scheduler
 
 
 def reference_walk(
-    name: str, count: int, schedule: Schedule = STABLE_DIFFUSION, *, eta: float = 0.0, **settings: Any
+    name: str, count: int, schedule: Schedule = STABLE_DIFFUSION, *, eta: float | None = None, **settings: Any
 ) -> list[Tensor]:
     """diffusers' walk from the same start with the same noise: the latents after each of `count` steps."""
     scheduler = reference_scheduler(name, count, schedule, **settings)
     known = inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"eta": eta} if "eta" in known else {}
+    options: dict[str, Any] = {"eta": eta} if "eta" in known and eta is not None else {}
     if "generator" in known:
         options["generator"] = torch.Generator().manual_seed(1)
     x = normal() * scheduler.init_noise_sigma

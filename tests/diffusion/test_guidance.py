@@ -63,10 +63,10 @@ def test_interval(schedule) -> None:
     assert on == [False, False, True, True, True, False, False]
 
 
-def test_no_guidance_at_scale_one_only() -> None:
-    """Scale 1 spares the unconditional call; 0 is legal and needs it, over the whole range by default."""
+def test_no_guidance_at_scale_one_and_below() -> None:
+    """It spares the unconditional call; above 1 the whole range needs it by default."""
     levels = [STABLE_DIFFUSION.level(t) for t in (0, 500, 999)] + [FLOW.level(1000)]
     schedules = [STABLE_DIFFUSION] * 3 + [FLOW]
-    for scale, expected in ((1.0, False), (0.0, True), (7.5, True)):
+    for scale, expected in ((1, False), (0, False), (0.5, False), (-3, False), (1.01, True), (7.5, True)):
         on = [is_on(Guidance(scale=scale), *pair) for pair in zip(levels, schedules, strict=True)]
         assert on == [expected] * 4

@@ -17,7 +17,7 @@ from stable_diffusion.diffusion.samplers import (
     Step,
     ddim,
     ddpm,
-    dpmpp_2m,
+    dpmpp,
     initial_scale,
     lcm,
     sample,
@@ -39,8 +39,8 @@ from .reference import (
     per_image_noise,
 )
 
-DETERMINISTIC = ["ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc"]
-STOCHASTIC = ["ddpm", "euler_a", "dpmpp_2m_sde", "lcm"]
+DETERMINISTIC = ["ddim", "pndm", "euler", "heun", "dpmpp_1m", "dpmpp_2m", "dpmpp_3m", "unipc"]
+STOCHASTIC = ["ddpm", "euler_a", "dpmpp_2m_sde", "lcm", "tcd"]
 MEAN, DEVIATION = 0.7, 0.5  # of the Gaussian data
 
 
@@ -98,7 +98,9 @@ def walk(name: str, schedule: Schedule = STABLE_DIFFUSION, count: int = 6, **set
         ("ddim", 0.9, 1.1),
         ("euler", 0.9, 1.1),
         ("heun", 1.9, 2.1),
+        ("dpmpp_1m", 0.9, 1.1),
         ("dpmpp_2m", 1.9, 2.1),
+        ("dpmpp_3m", 1.9, 2.1),
         ("unipc", 2.7, 3.1),
         ("pndm", 1.9, 2.1),
     ],
@@ -107,7 +109,7 @@ def test_order(name: str, low: float, high: float, grid: Any) -> None:
     """The error on an analytic Gaussian falls as steps^-order; measured from 64 to 128 to 256 steps.
 
     UniPC's corrector adds one to the order 2 of its predictor (Zhao et al. 2023, theorem 3.1); PNDM's multistep
-    of order 4 begins with steps of order 2.
+    of order 4 begins with steps of order 2, and that of DPM-Solver++ with one of order 1, which errs by h².
     """
     x = normal()
     errors = []
@@ -126,7 +128,9 @@ def test_deterministic_samplers_reach_the_gaussian(name: str) -> None:
     levels = [*sampling_levels(config, STABLE_DIFFUSION, 500)[:-1], CLEAN]
     x = normal()
     exact = transported(x, levels[0], CLEAN)
-    tolerance = 2e-2 if name in ("ddim", "euler") else 1e-2  # the step to clean latents is of first order
+    tolerance = (
+        2e-2 if name in ("ddim", "euler", "dpmpp_1m") else 1e-2
+    )  # the step to clean latents is of first order
 
     def none() -> Tensor:
         raise AssertionError("noise was sampled")
@@ -232,7 +236,7 @@ def test_one_point_of_data_is_reached_exactly(name: str, schedule: Schedule, cou
     torch.testing.assert_close(x, point, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "pndm", "heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
 def test_flow_of_one_point_is_straight(name: str) -> None:
     """Liu et al. 2022: each step is on the line from noise to the point."""
     point, x = normal(9), normal()
@@ -256,9 +260,28 @@ def test_the_first_step_of_the_sde_is_the_posterior() -> None:
     """Lu et al. 2022, appendix B: with the same noise, the first step is DDPM's posterior in continuous time."""
     levels = [STABLE_DIFFUSION.level(700), STABLE_DIFFUSION.level(650)]
     x, x0, z = normal(1), normal(2), normal(3)
-    sde = last(dpmpp_2m, lambda x, level: x0, x, levels, lambda: z, sde=True)
+    sde = last(dpmpp, lambda x, level: x0, x, levels, lambda: z, sde=True)
     posterior = last(ddim, lambda x, level: x0, x, levels, lambda: z, eta=1.0)
     torch.testing.assert_close(sde, posterior, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", [STABLE_DIFFUSION, FLOW])
+def test_tcd_between_its_ends(schedule: Schedule) -> None:
+    """Zheng et al. 2024: gamma 0 is DDIM; gamma 1 jumps to clean latents, and a consistency function keeps the data."""
+    tcd, ddim = (walk(name, schedule, spacing="trailing", eta=0.0)[-1].x for name in ("tcd", "ddim"))
+    torch.testing.assert_close(tcd, ddim, rtol=0, atol=1e-12)
+    config = SamplerConfig(name="tcd", spacing="trailing", eta=1.0)
+    levels = [*sampling_levels(config, schedule, 5)[:-1], CLEAN]
+    shape = (1, 1, 150, 150)
+    mean, deviation = marginal(levels[0])
+    x = mean + deviation * normal(7, shape)
+
+    def consistent(x: Tensor, level: Level) -> Tensor:
+        return transported(x, level, CLEAN)
+
+    x = last(sampler_named("tcd"), consistent, x, levels, noise_source(8, shape))
+    assert float(x.mean()) == pytest.approx(MEAN, abs=1.5e-2)
+    assert float(x.std()) == pytest.approx(DEVIATION, rel=3e-2)  # time 0 is not quite clean
 
 
 # The contract, for every entry of the table.
@@ -280,7 +303,10 @@ def test_steps(name: str, schedule: Schedule, count: int) -> None:
         assert step.x.shape == step.x0.shape == SHAPE
 
 
-@pytest.mark.parametrize("settings", [{"name": "ddim", "eta": 1.0}, {"name": "ddpm", "variance": "large"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "ddim", "eta": 1.0}, {"name": "tcd", "eta": 1.0}, {"name": "ddpm", "variance": "large"}],
+)
 @pytest.mark.parametrize("schedule", [ZERO_SNR, FLOW])
 def test_settings_from_pure_noise(settings: dict[str, Any], schedule: Schedule) -> None:
     """Noise may be added on the way from alpha = 0."""
@@ -364,7 +390,8 @@ def test_global_randomness_is_left_alone(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_only_stochastic_samplers_draw(name: str) -> None:
     """They draw once a step and nothing on the last, to clean latents; the others never draw."""
-    levels = [*STABLE_DIFFUSION.levels(6, "trailing")[:-1], CLEAN]
+    config = SamplerConfig(name=name, spacing="trailing")
+    levels = [*sampling_levels(config, STABLE_DIFFUSION, 6)[:-1], CLEAN]
     draws, draw = [], noise_source(1)
 
     def noise() -> Tensor:
@@ -412,8 +439,9 @@ def test_unknown_sampler() -> None:
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_eta_outside_its_range(eta: float) -> None:
     """Song et al. 2020, equation 16: beyond 1 there is more noise than the level has."""
-    with pytest.raises(InputError, match="eta must be from 0 to 1"):
-        walk("ddim", eta=eta)
+    for name in ("ddim", "tcd"):
+        with pytest.raises(InputError, match="eta must be from 0 to 1"):
+            walk(name, eta=eta)
     with pytest.raises(InputError, match="eta must be from 0 to 1"):
         walk("DDIMScheduler", eta=eta)
 

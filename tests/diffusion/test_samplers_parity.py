@@ -27,16 +27,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 EXACT = 1e-8  # the reference computes with our float64 table
 SINGLE = 1e-5  # the reference computes in float32
 COUNTS = [10, 25]
-SINGLE_SAMPLERS = ["euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
-SPACINGS = ["leading", "linspace", "trailing", "karras"]
-HAS_KARRAS = ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
-EXACT_SAMPLERS = ["ddpm", "ddim", "pndm", "lcm"]
+EXACT_SAMPLERS = ["ddpm", "ddim", "pndm", "lcm", "tcd"]
+SINGLE_SAMPLERS = [name for name in SAMPLERS if name not in EXACT_SAMPLERS]
 
 
 def spacings_of(name: str) -> list[str | None]:
-    if name == "lcm":
+    """Those that the reference can have."""
+    row = SAMPLERS[name]
+    if row.spacing == "lcm":
         return [None]
-    return SPACINGS if name in HAS_KARRAS else SPACINGS[:3]
+    spacings: list[str | None] = ["leading", "linspace", "trailing"]
+    if name in SINGLE_SAMPLERS and name != "euler_a":
+        spacings += ["karras", "exponential", "beta"]
+    return [*spacings, "sgm_uniform"] if row.grid == "intervals" else spacings
 
 
 def assert_equal_walks(ours, reference, tolerance: float) -> None:
@@ -120,6 +123,30 @@ def test_lcm(count: int, prediction: str) -> None:
     assert_parity("lcm", count, EXACT, prediction=prediction)
 
 
+@pytest.mark.parametrize("count", [1, 4, *COUNTS])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.3, 0.5, 1.0])
+def test_tcd(count: int, prediction: str, eta: float | None) -> None:
+    """Zheng et al. 2024, strategic stochastic sampling; the reference's own eta is 0.3."""
+    assert_parity("tcd", count, EXACT, prediction=prediction, eta=eta)
+    if eta is None:
+        assert torch.equal(steps("tcd", count)[-1].x, steps("tcd", count, eta=0.3)[-1].x)
+
+
+@pytest.mark.parametrize("count", [3, 14, 15, 16])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_end_of_the_third_order(count: int, prediction: str) -> None:
+    """In fewer than 15 steps the last but one is of second order."""
+    assert_parity("dpmpp_3m", count, SINGLE, prediction=prediction)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_1m", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"])
+def test_align_your_steps(name: str, prediction: str) -> None:
+    """Sabour et al. 2024: diffusers takes the ten published timesteps, and so do our ten steps."""
+    assert_parity(name, 10, SINGLE, spacing="align_your_steps", prediction=prediction)
+
+
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
@@ -144,8 +171,8 @@ def test_parity_can_fail(name: str) -> None:
 
 
 def reference_agrees(name: str, spacing: str | None, count: int) -> bool:
-    """One point of linspace is t = 0 there and t = 999 here, and its karras begins with it."""
-    return count > 1 or spacing not in ("linspace", "karras") or SAMPLERS[name].grid == "intervals"
+    """One point of linspace is t = 0 there and t = 999 here, and what spreads noise levels begins with it."""
+    return count > 1 or spacing in (None, "leading", "trailing") or SAMPLERS[name].grid == "intervals"
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,19 @@ from itertools import pairwise
 
 import diffusers
 import pytest
+import scipy.stats
 import torch
+from diffusers.schedulers import AysSchedules
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from stable_diffusion.config import ScheduleConfig
-from stable_diffusion.diffusion.names import SPACINGS
+from stable_diffusion.diffusion.names import SPACINGS, spacing_named
 from stable_diffusion.diffusion.schedule import (
     BETAS,
     CLEAN,
     Level,
     Schedule,
+    _beta_quantiles,
     cosine_betas,
     linear_betas,
     scaled_linear_betas,
@@ -114,7 +117,9 @@ def test_rectified_flow(shift: float) -> None:
 def test_noise_falls_at_every_step(name: str, spacing: str, count: int, grid: str) -> None:
     """Any number of steps that is allowed gives finite levels without repetition, ending clean; others are refused."""
     most = math.inf if name == "flow" else 50 if spacing == "lcm" else 1000 - (grid == "intervals")
-    cannot_be = {"flow": ("karras", "lcm"), "zero_snr": ("karras",)}.get(name, ())
+    most = 999 if spacing == "sgm_uniform" and name != "flow" else most
+    finite = ("karras", "exponential", "beta", "align_your_steps")
+    cannot_be = {"flow": (*finite, "lcm"), "zero_snr": finite}.get(name, ())
     if count > most or spacing in cannot_be:
         with pytest.raises(InputError, match=r"at most|'trailing'"):
             ALL[name].levels(count, spacing, grid)
@@ -195,16 +200,45 @@ def test_training_times_of_rectified_flow() -> None:
         (STABLE_DIFFUSION, 1001, "leading", "at most 1000 here, got 1001"),
         (STABLE_DIFFUSION, 51, "lcm", "at most 50 here, got 51"),
         (STABLE_DIFFUSION, 5, "trailin", "did you mean 'trailing'"),
-        (STABLE_DIFFUSION, 5, "other", "karras, lcm, leading, linspace, trailing"),
-        (FLOW, 5, "karras", "use 'trailing'"),
-        (FLOW, 5, "lcm", "use 'trailing'"),
-        (ZERO_SNR, 5, "karras", "use 'trailing'"),
+        (STABLE_DIFFUSION, 5, "other", "karras, lcm, leading, linspace, sgm_uniform, trailing"),
+        *((FLOW, 5, name, "use 'trailing'") for name, row in SPACINGS.items() if not row.flow),
+        *((ZERO_SNR, 5, name, "use 'trailing'") for name, row in SPACINGS.items() if row.finite),
     ],
 )
 def test_levels_that_cannot_be(schedule: Schedule, count: int, spacing: str, message: str) -> None:
     """Each error says what was given and what is allowed."""
     with pytest.raises(InputError, match=message):
         schedule.levels(count, spacing)
+
+
+def test_beta_quantiles_equal_scipys() -> None:
+    mass = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    expected = torch.from_numpy(scipy.stats.beta.ppf(mass.numpy(), 0.6, 0.6))
+    torch.testing.assert_close(_beta_quantiles(mass), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("count", [5, 10, 20])
+def test_align_your_steps_on_other_numbers_of_steps(count: int) -> None:
+    """Sabour et al. 2024: log(sigma) is interpolated between the published levels; 5 and 20 steps share some."""
+    ten = STABLE_DIFFUSION.levels(10, "align_your_steps", "fractional")
+    levels = STABLE_DIFFUSION.levels(count, "ays", "fractional")
+    published = AysSchedules["StableDiffusionSigmas"]
+    assert [level.sigma / level.alpha for level in ten[:-1]] == pytest.approx(published[:-1], rel=8e-3)
+    shared = range(0, 10, 2 if count == 5 else 1)
+    ours = [levels[i * count // 10] for i in shared]
+    assert [level.sigma for level in ours] == pytest.approx([ten[i].sigma for i in shared], rel=1e-12)
+
+
+def test_sgm_uniform_leaves_the_first_timestep_out() -> None:
+    assert [level.t for level in STABLE_DIFFUSION.levels(5, "SGM Uniform", "fractional")] == pytest.approx(
+        [999 * i / 5 for i in (5, 4, 3, 2, 1)] + [-1]
+    )
+
+
+def test_spacings_by_other_programs_names() -> None:
+    for name, row in SPACINGS.items():
+        for alias in (name, name.title(), row.webui or name, *row.aliases):
+            assert spacing_named(alias) is row
 
 
 @pytest.mark.parametrize("times", [-1, 1000, [0, 1000], math.nan])

@@ -195,10 +195,11 @@ def test_guidance_1_runs_half_the_batch_and_is_the_conditional_prediction(
     flow: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = given_to(flow, monkeypatch)
-    one, _ = walk(flow, ["a", "b"], "no", seed=0, guidance_scale=1, num_inference_steps=2)
+    one, _ = walk(flow, ["a", "b"], seed=0, guidance_scale=1, num_inference_steps=2)
     assert [len(x) for x in given] == [2, 2]
     given.clear()
-    other, _ = walk(flow, ["a", "b"], "other", seed=0, guidance_scale=1.0, num_inference_steps=2)
+    with pytest.warns(UserWarning, match="the negative prompt has no effect"):
+        other, _ = walk(flow, ["a", "b"], "other", seed=0, guidance_scale=1.0, num_inference_steps=2)
     assert torch.equal(one, other)
     given.clear()
     almost, _ = walk(flow, ["a", "b"], "no", seed=0, guidance_scale=1 + 1e-6, num_inference_steps=2)
@@ -206,12 +207,24 @@ def test_guidance_1_runs_half_the_batch_and_is_the_conditional_prediction(
     assert torch.allclose(one, almost, atol=1e-3)
 
 
-def test_guidance_0_ignores_the_prompt(flow: DiffusionModel) -> None:
-    one, _ = walk(flow, "a", "no", seed=0, guidance_scale=0)
-    other, _ = walk(flow, "b", "no", seed=0, guidance_scale=0)
-    empty, _ = walk(flow, "no", seed=0, guidance_scale=1)
-    assert torch.equal(one, other)
-    assert torch.allclose(one, empty, atol=1e-4)
+@pytest.mark.parametrize(
+    "guidance", [0, 0.5, -2.0, Guidance(scale=0.0, rescale=0.7), Guidance(scale=-1.0, interval=(0.2, 0.8))]
+)
+def test_below_1_guidance_is_off_as_at_1(flow: DiffusionModel, guidance: float | Guidance) -> None:
+    """Model cards of few-step models write 0 and mean that; what the rest of guidance says changes nothing."""
+    off, _ = walk(flow, "a", seed=0, guidance_scale=guidance)
+    assert torch.equal(off, walk(flow, "a", seed=0, guidance_scale=1)[0])
+    assert not torch.allclose(off, walk(flow, "b", seed=0, guidance_scale=guidance)[0], atol=1e-3)
+
+
+def test_a_negative_prompt_without_guidance_gets_a_note(flow: DiffusionModel) -> None:
+    def notes(**settings: Any) -> tuple[str, ...]:
+        request = flow.request("a", seed=0, num_inference_steps=1, **settings)
+        return pipeline.finished(flow.stream(request)).notes
+
+    (note,) = notes(negative_prompt="blurry", guidance_scale=0)
+    assert note == "the negative prompt has no effect: guidance is off at a scale of 1 and below"
+    assert notes(negative_prompt="blurry", guidance_scale=2) == notes(guidance_scale=0) == ()
 
 
 def test_outside_its_interval_guidance_is_the_conditional_prediction(
@@ -322,6 +335,14 @@ def test_a_style_that_does_not_fit_is_named_as_cut() -> None:
         shared(replace(FLOW, styles=STYLES)).generate(long, num_inference_steps=1, seed=0)
 
 
+def test_what_other_programs_would_obey_is_named(flow: DiffusionModel) -> None:
+    """In prompts and in negative ones, and where the text alone is encoded."""
+    with pytest.warns(UserWarning, match=r"'\(\(bad\)\)', '\(fox:1.3\)': other programs read this"):
+        flow.generate("a (fox:1.3)", "((bad))", num_inference_steps=1, seed=0)
+    with pytest.warns(UserWarning, match="'<lora:x:1>': .* but in `lora`"):
+        flow.encode_prompt("a fox <lora:x:1>")
+
+
 # Image-to-image and inpainting
 
 
@@ -392,10 +413,45 @@ def test_bytes_outside_the_mask_are_identical(config: ModelConfig, sampler: str,
     assert (np.asarray(result)[inside] != np.asarray(given)[inside]).mean() > 0.9
 
 
-def test_grey_masks_are_halved_and_black_ones_change_nothing(eps: DiffusionModel) -> None:
+def test_a_mask_has_the_pictures_geometry(eps: DiffusionModel) -> None:
+    """The same crop and the same scale; at another size of the same shape too."""
+    given, where = picture(96, 32), np.zeros((32, 96), dtype=np.uint8)
+    where[8:24, 40:56] = 255
+    for mask_image in (Image.fromarray(where), Image.fromarray(where).resize((48, 16))):
+        (result,) = eps.generate("a", image=given, mask_image=mask_image, width=32, height=32, seed=0)
+        cropped, inside = np.asarray(given)[:, 32:64], where[:, 32:64] > 127
+        assert np.array_equal(np.asarray(result)[~inside], cropped[~inside])
+        assert (np.asarray(result)[inside] != cropped[inside]).mean() > 0.9
+    with pytest.raises(InputError, match="the mask has 32x96 pixels and the image 96x32: give a mask of"):
+        eps.generate("a", image=given, mask_image=Image.fromarray(where.T))
+
+
+def test_a_mask_may_be_a_pixel_off_where_its_size_was_rounded(eps: DiffusionModel) -> None:
+    given = picture(47, 33)
+    (result,) = eps.generate("a", image=given, mask_image=Image.new("L", (24, 17), 255), seed=0)
+    assert result.size == (44, 32)
+
+
+def test_what_a_mask_with_transparency_means_is_a_note(eps: DiffusionModel) -> None:
+    given, mask_image = picture(), Image.new("RGBA", (32, 32))
+    mask_image.paste("white", (8, 8, 16, 16))
+    with pytest.warns(UserWarning, match="the opaque part is repainted"):
+        (result,) = eps.generate("a", image=given, mask_image=mask_image, seed=0)
+    changed = (np.asarray(result) != np.asarray(given)).any(-1)
+    assert Image.fromarray(changed).getbbox() == (8, 8, 16, 16)
+
+
+def test_a_mask_between_the_latents_is_an_error(eps: DiffusionModel) -> None:
+    mask_image = Image.new("L", (32, 32))
+    mask_image.paste(255, (9, 9, 11, 11))
+    with pytest.raises(InputError, match="each of which is 4x4 pixels: draw it larger"):
+        eps.generate("a", image=picture(), mask_image=mask_image)
+
+
+def test_grey_masks_are_halved(eps: DiffusionModel) -> None:
     given = picture()
-    (kept,) = eps.generate("a", image=given, mask_image=Image.new("L", (32, 32), 127), seed=0)
-    assert kept.tobytes() == given.tobytes()
+    with pytest.raises(InputError, match="repaints nothing"):
+        eps.generate("a", image=given, mask_image=Image.new("L", (32, 32), 127), seed=0)
     (repainted,) = eps.generate("a", image=given, mask_image=Image.new("L", (32, 32), 128), seed=0)
     assert (np.asarray(repainted) != np.asarray(given)).mean() > 0.9
 
@@ -459,8 +515,10 @@ def test_the_size_is_the_models_the_arguments_or_the_images(flow: DiffusionModel
 def test_a_picture_of_another_size_is_fitted_not_stretched(flow: DiffusionModel) -> None:
     wide = Image.new("RGB", (96, 32), "white")
     wide.paste("black", (32, 0, 64, 32))
-    black = Image.new("L", (32, 32), 0)
-    (result,) = flow.generate("a", image=wide, mask_image=black, width=32, height=32, seed=0)
+    corner = Image.new("L", (96, 32))
+    corner.paste(255, (32, 0, 36, 4))
+    (result,) = flow.generate("a", image=wide, mask_image=corner, width=32, height=32, seed=0)
+    result.paste("black", (0, 0, 4, 4))
     assert result.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 

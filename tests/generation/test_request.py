@@ -20,6 +20,7 @@ from stable_diffusion import Guidance, InputError, SamplerConfig
 from stable_diffusion.cli.generate import Options
 from stable_diffusion.config import ModelConfig, documented
 from stable_diffusion.generation.request import FIELDS, REQUIRED, Request, parse
+from stable_diffusion.generation.strangers import FILES, LIMITS, check_stranger, named_files
 from tests.tiny import KL, TINY, UNCONDITIONAL
 
 CONFIG = replace(TINY, vae=KL)
@@ -107,7 +108,7 @@ def test_what_says_nothing_is_left_out(tmp_path: Path) -> None:
         ({"variance": "huge"}, "variance"),
         ({"lora": ["a.pt:x"]}, "lora must be NAME or NAME:WEIGHT such as a.pt:0.8, got 'x'"),
         ({"lora": {"a": "x"}}, "lora must be NAME or NAME:WEIGHT such as a:0.8, got 'x'"),
-        ({"lora": {"a": math.nan}}, "the weight of the LoRA 'a' must be a number, got nan"),
+        ({"lora": {"a": math.nan}}, "the weight of the LoRA 'a' must be a finite number, got nan"),
         ({"lora": 3}, "lora must give the weight of each name, got 3"),
         ({"guidance_interval": [0.1]}, "guidance_interval"),
     ],
@@ -130,6 +131,93 @@ def test_numbers_without_bounds_are_refused(field: str) -> None:
         Request.of(CONFIG, prompt="a", **{field: value})
     with pytest.raises(InputError):
         parse({field: value})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_whatever_a_field_is_given_is_a_sentence_or_a_request(name: str) -> None:
+    nested: Any = "x"
+    for _ in range(200):
+        nested = [nested]
+    hostile: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        10**30,
+        10**400,
+        1e308,
+        math.nan,
+        -math.inf,
+        "",
+        "a",
+        "\0",
+        "x" * 9999,
+    ]
+    hostile += [[], {}, nested, ["a", "b"], [1, 2], [None, None], [[0, 1], [0, 1]], [math.nan, 0.5], "\udcff"]
+    hostile += [{"a": "b"}, {"a": None}, {"a": math.nan}, {"": 1}, {1: 2}, b"x", object(), 2**31, 2**63]
+    plain = Request.of(CONFIG, prompt="a").to_dict()
+    for value in hostile:
+        for read in (
+            lambda: parse({name: value}),  # noqa: B023 # called at once
+            lambda: Request.from_dict(plain | {name: value}),  # noqa: B023
+            lambda: Request.of(CONFIG, **{"prompt": "a", name: value}).check(CONFIG, {"model": "tiny"}),  # noqa: B023
+        ):
+            try:
+                read()
+            except InputError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "field", ["prompt", "width", "num_inference_steps", "seed", "strength", "lora", "image"]
+)
+def test_what_cannot_be_shown_is_refused_all_the_same(field: str) -> None:
+    """Python writes out no number of thousands of digits, and no list that holds itself a thousand times."""
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (10**5000, deep, [["x" * 5000]] * 5000):
+        with pytest.raises(InputError) as caught:
+            Request.of(CONFIG, **{"prompt": "a", field: value})
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_stranger_may_ask_for_less_than_the_user_and_nobody_for_what_no_memory_holds(name: str) -> None:
+    most = LIMITS[name]
+    check_stranger({name: most})
+    with pytest.raises(InputError, match=f"{name} may be at most {most} there, got {most + 1}"):
+        check_stranger({name: most + 1})
+    assert getattr(Request.of(CONFIG, **{"prompt": "a", name: most + 1}), name) == most + 1
+    with pytest.raises(InputError, match=f"{name} must be from 1 to .*, got 1000000"):
+        Request.of(CONFIG, **{"prompt": "a", name: 1000000})
+
+
+def test_prompts_of_a_stranger_are_pictures() -> None:
+    with pytest.raises(InputError, match="num_images_per_prompt may be at most 16 there, got 18"):
+        check_stranger({"prompt": ("a",) * 9, "num_images_per_prompt": 2})
+
+
+def test_every_field_that_names_files_is_known_as_one() -> None:
+    """A new field that loads something has to be one that a stranger's settings cannot choose in silence."""
+    assert set(FILES) == {"model", "vae", "embedding", "lora", "image", "mask_image"} | set(FILES) & {
+        "text_encoder"
+    }
+    fields = {
+        "model": "m",
+        "vae": None,
+        "lora": {"l": 1.0},
+        "embedding": ("e", "f:g"),
+        "image": "i",
+        "seed": 3,
+    }
+    assert list(named_files(fields)) == [
+        ("model", "m"),
+        ("embedding", "e"),
+        ("embedding", "f:g"),
+        ("lora", "l"),
+        ("image", "i"),
+    ]
 
 
 def test_json_must_be_whole() -> None:

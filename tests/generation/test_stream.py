@@ -176,12 +176,15 @@ class Pull:
     """A network of plain Python: it pulls latents towards a number that the prompt's length gives."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    reads_guidance = False
 
     def __init__(self) -> None:
         self.prepared: list[tuple[int, tuple[float, ...]]] = []
         self.asked: list[float] = []
 
-    def prepare(self, prompt_embeds: PromptEmbeds, timesteps: Collection[float]) -> Tensor:
+    def prepare(
+        self, prompt_embeds: PromptEmbeds, timesteps: Collection[float], guidance_scale: float
+    ) -> Tensor:
         self.prepared.append((len(prompt_embeds.pooled), tuple(sorted(timesteps))))
         return prompt_embeds.pooled.mean(dim=1)[:, None, None, None]
 
@@ -233,7 +236,7 @@ def test_the_pipeline_runs_over_a_network_that_is_no_module(model: DiffusionMode
     assert again.pictures[0].tobytes() == result.pictures[0].tobytes()
     image = replace(request, image=result.pictures[0], mask_image=result.pictures[0], strength=0.5)
     repainted = pipeline.finished(pipeline.stream(parts, image, pipeline.plan(parts, image)))
-    mask = np.asarray(pipeline.fitted(image)[1]) > 127
+    mask = np.asarray(pipeline.fitted(image, [])[1]) > 127
     before = np.asarray(result.pictures[0])
     for picture in map(np.asarray, repainted.pictures):
         assert (

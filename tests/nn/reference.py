@@ -71,6 +71,8 @@ def reference_unet(config: UNetConfig) -> nn.Module:
             use_linear_projection=config.use_linear_projection,
             upcast_attention=config.upcast_attention,
             num_class_embeds=config.num_class_embeds,
+            mid_block_type=config.mid_block_type,
+            time_cond_proj_dim=config.time_cond_proj_dim,
             **extra,
         )
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,8 +53,17 @@ CONFIGS = {
     "two-levels": SMALL,
     "labels": replace(SMALL, num_class_embeds=5),
     "pooled": replace(SMALL, pooled_projection_dim=12, layers_per_block=2),
+    "no-middle": replace(SMALL, mid_block_type=None, attention_levels=(True, True)),
+    "guidance": replace(SMALL, time_cond_proj_dim=11),
 }
 WITHOUT_TEXT = replace(SMALL, cross_attention_dim=None, num_class_embeds=5, in_channels=1, out_channels=2)
+COMPRESSED = replace(SD15.unet, layers_per_block=1)
+THREE_LEVELS: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "attention_levels": (True,) * 3,
+    "num_attention_heads": (8,) * 3,
+}
+TRAINED = ("three-levels", "labels", "pooled", "no-middle", "guidance")
 MASK = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
 
 
@@ -68,6 +79,8 @@ def inputs(config: UNetConfig, dtype: torch.dtype, size: tuple[int, int] = (15, 
         batch["class_labels"] = torch.tensor([0, 4])
     if config.pooled_projection_dim:
         batch["class_labels"] = normal(2, config.pooled_projection_dim, seed=2, dtype=dtype)
+    if config.time_cond_proj_dim:
+        batch["timestep_cond"] = normal(2, config.time_cond_proj_dim, seed=4, dtype=dtype)
     return batch
 
 
@@ -201,6 +214,9 @@ def test_parameter_counts() -> None:
             "sd21": SD21.unet,
             "sd15-inpainting": replace(SD15.unet, in_channels=9),
             "sd21-inpainting": replace(SD21.unet, in_channels=9),
+            "bk-sdm-base": COMPRESSED,
+            "bk-sdm-small": replace(COMPRESSED, mid_block_type=None),
+            "bk-sdm-tiny": replace(COMPRESSED, mid_block_type=None, **THREE_LEVELS),
         }.items():
             parameters = list(UNet(config).parameters())
             counts[name] = (sum(p.numel() for p in parameters), len(parameters))
@@ -209,6 +225,10 @@ def test_parameter_counts() -> None:
         "sd21": (865_910_724, 686),
         "sd15-inpainting": (859_535_364, 686),
         "sd21-inpainting": (865_925_124, 686),
+        # Kim et al. 2023, table 1: 0.58, 0.48 and 0.32 billion.
+        "bk-sdm-base": (579_384_964, 442),
+        "bk-sdm-small": (482_346_884, 396),
+        "bk-sdm-tiny": (323_384_964, 358),
     }
 
 
@@ -225,8 +245,8 @@ def test_fresh_network_predicts_zero(config: UNetConfig) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIGS["three-levels"], CONFIGS["labels"], CONFIGS["pooled"], WITHOUT_TEXT],
-    ids=["three-levels", "labels", "pooled", "no-text"],
+    [*(CONFIGS[name] for name in TRAINED), WITHOUT_TEXT],
+    ids=[*TRAINED, "no-text"],
 )
 def test_gradients_reach_every_parameter(config: UNetConfig) -> None:
     """Law: zero layers hold back the first steps only; from the third on every parameter learns."""
@@ -267,3 +287,15 @@ def test_timestep_features_are_vaswanis() -> None:
     angles = 10 * 10000 ** (-torch.arange(4, dtype=torch.float64) / 4)
     assert torch.equal(features[0], torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.float64))
     assert torch.allclose(features[1], torch.cat([angles.cos(), angles.sin()]), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [256, 11])
+def test_guidance_features_are_those_of_latent_consistency_models(width: int) -> None:
+    """Parity with diffusers' pipeline, which is given w = scale - 1, in its float32."""
+    scales = torch.tensor([0.0, 1.0, 4.5, 8.0])
+    embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    expected = embed(None, scales - 1, embedding_dim=width)
+    torch.testing.assert_close(blocks.guidance_features(scales, width), expected, atol=1e-3, rtol=0)
+    exact = blocks.guidance_features(torch.tensor([1.001]), 6)[0]
+    angles = torch.tensor([1.0, 0.01, 1e-4])
+    torch.testing.assert_close(exact, torch.cat([angles.sin(), angles.cos()]), atol=1e-3, rtol=0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
 from stable_diffusion.training.stages.denoiser import DenoiserStage
 from stable_diffusion.training.workspace import TextCache, Workspace
+from tests.test_files import refusal, with_limit
 from tests.tiny import STAGES, TEXT, TINY, shapes, tiny_model
 from tests.training.record import Record
 
@@ -62,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    count(CocoImageLoader, "image")
+    count(CocoImageLoader, "opened")
     count(type(model.vae), "encode")
     count(type(model.text_encoder), "encode")
     return counter
@@ -104,21 +107,19 @@ def test_a_cache_that_was_interrupted_is_filled_again(tmp_path: Path) -> None:
     assert fill(cache, rows) == [2, 4] and names(tmp_path) == {"rows-key.npy"}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     """Of this cache alone: another one may be filled at the same time."""
-    cache, other = (ArrayCache(tmp_path, name, "key", (4, 3), "float32") for name in ("rows", "others"))
-    filling = [each.fill([np.ones((1, 3))] * 4) for each in (cache, other)]
-    for steps in filling:
-        next(steps)
-    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for steps in filling:
-        steps.close()  # type: ignore[attr-defined]
-    for name, content in left.items():  # as where nothing could be tidied
-        (tmp_path / name).write_bytes(content)
-    fill(cache, np.ones((4, 3)))
-    assert len(names(tmp_path)) == 2 and all(
-        name.startswith(("rows-key.npy", ".others-")) for name in names(tmp_path)
-    )
+    for name in ("rows", "rows-2"):
+        if not (pid := os.fork()):
+            filling = ArrayCache(tmp_path, name, "old", (4, 3), "float32").fill([np.ones((1, 3))] * 4)
+            next(filling)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+    fill(ArrayCache(tmp_path, "rows-2", "one", (4, 3), "float32"), np.ones((4, 3)))
+    assert {name[:10] for name in names(tmp_path)} == {".rows-old.", "rows-2-one"}
+    fill(ArrayCache(tmp_path, "rows", "key", (4, 3), "float32"), np.ones((4, 3)))
+    assert names(tmp_path) == {"rows-key.npy", "rows-2-one.npy"}
 
 
 def test_a_full_disk_is_said_before_anything_is_removed(
@@ -132,10 +133,24 @@ def test_a_full_disk_is_said_before_anything_is_removed(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(3_900_000_000))
     cache = ArrayCache(tmp_path, "rows", "key", (10**9,), "float32")
     with pytest.raises(
-        InputError, match=r"has 3\.9 GB free and training needs 4\.0 GB there for rows: make room"
+        InputError, match=r"has 3\.90 GB free and rows-key\.npy needs 4\.00 GB there: make room"
     ):
         fill(cache, np.ones(4))
     assert names(tmp_path) == {"rows-old.npy"}
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot promise room")
+def test_a_disk_that_fills_up_is_a_sentence_not_the_end_of_the_process(tmp_path: Path) -> None:
+    """A file of blanks takes no room; writing to its mapping where there is none would be a bus error."""
+    cache = ArrayCache(tmp_path, "rows", "key", (10**6,), "float32")
+    limited = with_limit(resource.RLIMIT_FSIZE, 10**6, lambda: fill(cache, np.ones(4)))
+    assert "rows-key.npy: File too large" in refusal(limited)
+    blank = cache.fill([np.ones(4)])
+    next(blank)
+    (building,) = tmp_path.glob(".rows-key.npy.*/new")
+    assert building.stat().st_blocks * 512 >= 4 * 10**6
+    blank.close()  # type: ignore[attr-defined]
+    assert names(tmp_path) == set()
 
 
 def test_digests_tell_apart_what_differs() -> None:
@@ -189,10 +204,10 @@ def test_the_second_run_computes_nothing_twice(
         return +calls
 
     first = work()
-    assert first["CocoImageLoader.image"] == len(own) and first["PromptEncoder.encode"] > 0
+    assert first["CocoImageLoader.opened"] == len(own) and first["PromptEncoder.encode"] > 0
     second = work()
     # Of the first's pictures, latents and captions none; the latents' standard deviation is measured.
-    assert second["CocoImageLoader.image"] == second["PromptEncoder.encode"] == 0
+    assert second["CocoImageLoader.opened"] == second["PromptEncoder.encode"] == 0
     kept = run(tmp_path / "run", own)
     assert kept == run(tmp_path / "run", own) and len(kept) == 3
 

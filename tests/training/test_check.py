@@ -58,8 +58,8 @@ def test_a_set_up_that_does_not(
 
 def test_it_is_long_enough_whatever_the_recipe(data: CocoImageLoader) -> None:
     autoencoder, denoiser = check_stages([*STAGES, DECODER])
-    assert (autoencoder.min_steps, denoiser.min_steps) == (400, 800)
-    assert denoiser.batch_size == 16 and denoiser.learning_rate == STAGES[1].learning_rate
+    assert (autoencoder.min_steps, denoiser.min_steps) == (800, 1600)
+    assert denoiser.batch_size == 8 and denoiser.learning_rate == STAGES[1].learning_rate
 
 
 def test_its_pictures_have_captions_of_their_own(data: CocoImageLoader) -> None:

@@ -92,7 +92,7 @@ def test_run_json_says_what_was_run(tmp_path: Path, data: CocoImageLoader) -> No
 
 def test_a_folder_of_an_older_version_is_refused(tmp_path: Path, data: CocoImageLoader) -> None:
     (tmp_path / "run.json").write_text('{"identity": "a", "steps": {}, "seconds": {}, "minutes": null}')
-    message = r"another version, which cannot go on.* resume=False \(--fresh\) to replace it"
+    message = r"another version, which cannot go on.* resume=False to replace it"
     with pytest.raises(InputError, match=message):
         train(tmp_path, data, steps=1)
     train(tmp_path, data, steps=1, resume=False)

@@ -21,6 +21,7 @@ from stable_diffusion.training.stages import STAGES as KINDS
 from stable_diffusion.training.workspace import Workspace
 from tests.tiny import DECODER, KL, STAGES, TEXT, TINY, VQ, shapes, tiny_model
 from tests.training.record import differing
+from tests.training.test_stops import check_equal, counts
 
 ALL = (*STAGES, DECODER)
 JOINT = replace(TINY, text_encoders=(replace(TEXT, trainable=True),))
@@ -54,6 +55,7 @@ def gradients(case: str, data: CocoImageLoader, folder: Path, process: int, proc
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 from accelerate import PartialState
@@ -71,18 +73,23 @@ if steps == 0:
         save_file(found, folder / f"{case}-{state.process_index}.safetensors")
 else:
     model = tiny_model(TINY)
-    model.train(data, ALL, output_dir=folder / "two", steps=steps)
+
+    def stop(step):
+        if (step.stage, step.index, state.process_index) == ("denoiser", 1, 1) and sys.argv[3:]:
+            signal.raise_signal(signal.SIGTERM)
+
+    model.train(data, ALL, output_dir=folder / "two", steps=steps, callback=stop)
     if state.process_index == 1:
         model.save_pretrained(folder / "second")
 """
 
 
-def launch(folder: Path, steps: int) -> str:
+def launch(folder: Path, steps: int, *stop: str) -> str:
     root = Path(__file__).parents[2]
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launcher, str(folder / "script.py"), str(folder), str(steps)],
+        [*launcher, str(folder / "script.py"), str(folder), str(steps), *stop],
         env=os.environ
         | {"PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
         | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -90,7 +97,7 @@ def launch(folder: Path, steps: int) -> str:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) is bool(stop), done.stderr[-3000:]
     return done.stdout
 
 
@@ -144,3 +151,14 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     launch(tmp_path, 5)  # both go on from the first one's checkpoint
     assert not differing(load_file(tmp_path / "two/model/unet/diffusion_pytorch_model.safetensors"),
                          load_file(tmp_path / "second/unet/diffusion_pytorch_model.safetensors"))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path: Path) -> None:
+    shapes(tmp_path / "shapes")
+    launch(tmp_path, 4)
+    (tmp_path / "two").rename(tmp_path / "straight")
+    launch(tmp_path, 4, "stop")
+    assert counts(tmp_path / "two/denoiser.safetensors")["step"] == "2"
+    launch(tmp_path, 4)
+    check_equal(tmp_path / "two", tmp_path / "straight")

@@ -142,7 +142,10 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, data: CocoImageLoade
         lambda: trained(tmp_path / "run", data, stages=other_stages),
         lambda: trained(tmp_path / "run", data, seed=1),
     ):
-        with pytest.raises(InputError, match=r"another recipe or of other pictures.* resume=False"):
+        with pytest.raises(
+            InputError,
+            match=r"of (another recipe, model or seed|other pictures or captions): .* resume=False",
+        ):
             refused()
     assert (tmp_path / "run/denoiser.safetensors").read_bytes() == kept
     record = Record()
@@ -289,6 +292,19 @@ def test_epochs_give_the_length(tmp_path: Path, data: CocoImageLoader) -> None:
     assert record.plan.steps == {"autoencoder": round(5 * 9 / 4), "denoiser": 3}, (
         "epochs, but at least min_steps"
     )
+
+
+@pytest.mark.parametrize(("parts", "batch"), [(1, 9), (12, 12)])
+def test_a_batch_is_no_larger_than_the_set(
+    tmp_path: Path, data: CocoImageLoader, parts: int, batch: int
+) -> None:
+    """Nine pictures have nine to give, unless micro-batches of one need more; epochs are of such batches."""
+    stage = replace(STAGES[1], batch_size=64, gradient_accumulation_steps=parts, epochs=4.0, min_steps=1)
+    record, epochs = Record("encoding pictures", 0), round(4 * 9 / batch)
+    trained(tmp_path, data, record, stages=(stage,))
+    assert record.plan.steps == {"denoiser": epochs}
+    said = json.loads((tmp_path / "run.json").read_text())["recipe"]["stage"]
+    assert [one["batch_size"] for one in said] == [batch]
 
 
 def test_a_short_trial_is_not_the_whole_training(tmp_path: Path, data: CocoImageLoader) -> None:

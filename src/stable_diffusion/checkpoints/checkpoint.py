@@ -16,7 +16,10 @@ from stable_diffusion.nn.text import BERT_NAMES, PromptEncoder
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration with its tensors, under our names and in the files' number format."""
+    """A model's configuration with its tensors, under our names and in the files' number format.
+
+    Those of an autoencoder or a text encoder are empty where the model came without.
+    """
 
     config: ModelConfig
     vae: State
@@ -31,6 +34,11 @@ class Checkpoint:
     """What a reader found out or left aside, in sentences for the user."""
     tokenizer_files: list[list[Path]] = field(default_factory=list)
     """Each tokenizer's files, where the checkpoint is to be written."""
+
+    @property
+    def missing(self) -> list[str]:
+        """What the model came without."""
+        return ["autoencoder"] * (not self.vae) + ["text encoder"] * (not all(self.text_encoders))
 
     @classmethod
     def of(cls, config: ModelConfig, vae: nn.Module, unet: nn.Module, text: PromptEncoder) -> Checkpoint:

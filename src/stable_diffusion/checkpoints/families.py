@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stable_diffusion.config import AutoencoderKLConfig, ModelConfig
+from stable_diffusion.config import AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
 from stable_diffusion.errors import InputError
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
@@ -31,21 +31,22 @@ ENDINGS = {
     # How a LoRA's tensors end, and what they are: kohya and LyCORIS, PEFT, diffusers of 2023, diffusers before.
     **{".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid"},
     **{".alpha": "alpha", ".dora_scale": "dora_scale"},
-    **{".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_magnitude_vector": "magnitude"},
-    **{".lora_A.default.weight": "down", ".lora_B.default.weight": "up"},
-    **{".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector.default.weight": "magnitude"},
+    **{".lora_A.weight": "down", ".lora_B.weight": "up"},
+    **{".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude"},
     **{".lora.down.weight": "down", ".lora.up.weight": "up"},
     **{".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up"},
     **{"_lora.down.weight": "down", "_lora.up.weight": "up"},
 }
+NAMED = r"(\.lora_(?:A|B|magnitude_vector))\.\w+(\.weight)$"
+"""PEFT's endings with an adapter's name in the middle, such as ``default``."""
 OTHER_ADAPTERS = {  # KohakuBlueleaf/LyCORIS, lycoris/modules
     **{r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.oft_": "OFT", r"\.on_input$": "IA3"},
     **{r"\.[ab][12]\.weight$": "GLoRA", r"\.diff(_b)?$": "whole weights", r"\.[wb]_norm$": "whole norms"},
 }
-CONTEXT = r"attn2[._](processor\.)?to_[kv]$|^(lora_te_|text_encoder\.|text_model\.).*(q_proj|to_q)$"
+CONTEXT = r"attn2[._](processor\.)?to_[kv]$|^(lora_te_|text_encoders?\.|text_model\.).*(q_proj|to_q)$"
 """A LoRA's modules that read the text's tokens, or make them."""
 OTHER_LORAS = {
-    r"^lora_te[12]_|^text_encoder_2\.": "SDXL",
+    r"^lora_te[12]_|^text_encoder_2\.|^text_encoders\.clip_g\.": "SDXL",
     r"(double|single|joint)_blocks|^(lora_)?transformer[._]": "a transformer such as Flux or SD 3",
 }
 """LoRAs for other models, by patterns of their modules' names."""
@@ -61,7 +62,10 @@ TAESD = r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.|skip\.)?(weight|bias)$"
 DIFFUSERS_PART = "one part in diffusers' layout: give its folder"
 KINDS = {
     # Patterns of a tensor's name, and what to say to those who wanted another kind; the first that fits holds.
-    "lora": ("|".join([*(re.escape(end) + "$" for end in ENDINGS), *OTHER_ADAPTERS]), "a LoRA: use --lora"),
+    "lora": (
+        "|".join([*(re.escape(end) + "$" for end in ENDINGS), NAMED, *OTHER_ADAPTERS]),
+        "a LoRA: use --lora",
+    ),
     "embedding": (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion: use --embedding"),
     "sdxl": (r"^conditioner\.embedders\.1\.model\.", "Stable Diffusion XL"),
     "sd3": (r"joint_blocks\.", "Stable Diffusion 3"),
@@ -139,6 +143,7 @@ def check_width(path: object, width: int, model: int | None) -> None:
 
 def lora_part(name: str) -> tuple[str, str] | None:
     """The module that a LoRA's tensor belongs to, and what it is there; None for other tensors."""
+    name = re.sub(NAMED, r"\1\2", name)
     ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
     return None if ending is None else (name.removesuffix(ending), ENDINGS[ending])
 
@@ -150,13 +155,19 @@ def lora_widths(downs: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Ite
         yield from (width for start, width in versions.items() if metadata.get(key, "").startswith(start))
 
 
+def vae_misfit(vae: AutoencoderKLConfig | AutoencoderTinyConfig) -> str | None:
+    """Likewise, of an autoencoder alone: Stable Diffusion's own, or a light one of TAESD's kind."""
+    if isinstance(vae, AutoencoderKLConfig):
+        return None if vae.codebook_size is None else "its autoencoder has a codebook"
+    taesd = vae.patch_size == 1 and len(set(vae.block_out_channels)) == 1
+    return None if taesd else "its light autoencoder is not Stable Diffusion's"
+
+
 def misfit(config: ModelConfig) -> str | None:
     """Why a model is not of Stable Diffusion's make, as the end of a sentence; None where it is."""
     text, unet = config.text_encoders, config.unet
-    if not isinstance(config.vae, AutoencoderKLConfig):
-        return "its light autoencoder is not Stable Diffusion's"
-    if config.vae.codebook_size is not None:
-        return "its autoencoder has a codebook"
+    if (reason := vae_misfit(config.vae)) is not None:
+        return reason
     if len(text) != 1:
         return f"it has {len(text) or 'no'} text encoders, and Stable Diffusion has one"
     if text[0].architecture != "clip":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +16,14 @@ from torch import Tensor, nn
 
 from stable_diffusion.checkpoints import pickles
 from stable_diffusion.errors import InputError, three_of
-from stable_diffusion.files import replacing
+from stable_diffusion.files import is_file, lacks_memory, reading, replacing
 
 State = dict[str, Tensor]
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+
+MOST_TENSORS = 100_000
+"""Of a safetensors file, whose header could list millions; Stable Diffusion has 1,100."""
 
 
 def sniff(path: Path) -> Literal["safetensors", "pickle"] | None:
@@ -38,25 +43,42 @@ def is_weights(path: Path) -> bool:
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a file holds, its tensors mapped into memory, and a safetensors file's metadata.
 
+    What a pickle has in ``state_dict`` is taken out of it, as training programs put tensors there.
+
     Raises:
         InputError: the file is missing, damaged, or asks to run something.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is not a file: give a .safetensors, .ckpt, .pt or .bin file")
-    kind = sniff(path)
-    if kind == "pickle" or (kind is None and path.suffix in PICKLED):
-        return {str(name): value for name, value in pickles.read(path).items()}, {}
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        message = f"{path} is not a whole safetensors file ({error}): copy or download it again"
-        raise InputError(message) from None
+    with reading(path):
+        if not is_file(path):
+            raise InputError(f"{path} is not a file: give a .safetensors, .ckpt, .pt or .bin file")
+        kind = sniff(path)
+        if kind == "pickle" or (kind is None and path.suffix in PICKLED):
+            root: dict[Any, Any] = pickles.read(path)
+            for _ in range(3):  # it may nest, but a pickle may also hold itself
+                inner = root.get("state_dict")
+                root = {**root, "state_dict": None, **inner} if isinstance(inner, dict) else root
+            return {str(name): value for name, value in root.items() if name != "state_dict"}, {}
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                if len(names) > MOST_TENSORS:
+                    raise InputError(
+                        f"{path} lists {len(names):,} tensors, at most {MOST_TENSORS:,} are read: refused"
+                    )
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        except InputError:
+            raise
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            if lacks_memory(error):
+                raise
+            reason = str(error).split("\n")[0]
+            message = f"{path} is not a whole safetensors file ({reason}): copy or download it again"
+            raise InputError(message) from None
 
 
 def read_tensors(path: Path) -> State:
     """The tensors of a part's file in a model folder. Raises InputError where it holds anything else."""
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{path} does not exist: a model folder needs it")
     content, _ = read_weights(path)
     if strange := sorted(name for name, value in content.items() if not isinstance(value, Tensor)):
@@ -67,15 +89,36 @@ def read_tensors(path: Path) -> State:
 
 
 def write_tensors(
-    path: Path, state: State, dtype: torch.dtype | None, metadata: dict[str, str] | None = None
+    path: Path,
+    state: State,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    new: bool = False,
 ) -> None:
-    """Writes a safetensors file, and the folder that it is in. None keeps the tensors' number format."""
-    tensors = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in state.items()
-    }
-    with replacing(path) as building:
-        save_file(tensors, building, metadata={"format": "pt", **(metadata or {})})
+    """Writes a safetensors file, and the folder that it is in.
+
+    Args:
+        path: the file.
+        state: the tensors.
+        dtype: number format of the file; None keeps the tensors'.
+        metadata: what its header says beside the format.
+        new: whether a file that is there then is an error, not replaced.
+
+    Raises:
+        InputError: what the system refuses.
+    """
+    with replacing(path, new=new) as building:
+        tensors = {
+            name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+            for name, tensor in state.items()
+        }
+        try:
+            save_file(tensors, building, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
 
 
 def count(names: Iterable[str], total: int) -> str:

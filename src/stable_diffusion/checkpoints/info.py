@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from stable_diffusion import checkpoints
-from stable_diffusion.checkpoints import Checkpoint, hub, single_file
+from stable_diffusion.checkpoints import Checkpoint, hub, lora, single_file
 from stable_diffusion.checkpoints.diffusers import is_diffusers
-from stable_diffusion.checkpoints.families import WIDTHS, kind, long_name, lora_part, lora_widths, misfit
-from stable_diffusion.checkpoints.files import State, read_weights
+from stable_diffusion.checkpoints.families import OTHER_ADAPTERS, WIDTHS, kind, long_name, lora_widths, misfit
+from stable_diffusion.checkpoints.files import State, count, read_weights
 from stable_diffusion.config import ModelConfig, Styles
 
 UNSAID = ("format", "mini_stable_diffusion.config")
@@ -23,12 +23,10 @@ LONGEST = 100
 
 def describe(path: str | Path) -> Iterator[str]:
     """The lines. Raises InputError where nothing can be read there."""
-    path = Path(path)
-    if not path.exists() and hub.is_name(path):
-        path = hub.fetch(path.as_posix())
+    path = hub.find(path)
     if not path.is_file():
         folder = "diffusers folder" if is_diffusers(path) else "model folder of this project"
-        yield from _model(checkpoints.read(path), folder)
+        yield from _model(checkpoints.found(path), folder)
         if licence := _licence(path / "README.md"):
             yield f"  licence: {licence}"
         return
@@ -48,10 +46,6 @@ def describe(path: str | Path) -> Iterator[str]:
     elif found == "vae":
         yield f"{path.stem}: autoencoder of Stable Diffusion, single file"
         yield _part("vae", single_file.read_vae(path)[1])
-    elif found == "unet":
-        unet, state = single_file.read_unet(path)
-        yield f"{path.stem}: U-Net of {long_name(unet.cross_attention_dim)}, single file"
-        yield _part("unet", state)
     else:
         yield from _model(single_file.read(path), "single file in CompVis' layout")
     for key, value in sorted(metadata.items()):
@@ -60,13 +54,13 @@ def describe(path: str | Path) -> Iterator[str]:
             yield f"  {label}: {value if len(value) <= LONGEST else value[:LONGEST] + ' …'}"
 
 
-def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A file's tensors, with those of inner dictionaries."""
+def _flat(content: dict[Any, Any], inner: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors, with those of a textual inversion's inner dictionary; a pickle may hold itself."""
     for name, value in content.items():
         if isinstance(value, Tensor):
             yield str(name), value
-        elif isinstance(value, dict) and name in ("state_dict", "string_to_param"):
-            yield from _flat(value)
+        elif inner and isinstance(value, dict) and name == "string_to_param":
+            yield from _flat(value, inner=False)
 
 
 def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
@@ -75,9 +69,12 @@ def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
     yield f"{config.name}: {config.sample_size} pixels, {process}"
     yield f"  {form}, {_version(config)}"
     yield _part("unet", checkpoint.unet)
-    yield _part("vae", checkpoint.vae)
-    for i, state in enumerate(checkpoint.text_encoders):
+    if checkpoint.vae:
+        yield _part("vae", checkpoint.vae)
+    for i, state in enumerate(filter(None, checkpoint.text_encoders)):
         yield _part(f"text encoder {i + 1}", state)
+    for part in checkpoint.missing:
+        yield f"  no {part}: add {checkpoints.ADD[part]}"
     for note in checkpoint.notes:
         yield f"  {note}"
     steps = f"{config.num_inference_steps} steps of {config.sampler.name}"
@@ -97,17 +94,20 @@ def _version(config: ModelConfig) -> str:
 
 
 def _lora(path: Path, tensors: State, metadata: dict[str, str]) -> Iterator[str]:
-    parts = {name: lora_part(name) for name in tensors}
-    down = {part[0]: tensors[name] for name, part in parts.items() if part and part[1] == "down"}
+    for pattern, other in OTHER_ADAPTERS.items():
+        if any(re.search(pattern, name) for name in tensors):
+            yield f"{path.stem}: an adapter of another kind ({other}): only LoRA and DoRA can be applied"
+            return
+    modules, strange = lora.modules_in(path, tensors)
+    down = {name: parts["down"] for name, parts in modules.items()}
     ranks = sorted({int(tensor.shape[0]) for tensor in down.values()})
     guess = next(map(long_name, lora_widths(down, {})), "an unknown base model")
     base = metadata.get("ss_base_model_version", guess)
-    if not down:
-        yield f"{path.stem}: an adapter other than LoRA (LoHa, LoKr or OFT): not supported"
-        return
     yield f"{path.stem}: LoRA for {base}, rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))}"
-    text = sum("te_" in name[:8] or name.startswith("text_encoder") for name in down)
+    text = sum(re.search(r"encoder[._]layers", name) is not None for name in down)
     yield f"  {len(down) - text} modules of the U-Net, {text} of the text encoder"
+    if strange:
+        yield f"  {count(strange, len(tensors))} are no part of a LoRA"
     yield _part("tensors", tensors)
 
 

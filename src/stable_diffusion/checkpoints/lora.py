@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_diffusion.checkpoints import families
+from stable_diffusion.checkpoints.families import UNET
 from stable_diffusion.checkpoints.files import State, read_weights
 from stable_diffusion.checkpoints.single_file.names import unet_blocks
 from stable_diffusion.config import ModelConfig, UNetConfig
@@ -27,6 +28,11 @@ from stable_diffusion.nn.unet import UNet
 
 OLD_TEXT_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 PEFT_SETTINGS = "lora_adapter_metadata"
+FEW_STEPS = {
+    r"hyper.?sd": "ddim --spacing trailing",
+    **{rf"(?<![a-z]){sampler}(?![a-z])": sampler for sampler in ("lcm", "tcd")},
+}
+"""Samplers of published LoRAs that distil a model to few steps, by their names."""
 
 
 def read(
@@ -42,7 +48,7 @@ def read(
     """
     weight = checked(path.stem, weight)
     tensors, metadata = read_weights(path)
-    modules, strange = _modules(path, tensors)
+    modules, strange = modules_in(path, tensors)
     check_base(path, modules, metadata, config)
     table = _table(unet, text, config)
     found: dict[Layer, LoRA] = {}
@@ -57,22 +63,43 @@ def read(
     examples = three_of(sorted(strange)) or "empty"
     if not found:
         raise InputError(f"{path}: none of {total} modules is in the model {config.name!r} ({examples})")
-    result = f"{path.name}: {count} of {total} modules applied"
+    result = f"{path.name}: {count} of {total} modules applied{advice(path, metadata)}"
     if strange:
         warnings.warn(f"{result}; not in this model: {examples}", stacklevel=3)
     return found, result
 
 
-def _modules(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], list[str]]:
-    """Each module's tensors by what they are, and names that belong to no module."""
+def advice(path: Path, metadata: dict[str, str]) -> str:
+    """How a published few-step LoRA (Hyper-SD, LCM, TCD) is to be used, as the end of a sentence; empty for others.
+
+    The settings are those of its card, which no tensor tells: the names do that the file, or its folder where it has
+    diffusers' own, and its metadata have.
+    """
+    said = path.parent.name if path.stem == "pytorch_lora_weights" else path.stem
+    name = " ".join([said, *(metadata.get(key, "") for key in ("ss_output_name", "modelspec.title"))]).lower()
+    for word, sampler in FEW_STEPS.items():
+        if re.search(word, name):
+            found, guidance = re.search(r"(\d+)[-_ ]?steps?", name), 5 if "cfg" in name else 1
+            steps = found[1] if found else 4
+            return f"; its card's settings: --steps {steps} --guidance {guidance} --sampler {sampler}"
+    return ""
+
+
+def modules_in(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, State], list[str]]:
+    """Each module's tensors by what they are, and names that belong to no module.
+
+    Raises InputError where the file holds another kind of adapter, or is damaged.
+    """
     modules: dict[str, State] = {}
     strange = []
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):  # what a training program keeps beside the weights
+            continue
         for pattern, kind in families.OTHER_ADAPTERS.items():
             if re.search(pattern, name):
                 raise InputError(f"{path} holds {kind} ({name}): only LoRA and DoRA files can be applied")
         part = families.lora_part(name)
-        if part is None or not isinstance(tensor, Tensor):
+        if part is None:
             strange.append(name)
             continue
         if not tensor.numel() or not torch.isfinite(tensor.float()).all():
@@ -124,9 +151,11 @@ def unet_spellings(path: str, config: UNetConfig) -> list[str]:
     block = path
     while block and block not in blocks:
         block = block.rpartition(".")[0]
-    names = [path, f"unet.{path}", f"base_model.model.{path}", f"lora_unet_{path.replace('.', '_')}"]
+    names = [path, f"unet.{path}", f"base_model.model.{path}"]
+    names += [f"{prefix}_{path.replace('.', '_')}" for prefix in ("lora_unet", "lycoris")]
     if block:
-        names.append(f"lora_unet_{blocks[block]}{path.removeprefix(block)}".replace(".", "_"))
+        compvis = blocks[block] + path.removeprefix(block)
+        names += [f"lora_unet_{compvis.replace('.', '_')}", f"diffusion_model.{compvis}", UNET + compvis]
     parent, _, leaf = path.removesuffix(".0").rpartition(".")
     if leaf in OLD_TEXT_NAMES.values():
         for old in (f"{parent}.processor.{leaf}", f"{parent}.{leaf}"):
@@ -138,6 +167,7 @@ def text_spellings(path: str) -> list[str]:
     """The published names of a module of CLIP's text encoder whose path is ours, which is transformers'."""
     parent, _, leaf = path.rpartition(".")
     names = [f"lora_te_{model}{path.replace('.', '_')}" for model in ("text_model_", "")]
+    names += [f"text_encoders.clip_{size}.transformer.text_model.{path}" for size in "lh"]
     for model in ("", "text_model."):
         for prefix in ("", "text_encoder.", "base_model.model."):
             names.append(f"{prefix}{model}{path}")

@@ -11,25 +11,30 @@ A frozen text encoder that the package carries is not written again: the configu
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 
 import torch
 
+from stable_diffusion import files
 from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged, published_text_state, text_state
 from stable_diffusion.checkpoints.files import State, read_tensors, write_tensors
 from stable_diffusion.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import read_json, replacing_folder, write_json
+from stable_diffusion.files import is_file, read_bytes, read_json, replacing_folder, write_json
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 PROJECTION = "text_projection/model.safetensors"
+OURS = re.compile(
+    rf"config\.json|{UNET}|{VAE}|{PROJECTION}|text_encoder(_\d+)?/model\.safetensors|tokenizer(_\d+)?/.+"
+)
+"""The files of a model: what replacing one may remove."""
 
 
 def is_native(folder: Path) -> bool:
     """Whether a folder is one of ours."""
-    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return is_file(folder / "config.json") and not is_file(folder / "model_index.json")
 
 
 def read(folder: Path) -> Checkpoint:
@@ -40,10 +45,11 @@ def read(folder: Path) -> Checkpoint:
         path = folder / _numbered("text_encoder", i)
         written = (path / "model.safetensors").is_file()
         tokenizer = folder / _numbered("tokenizer", i)
-        if not written and text_config.packaged is None:
-            raise InputError(f"{path / 'model.safetensors'} does not exist: the model folder is incomplete")
         states.append(read_text_encoder(path, text_config) if written else packaged_text_encoder(text_config))
-        tokenizers.append(tokenizer if tokenizer.is_dir() else packaged(str(text_config.packaged)))
+        if not states[-1]:
+            raise InputError(f"{path / 'model.safetensors'} does not exist: the model folder is incomplete")
+        carried = text_config.packaged is not None and not tokenizer.is_dir()
+        tokenizers.append(packaged(str(text_config.packaged)) if carried else tokenizer)
     projections = read_tensors(folder / PROJECTION) if (folder / PROJECTION).is_file() else {}
     vae, unet = read_tensors(folder / VAE), read_tensors(folder / UNET)
     return Checkpoint(config, vae, unet, states, tokenizers, projections)
@@ -77,11 +83,10 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         dtype: number format of the file; None keeps the tensors'.
 
     Raises:
-        InputError: there is something at `folder` that is not a model folder.
+        InputError: there is something at `folder` that is not a model folder, or it cannot be written.
     """
-    if folder.exists() and not _is_replaceable(folder):
-        raise InputError(f"{folder} exists and is not a model folder of this project: choose another name")
-    with replacing_folder(folder) as building:
+    check_place(folder)
+    with replacing_folder(folder, OURS.fullmatch) as building:
         write_tensors(building / UNET, checkpoint.unet, dtype)
         write_tensors(building / VAE, checkpoint.vae, dtype)
         if checkpoint.projections:
@@ -94,8 +99,18 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
             target = building / _numbered("tokenizer", i)
             target.mkdir()
             for path in checkpoint.tokenizer_files[i]:
-                shutil.copyfile(path, target / path.name)
+                (target / path.name).write_bytes(read_bytes(path))
         write_json(building / "config.json", to_dict(checkpoint.config))
+
+
+def check_place(folder: Path, size: int = 0) -> None:
+    """Raises InputError where a model folder of so many bytes cannot be written, as ``write`` does."""
+    with files.writing(folder):
+        if folder.exists() and not _is_replaceable(folder):
+            raise InputError(
+                f"{folder} exists and is not a model folder of this project: choose another name"
+            )
+    files.check_place(folder, is_folder=True, size=size)
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -104,7 +119,9 @@ def _is_replaceable(folder: Path) -> bool:
         return folder.is_dir()
     try:
         return is_native(folder) and {"unet", "vae"} <= read_json(folder / "config.json").keys()
-    except InputError:
+    except InputError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
         return False
 
 

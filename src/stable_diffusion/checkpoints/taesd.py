@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from stable_diffusion.checkpoints import single_file
-from stable_diffusion.checkpoints.diffusers.settings import autoencoder_config
+from stable_diffusion.checkpoints.diffusers.settings import autoencoder_config, vae_settings
 from stable_diffusion.checkpoints.diffusers.weights import vae_state
 from stable_diffusion.checkpoints.families import kind
 from stable_diffusion.checkpoints.files import State, assign, building, read_weights
-from stable_diffusion.config import TAESD, AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
-from stable_diffusion.errors import InputError, shown
-from stable_diffusion.fields import from_dict
-from stable_diffusion.files import read_json
+from stable_diffusion.config import SD15, TAESD, AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
+from stable_diffusion.errors import InputError
+from stable_diffusion.files import read_json, reading
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 
 ENDINGS = ("safetensors", "fp16.safetensors", "bin", "fp16.bin")
 WEIGHTS = [f"diffusion_pytorch_model.{ending}" for ending in ENDINGS]
 PAIRS = [f"taesd_decoder.{ending}" for ending in ("safetensors", "pth")]
-# What an AutoencoderTiny must be like, or say nothing of, for ours to be the same.
-TINY_SETTINGS = {"act_fn": "relu", "upsampling_scaling_factor": 2, "scaling_factor": 1, "shift_factor": 0}
-TINY_NAMES = {
-    **{"latent_channels": "latent_channels", "block_out_channels": "encoder_block_out_channels"},
-    **{"encoder_blocks": "num_encoder_blocks", "decoder_blocks": "num_decoder_blocks"},
-}
 
 
 def read_vae(path: Path) -> tuple[AutoencoderKLConfig | AutoencoderTinyConfig, State]:
@@ -52,20 +46,9 @@ def read_vae(path: Path) -> tuple[AutoencoderKLConfig | AutoencoderTinyConfig, S
     if found == "taesd" and all(name.partition(".")[0].isdecimal() for name in tensors):
         return TAESD, _pair(path)
     settings = _settings(path.with_name("config.json"))
-    if found == "taesd":
-        return tiny_config(path, settings), tensors
-    return autoencoder_config(settings) if settings else AutoencoderKLConfig(), vae_state(tensors)
-
-
-def tiny_config(path: Path, settings: dict[str, Any]) -> AutoencoderTinyConfig:
-    """Our configuration for an ``AutoencoderTiny``'s ``config.json``; TAESD's where there is none."""
-    for key, value in TINY_SETTINGS.items():
-        if settings.get(key, value) != value:
-            raise InputError(f"the autoencoder {path} has {key} {shown(settings[key])}: it must be {value!r}")
-    said = {ours: settings[key] for ours, key in TINY_NAMES.items() if key in settings}
-    if isinstance(blocks := said.get("decoder_blocks"), list):  # from the latents to the pixels there
-        said["decoder_blocks"] = blocks[::-1]
-    return from_dict(AutoencoderTinyConfig, said, base=TAESD)
+    if not settings:
+        settings = {"_class_name": "AutoencoderTiny"} if found == "taesd" else vae_settings(SD15)
+    return autoencoder_config(settings), tensors if found == "taesd" else vae_state(tensors)
 
 
 def _pair(path: Path) -> State:
@@ -93,18 +76,25 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings if str(settings.get("_class_name", "")).startswith("Autoencoder") else {}
 
 
-def load(path: Path, model: ModelConfig, like: Placed) -> AutoencoderKL | AutoencoderTiny:
-    """The autoencoder at `path`, for a model's latents, where one of its networks is and in its number format.
+def with_vae(path: Path, model: ModelConfig) -> tuple[ModelConfig, State]:
+    """A model's configuration with the autoencoder at `path`, and its tensors. The U-Net keeps its size of latents.
 
     Raises InputError as ``read_vae`` does, and for an autoencoder of other latents.
     """
-    config, state = read_vae(path)
-    if config.latent_channels != model.vae.latent_channels:
+    with reading(path):
+        vae, state = read_vae(path)
+    if vae.latent_channels != model.vae.latent_channels:
         raise InputError(
-            f"the autoencoder {path} has {config.latent_channels} latent channels,"
+            f"the autoencoder {path} has {vae.latent_channels} latent channels,"
             f" the model {model.name!r} {model.vae.latent_channels}"
         )
+    return replace(model, vae=vae, sample_size=model.sample_size // model.vae.factor * vae.factor), state
+
+
+def load(path: Path, model: ModelConfig, like: Placed) -> tuple[ModelConfig, AutoencoderKL | AutoencoderTiny]:
+    """``with_vae``, and the autoencoder itself where one of the model's networks is and in its number format."""
+    config, state = with_vae(path, model)
     with building(f"{path} describes an autoencoder that cannot be built"):
-        vae = autoencoder(config)
+        vae = autoencoder(config.vae)
     assign("vae", vae, state, like.dtype)
-    return vae.to(like.device).eval()
+    return config, vae.to(like.device).eval()

@@ -8,10 +8,11 @@ from pathlib import Path
 import tyro
 
 from stable_diffusion.cli.show import finished
+from stable_diffusion.files import slug
 
 
 def evaluate(
-    model: tyro.conf.Positional[Path | None] = None,
+    model: tyro.conf.Positional[str | None] = None,
     *,
     data: Path,
     out: Path | None = None,
@@ -36,13 +37,14 @@ def evaluate(
     """
     from stable_diffusion import Config, DiffusionModel
     from stable_diffusion.data.coco import coco_splits
-    from stable_diffusion.evaluation.report import write_report
+    from stable_diffusion.evaluation.report import check_folder, write_report
     from stable_diffusion.evaluation.run import evaluate as evaluation
 
     loaded = DiffusionModel.from_pretrained(model).to(Config(device).DEVICE)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=1)
-    folder = Path("runs/evaluation") / loaded.config.name if out is None else out
+    folder = Path("runs/evaluation", slug(loaded.config.name)) if out is None else out
+    check_folder(folder)
     steps = evaluation(
         loaded,
         lambda captions, first: loaded.generate(captions, seed=first),

@@ -10,7 +10,7 @@ import tyro
 
 
 def export(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path],
     *,
     format: Literal["diffusers", "single-file"] = "diffusers",
@@ -18,6 +18,8 @@ def export(
     prediction_type: str | None = None,
     variant: str | None = None,
     ema: bool = False,
+    vae: str | None = None,
+    text_encoder: str | None = None,
 ) -> None:
     """Write a model for other programs, and print its path. What diffusers' pipeline cannot hold goes by parts.
 
@@ -29,12 +31,18 @@ def export(
         prediction_type: What the U-Net predicts (epsilon, v_prediction), whatever the files say.
         variant: Diffusers folders: files to prefer, such as fp16 or non_ema.
         ema: Single files: take the averaged weights where there are both.
+        vae: Another autoencoder, for a model that has none or instead of its own.
+        text_encoder: The folder of another CLIP text encoder, likewise.
     """
     import torch
 
     from stable_diffusion import DiffusionModel
+    from stable_diffusion.checkpoints import check_export
 
-    loaded = DiffusionModel.from_pretrained(model, prediction_type=prediction_type, variant=variant, ema=ema)
+    check_export(out, format)
+    loaded = DiffusionModel.from_pretrained(
+        model, prediction_type=prediction_type, variant=variant, ema=ema, vae=vae, text_encoder=text_encoder
+    )
     for note in loaded.notes:
         warnings.warn(note, stacklevel=1)
     loaded.export(out, format=format, dtype=torch.float16 if half else None)

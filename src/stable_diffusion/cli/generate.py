@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -18,7 +17,8 @@ import tyro
 
 from stable_diffusion.config import ModelConfig, Styles, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
+from stable_diffusion.files import check_place, read_json, slug
 from stable_diffusion.generation.request import (
     DOCS,
     FIELDS,
@@ -29,6 +29,7 @@ from stable_diffusion.generation.request import (
     parse,
     split_file,
 )
+from stable_diffusion.generation.strangers import check_stranger, named_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,7 +90,8 @@ def generate(
         size: Width and height in pixels: 128, or WIDTHxHEIGHT.
         output: Folder for the pictures, or one picture's name; nothing is ever overwritten.
         device: cuda, mps or cpu. By default the first of these that is there.
-        from_: A picture made here: make it again, with other settings where they are given.
+        from_: A picture made here: make it again, with other settings where they are given. What it asks for is taken
+            up to 2048 pixels a side and 150 steps; files that it names are read if they are here, after a note.
     """
     from stable_diffusion import Config, DiffusionModel
     from stable_diffusion.generation.metadata import save_png
@@ -98,30 +100,28 @@ def generate(
         raise InputError(
             f"pictures are written as PNG: name {str(output)!r} with .png at the end, or name a folder"
         )
-    settings = {**({} if from_ is None else _stored(from_)), **_given(options), **_size(size)}
-    prompt = prompt or settings.pop("prompt", ())
-    settings.pop("prompt", None)
+    settings = {**_given(options), **_size(size), **({"prompt": prompt} if prompt else {})}
+    if from_ is not None:
+        settings = _stored(from_, settings)
+    prompt = settings.pop("prompt", ())
     count = settings.pop("num_images_per_prompt", 1)
-    if count < 1:
-        raise InputError(f"--count must be at least 1, got {count}")
     if not prompt:
         example = (*_shown(settings.get("model")).prompts, "a red circle")[0]
         raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
     reading = {name: settings.pop(name) for name in LOADING if name in settings}
-    additions = {name: reading.pop(name) for name in ("vae", "embedding") if name in reading}
+    embedding = reading.pop("embedding", ())
+    check_place(_path(output, prompt[0], 0))
     model = DiffusionModel.from_pretrained(reading.pop("model", None), **reading)
     for note in model.notes:
         warnings.warn(note, stacklevel=1)
-    _add(model, **additions, lora=settings.get("lora", {}))
+    _add(model, settings.get("lora", {}), embedding)
     model = model.to(Config(device).DEVICE)
     first = settings.pop("seed", None)
     if first is None:
         first = int.from_bytes(os.urandom(4), "big")
     for number, text in enumerate(text for text in prompt for _ in range(count)):
         picture = _picture(model, text, {**settings, "seed": first + number})
-        path = _free_path(output, text, first + number)
-        save_png(picture, path, picture.info["settings"])
-        print(path, flush=True)
+        print(save_png(picture, _path(output, text, first + number), picture.info["settings"]), flush=True)
 
 
 def _given(options: Any) -> dict[str, Any]:
@@ -134,28 +134,43 @@ def _given(options: Any) -> dict[str, Any]:
     return parse(plain)
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    """The fields in a picture. Raises InputError where they are not those that this command writes."""
+def _stored(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in a picture, which may be a stranger's, but for those that are given.
+
+    Raises InputError where they are not those that this command writes, or choose what only the user may.
+    """
     from stable_diffusion.generation.metadata import read_settings
 
-    stored = read_settings(path)
+    stored = {name: value for name, value in read_settings(path).items() if name not in given}
+    for name, text in named_files(stored):
+        if re.match(
+            r"[\\/]{2}", text
+        ):  # before anything looks for it, which Windows would ask that server for
+            raise InputError(
+                f"{path} names the {name} {shown(text)}, which is on another machine: give --{SHORT.get(name, name)}"
+            )
     try:
-        return parse(stored, whole=True)
+        settings = parse({**stored, **given}, whole=True)
+        stored = {name: settings[name] for name in stored}
+        check_stranger(stored)
     except InputError as error:
         raise InputError(
-            f"the settings in {path} are not this version's ({error}): give a PNG that it wrote and no program changed"
+            f"the settings in {path} cannot be taken ({error}): give a PNG that this version wrote and no program"
+            " changed, or repeat what you want of them on the command line"
         ) from None
+    for name, text in named_files(stored):
+        file = split_file(text)[0] if name == "embedding" else text
+        if not os.path.exists(file):  # noqa: PTH110 # which has no error for names that no file can have
+            raise InputError(
+                f"{path} names the {name} {shown(text)}, which is not here, and nothing is fetched for a picture:"
+                f" give --{SHORT.get(name, name)}"
+            )
+        warnings.warn(f"{path} names the {name} {text!r}: reading it", stacklevel=1)
+    return settings
 
 
-def _add(
-    model: DiffusionModel,
-    vae: str | None = None,
-    lora: Mapping[str, float] = {},
-    embedding: tuple[str, ...] = (),
-) -> None:
+def _add(model: DiffusionModel, lora: Mapping[str, float], embedding: tuple[str, ...]) -> None:
     """Puts the files that the command names into the model, and says what was applied."""
-    if vae is not None:
-        model.load_vae(vae)
     for file, weight in lora.items():
         print(model.load_lora(file, weight, name=file), file=sys.stderr)
     if lora:
@@ -185,7 +200,7 @@ def _shown(model: str | None) -> ModelConfig:
     """
     folder = Path(__file__).parents[1] / "weights" / "model" if model is None else Path(model)
     try:
-        return from_dict(ModelConfig, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return from_dict(ModelConfig, read_json(folder / "config.json"))
     except (OSError, ValueError, TypeError):
         return ModelConfig()
 
@@ -210,11 +225,8 @@ def _size(text: str | None) -> dict[str, int]:
     return {"width": int(match[1]), "height": int(match[2] or match[1])}
 
 
-def _free_path(output: Path, prompt: str, seed: int) -> Path:
-    """A name that no file has: in the folder `output` by prompt and seed, or `output` itself, numbered."""
-    from stable_diffusion.images import free_name
-
+def _path(output: Path, prompt: str, seed: int) -> Path:
+    """Where a picture goes: into the folder `output` by prompt and seed, or `output` itself."""
     if output.suffix.lower() == ".png":
-        return free_name(output.parent, output.stem)
-    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-    return free_name(output, f"{words}-{seed}")
+        return output.with_suffix(".png")
+    return output / f"{slug(prompt.lower().replace('.', ' '), 'picture')}-{seed}.png"

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 
-def info(path: tyro.conf.Positional[Path | None] = None) -> None:
+def info(path: tyro.conf.Positional[str | None] = None) -> None:
     """Say what a model, a file of weights or a picture is; without a path, what the package's own model is.
 
     Args:
@@ -18,7 +18,7 @@ def info(path: tyro.conf.Positional[Path | None] = None) -> None:
     from stable_diffusion.checkpoints.info import describe
     from stable_diffusion.generation.metadata import read_settings
 
-    if path is not None and path.is_file() and not is_weights(path):
+    if path is not None and Path(path).is_file() and not is_weights(Path(path)):
         for key, value in read_settings(path).items():
             print(f"{key}: {value}")
         return

@@ -10,6 +10,7 @@ import tyro
 from stable_diffusion.cli.show import finished
 from stable_diffusion.data.sources import Coco, open_source
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import slug
 from stable_diffusion.runtime import first_process
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def train(
     images: Path | None = None,
     captions: Path | None = None,
     config: str = "mini",
-    start: Path | None = None,
+    start: str | None = None,
     output: Path | None = None,
     steps: int | None = None,
     minutes: float | None = None,
@@ -46,7 +47,7 @@ def train(
         minutes: Time for the steps of all stages, which begin once the data is read; measured again as it runs.
         fresh: Begin anew instead of going on from a checkpoint.
         autocast: Compute in 16 bits where the device is good at it.
-        compile: Compile each stage first, for a minute or two: faster steps where latents are large.
+        compile: Compile the stages first that take long enough for it to pay: it costs minutes, on a GPU one.
         tensorboard: Write losses for TensorBoard too, into the output folder's tensorboard/.
         check: Only learn eight of the pictures by heart, in minutes, and say whether the set-up learns.
         device: cuda, mps or cpu. By default the first of these that is there.
@@ -54,6 +55,7 @@ def train(
     import torch
 
     from stable_diffusion import Config, DiffusionModel
+    from stable_diffusion.checkpoints import native
     from stable_diffusion.config import preset, to_dict
     from stable_diffusion.training.observers import TensorBoard
     from stable_diffusion.training.recipe import Recipe, read_recipe
@@ -71,8 +73,9 @@ def train(
         settings = preset(config) if loaded is None else loaded.config
         source = Coco(images=str(images), captions=str(captions))
         plan = Recipe(name=settings.name, data=source, config=settings)
+    folder = Path("runs", slug(plan.config.name)) if output is None else output
+    native.check_place(folder / "model")  # before a set is made, which takes its time too
     data = finished(open_source(plan.data, Path("datasets") / plan.name))
-    folder = Path("runs") / plan.config.name if output is None else output
     where = Config(device).DEVICE
     # Of the first weights: a recipe gives one model, and a run that was stopped finds them again.
     torch.manual_seed(plan.seed)

@@ -6,16 +6,18 @@ A cache's file name holds a digest of everything that went into it, so that a ch
 from __future__ import annotations
 
 import hashlib
-import shutil
+import math
+import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stable_diffusion.errors import InputError
-from stable_diffusion.files import replacing
+from stable_diffusion.files import check_place, reading, replacing, tidy
 
 Array = npt.NDArray[Any]
 
@@ -48,23 +50,17 @@ class ArrayCache:
         """Writes the rows, unless they are there; `blocks` are consecutive ones. Yields the number of rows done.
 
         Raises:
-            InputError: the disk has no room for the array.
+            InputError: the disk has no room for the array, or the system refuses it.
         """
-        if self.path.is_file():
+        if self._is_whole():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        size = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            raise InputError(
-                f"{self.folder} has {free / 1e9:.1f} GB free and training needs {size / 1e9:.1f} GB there for"
-                f" {self.name}: make room, or choose another output_dir"
-            )
-        for pattern in (f"{self.name}-*.npy", f".{self.name}-*.part"):  # the second of a run that was killed
-            for stale in self.folder.glob(pattern):
-                stale.unlink()
+        check_place(self.path, size=math.prod(self.shape) * np.dtype(self.dtype).itemsize)
         with replacing(self.path) as building:
+            self._remove_others()
             array = np.lib.format.open_memmap(building, mode="w+", dtype=self.dtype, shape=self.shape)
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk ends the process
+                with building.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, building.stat().st_size)
             done = 0
             for block in blocks:
                 array[done : done + len(block)] = block
@@ -73,6 +69,29 @@ class ArrayCache:
             array.flush()
             del array  # Windows moves no file that is mapped
 
+    def _remove_others(self) -> None:
+        """Removes the caches of this name and other keys, and what killed processes left of them."""
+        own = re.compile(rf"(\.?)({re.escape(self.name)}-[^-]+\.npy)(.*)")
+        for match in filter(None, (own.fullmatch(path.name) for path in self.folder.iterdir())):
+            if match[1]:
+                tidy(self.folder / match[2])
+            elif not match[3]:
+                (self.folder / match[2]).unlink(missing_ok=True)
+
+    def _is_whole(self) -> bool:
+        try:
+            rows = self.read()
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            SyntaxError,
+            TokenError,
+        ):  # none, or one that a crash or a full disk left
+            return False
+        return rows.shape == self.shape and rows.dtype == self.dtype
+
     def read(self) -> Array:
         """The rows, mapped from disk."""
-        return np.load(self.path, mmap_mode="r")
+        with reading(self.path):
+            return np.load(self.path, mmap_mode="r")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+from PIL import Image
+
 from stable_diffusion import images
 from stable_diffusion.data.coco import CocoReport
 from stable_diffusion.data.item import Files, Progress, Source, Split, ahead
@@ -221,7 +223,6 @@ class _Look(NamedTuple):
 
 def _look(source: Source, key: str) -> _Look | None:
     """None for what is not a picture, or a broken one. Only files tell more than what training sees."""
-    greyscale = transparent = several_frames = False
     try:
         if isinstance(source, Files):
             with source.opened(key) as image:
@@ -229,12 +230,17 @@ def _look(source: Source, key: str) -> _Look | None:
                 transparent = image.has_transparency_data
                 several_frames = bool(getattr(image, "is_animated", False))
                 picture = images.decoded(image)
-        else:
-            picture = source.image(key)
+                return _Look(picture.size, greyscale, transparent, several_frames, _digest(picture))
+        picture = source.image(key)
     except InputError:
         return None
-    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
-    return _Look(picture.size, greyscale, transparent, several_frames, digest)
+    return _Look(picture.size, False, False, False, _digest(picture))
+
+
+def _digest(picture: Image.Image) -> bytes:
+    hasher = hashlib.sha256(repr(picture.size).encode())
+    hasher.update(picture.tobytes())
+    return hasher.digest()
 
 
 def _shortened(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from PIL import Image
 
 from stable_diffusion.data.item import Entry, Item, Split, ahead
 from stable_diffusion.errors import InputError, three_of
+from stable_diffusion.files import check_is_file, exists, reading
 from stable_diffusion.images import check_header, open_image, opened
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -99,7 +101,8 @@ class CocoImageLoader:
             else:
                 unusable.append(name)
 
-        files = _files(self.image_folder, captions)
+        with reading(self.image_folder):
+            files = _files(self.image_folder, captions)
         here = {name: files.pop(_key(name), None) for name in sorted(captions)}
         usable = {name: file for name, file in here.items() if file is not None and captions[name]}
         sound = dict(zip(usable, ahead(self._is_picture, usable.values()), strict=True))
@@ -157,7 +160,9 @@ class CocoImageLoader:
 
     def _entry(self, key: str) -> Entry:
         stat = self._file(key).stat()
-        return replace(self._entries[key], version=f"{stat.st_size} {stat.st_mtime_ns}")
+        # The time of change too: programs set the other one, as when they copy or unpack.
+        version = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        return replace(self._entries[key], version=version)
 
     def __getitem__(self, index: int) -> Item:
         """Raises InputError if the picture cannot be decoded."""
@@ -191,6 +196,8 @@ def coco_splits(folder: str | Path) -> list[Split]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}: check the path")
+    with reading(folder):
+        os.scandir(folder / "annotations" if exists(folder / "annotations") else folder).close()
     files = {path.stem.removeprefix("captions_"): path for path in folder.glob("annotations/captions_*.json")}
     found = [coco_split(folder / name, path) for name, path in files.items() if (folder / name).is_dir()]
     if not found:
@@ -204,6 +211,7 @@ def coco_splits(folder: str | Path) -> list[Split]:
 def _read(path: Path) -> tuple[list[Any], list[Any]]:
     """The file's lists of images and of annotations. Raises InputError if it has not the form that COCO's have."""
     test_split = f" ({_TEST_SPLIT})" if "test20" in path.name else ""
+    check_is_file(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -218,35 +226,46 @@ def _read(path: Path) -> tuple[list[Any], list[Any]]:
     if not isinstance(annotations, list):
         raise InputError(f"{str(path)!r} lists pictures and no captions ({_TEST_SPLIT}, or another file)")
     for number, annotation in enumerate(annotations):
-        if not isinstance(annotation, dict) or not isinstance(annotation.get("image_id"), (int, str)):
+        key = _id(annotation.get("image_id")) if isinstance(annotation, dict) else None
+        if key is None:
             raise InputError(f"annotation {number} in {str(path)!r} has no 'image_id': export the file again")
+        annotation["image_id"] = key
     if annotations and not any("caption" in annotation for annotation in annotations):
         raise InputError(f"the annotations in {str(path)!r} have no captions: use the set's captions_….json")
     return images, annotations
 
 
-def _names(images: list[Any], captions_file: Path) -> dict[int | str, str]:
+def _id(value: object) -> str | None:
+    """An id as text, since one program writes 1 where another has "1", 1.0 or "000001"; None for what is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, (int, str)):
+        return None
+    number = re.fullmatch(r"0{0,20}([0-9]{1,20})(\.0{1,9})?", str(value))
+    return number[1] if number else str(value)
+
+
+def _names(images: list[Any], captions_file: Path) -> dict[str, str]:
     """File names by image id; entries of one file share a name. Raises InputError for names out of the folder."""
-    names: dict[int | str, str] = {}
+    names: dict[str, str] = {}
     for number, image in enumerate(images):
         entry = image if isinstance(image, dict) else {}
-        key, file_name = entry.get("id"), entry.get("file_name")
+        key, file_name = _id(entry.get("id")), entry.get("file_name")
         where = f"image {number} in {str(captions_file)!r}"
-        if not isinstance(key, (int, str)) or not isinstance(file_name, str) or not file_name:
+        if key is None or not isinstance(file_name, str) or not file_name:
             raise InputError(f"{where} has no 'id' and 'file_name': fetch or export the file again")
         parts = (*PurePosixPath(file_name).parts, *PureWindowsPath(file_name).parts)
         anchor = PurePosixPath(file_name).anchor or PureWindowsPath(file_name).anchor
         if anchor or ".." in parts:
             raise InputError(f"{where} names a file outside the folder, {file_name!r}: use relative paths")
         name = str(PurePosixPath(file_name))
+        image["id"] = key
         if names.setdefault(key, name) != name:
-            raise InputError(f"{where} has the id {key!r} of another picture: give each picture its own")
+            raise InputError(f"{where} has the id {key} of another picture: give each picture its own")
     return names
 
 
-def _weights(
-    images: list[dict[str, Any]], names: dict[int | str, str], captions_file: Path
-) -> dict[str, float]:
+def _weights(images: list[dict[str, Any]], names: dict[str, str], captions_file: Path) -> dict[str, float]:
     """How often training samples each file, by name. Raises InputError for a weight that is not a positive number."""
     weights = {}
     for image in images:

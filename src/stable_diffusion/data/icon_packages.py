@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from stable_diffusion.data.icon_captions import TONES, Thing, plain_code
+from stable_diffusion.data.icon_captions import TONES, Thing, plain_code, read_things, slugs
 from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
-from stable_diffusion.images import to_rgb
+from stable_diffusion.images import decoded, opened
 
 
 class Package(NamedTuple):
@@ -142,6 +142,26 @@ def read(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
     return files
 
 
+def all_drawings(archives: Path) -> tuple[list[Drawing], Counter[str]]:
+    """All drawings that have a name, in order, and how many are left out, by reason.
+
+    Raises:
+        InputError: an archive is damaged, or holds something else.
+    """
+    try:
+        names = read(archives / NAMES.file, ["en/data.json", "meta/groups.json"])
+        data = json.loads(names["en/data.json"])
+        things = read_things(data, json.loads(names["meta/groups.json"]))
+        return drawings(archives, things, slugs(data))
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"the packages in {archives} hold something else than expected ({error!r}): delete them, and they are"
+            " fetched again"
+        ) from error
+
+
 def drawings(
     archives: Path, things: Mapping[str, Thing], labels: Mapping[str, str]
 ) -> tuple[list[Drawing], Counter[str]]:
@@ -235,14 +255,17 @@ def _svg(icon: dict[str, Any], body: str) -> str:
 
 
 def draw(source: str | bytes, size: int) -> Image.Image:
-    """The drawing as RGB on white, fitted into a square."""
+    """The drawing as RGB on white, fitted into a square. Raises InputError where it is damaged."""
     if isinstance(source, bytes):
-        with Image.open(io.BytesIO(source)) as image:
-            return to_rgb(image).resize((size, size), Image.Resampling.LANCZOS)
+        with opened("a drawing in a package", io.BytesIO(source)) as image:
+            return decoded(image).resize((size, size), Image.Resampling.LANCZOS)
     import resvg_py
 
     svg = source.replace("{size}", str(size), 2)
-    png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
+    except ValueError as error:
+        raise InputError(f"a drawing in a package is damaged ({error}): delete the packages") from error
     with Image.open(io.BytesIO(png)) as image:
         return image.convert("RGB")
 

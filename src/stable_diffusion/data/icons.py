@@ -7,7 +7,6 @@ tone, and gender) make a grid, of which ``icon_splits`` holds parts out.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from collections import Counter, defaultdict
@@ -16,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.data.icon_captions import STYLES, Thing, captions, read_things, slug, slugs, style_words
-from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, draw, drawings, fetch, read
+from stable_diffusion.data.icon_captions import STYLES, Thing, captions, slug, style_words
+from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, all_drawings, draw, fetch
 from stable_diffusion.data.icon_splits import HASH_RULE, PARTED, SPLITS, sisters, split_pictures
 from stable_diffusion.data.item import Progress
 from stable_diffusion.data.made import Captioned, make_set, write_captions
@@ -57,7 +56,7 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
             yield from fetch(archives)
             yield from _make(root, Path(workshop), archives, size, info)
 
-    yield from make_set(out, "icons", info, "dataset.json", fill)
+    yield from make_set(out, "icons", info, ("dataset.json", "README.md"), fill)
 
 
 def _info(size: int) -> dict[str, Any]:
@@ -79,11 +78,7 @@ def _info(size: int) -> dict[str, Any]:
 
 def _make(out: Path, drawn: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterator[Progress]:
     """Draws everything, sorts it into splits, and writes the set."""
-    names = read(archives / NAMES.file, ["en/data.json", "meta/groups.json"])
-    data = json.loads(names["en/data.json"])
-    things = read_things(data, json.loads(names["meta/groups.json"]))
-    found, left_out = drawings(archives, things, slugs(data))
-
+    found, left_out = all_drawings(archives)
     alike: dict[tuple[str, str], list[Drawing]] = defaultdict(list)  # by style and pixels
     for number, drawing in enumerate(found):
         if number % 50 == 0:
@@ -126,7 +121,7 @@ def merged(things: Sequence[Thing]) -> Thing:
 
 
 def _file(style: str, thing: Thing) -> str:
-    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{thing.code}.png"
+    return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{slug(thing.code)}.png"
 
 
 Row = tuple[str, Thing, str, bool]

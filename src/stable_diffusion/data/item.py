@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
+from stable_diffusion import images
 from stable_diffusion.errors import InputError
 
 A = TypeVar("A")
@@ -95,19 +96,28 @@ class Split:
         return values if len(values) == len(self.entries) else None
 
 
-def stream(source: Source, keys: Iterable[str], threads: int = THREADS) -> Iterator[Image.Image | InputError]:
-    """The pictures of these keys in their order, decoded on threads a little ahead, unless the source ``Streams``.
+def squares(
+    source: Source, keys: Iterable[str], size: int, threads: int = THREADS
+) -> Iterator[Image.Image | InputError]:
+    """The pictures of these keys in their order, cut and scaled to squares of `size` pixels a side.
 
-    In place of a damaged one its error.
+    They are made on threads a little ahead, unless the source ``Streams``. In place of a damaged one its error.
     """
 
-    def decode(key: str) -> Image.Image | InputError:
+    def square(key: str) -> Image.Image | InputError:
         try:
-            return source.image(key)
+            if not isinstance(source, Files):
+                return images.cover(source.image(key), size, size)
+            with source.opened(key) as image:  # as long as it is large, it counts for what may be decoded
+                return images.cover(images.decoded(image), size, size)
         except InputError as error:
             return error
 
-    yield from source.stream(keys) if isinstance(source, Streams) else ahead(decode, keys, threads)
+    if not isinstance(source, Streams):
+        yield from ahead(square, keys, threads)
+        return
+    for picture in source.stream(keys):
+        yield picture if isinstance(picture, InputError) else images.cover(picture, size, size)
 
 
 def ahead(work: Callable[[A], B], items: Iterable[A], threads: int = THREADS) -> Iterator[B]:

@@ -9,22 +9,28 @@ from typing import Any
 
 from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import read_json, replacing_folder
+from stable_diffusion.files import check_place, read_json, replacing_folder, writing
 
 Captioned = list[tuple[dict[str, Any], list[str]]]
 """What a set says of each picture, its ``id`` among that, and its captions."""
 
 
 def make_set(
-    folder: Path, kind: str, info: dict[str, Any], record: str, fill: Callable[[Path], Iterator[Progress]]
+    folder: Path,
+    kind: str,
+    info: dict[str, Any],
+    records: tuple[str, ...],
+    fill: Callable[[Path], Iterator[Progress]],
 ) -> Generator[Progress, None, None]:
     """Makes a set, unless it is there already and was made of the same; one that was made of others is replaced.
+
+    Of that one its own files go; what else is in its folder stays.
 
     Args:
         folder: one that is empty, new, or such a set.
         kind: what the set is of; its ``description`` begins with ``mini-stable-diffusion`` and this word.
-        info: all that the set depends on, as `record` has it under the key ``info``.
-        record: one of the set's JSON files.
+        info: all that the set depends on, as the first of `records` has it under the key ``info``.
+        records: the set's files beside pictures and captions, first a JSON file that says what it was made of.
         fill: writes the set into an empty folder, as its steps are consumed.
 
     Raises:
@@ -32,22 +38,37 @@ def make_set(
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{str(folder)!r} is a file: give a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        try:
-            there = dict(read_json(folder / record)["info"])
-        except (InputError, KeyError, TypeError, ValueError):
-            there = {}
+    there: dict[str, Any] = {}
+    with writing(folder):
+        taken = folder.is_dir() and any(folder.iterdir())
+    if taken:
+        there = _info(folder / records[0])
         if not str(there.get("description")).startswith(f"mini-stable-diffusion {kind}"):
             raise InputError(f"{str(folder)!r} holds something else than a set of {kind}: give a new folder")
         if there == info:
             return
+    check_place(folder, is_folder=True)
+    own = {*records, *_files(folder, there)}
+    with replacing_folder(folder, own.__contains__) as building:
+        yield from fill(building)
+
+
+def _info(record: Path) -> dict[str, Any]:
+    """What a JSON file says that it was made of; nothing where it is something else."""
     try:
-        with replacing_folder(folder) as building:
-            yield from fill(building)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {str(error.filename or folder)!r}: {error.strerror or error}; choose another place"
-        ) from error
+        return dict(read_json(record)["info"])
+    except (InputError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _files(folder: Path, info: dict[str, Any]) -> Iterator[str]:
+    """The captions and the pictures of the set that was made of this."""
+    for path in folder.glob("annotations/captions_*.json"):
+        if info.items() <= _info(path).items():
+            images = read_json(path).get("images")
+            names = [image.get("file_name") for image in images or [] if isinstance(image, dict)]
+            yield path.relative_to(folder).as_posix()
+            yield from (f"{path.stem.removeprefix('captions_')}/{name}" for name in names)
 
 
 def write_captions(root: Path, split: str, info: dict[str, Any], pictures: Captioned, **more: Any) -> None:

@@ -134,7 +134,7 @@ def write_shapes(out: Path, count: int, size: int, seed: int) -> Generator[Progr
                 yield Progress("drawing", number, count)
         yield Progress("drawing", count, count)
 
-    yield from make_set(out, "shapes", info, "annotations/captions_train.json", fill)
+    yield from make_set(out, "shapes", info, ("annotations/captions_train.json",), fill)
 
 
 def _write_split(

@@ -10,9 +10,12 @@ from stable_diffusion.diffusion.schedule import Level, Schedule
 
 
 def is_on(guidance: Guidance, level: Level, schedule: Schedule) -> bool:
-    """Whether a level needs the unconditional prediction: not at scale 1, nor outside the interval."""
+    """Whether a level needs the unconditional prediction: not at scale 1 and below, nor outside the interval.
+
+    Below 1 guidance is off, as in diffusers: model cards of few-step models write 0 for it.
+    """
     low, high = guidance.interval
-    return guidance.scale != 1 and low <= level.t / schedule.num_train_timesteps <= high
+    return guidance.scale > 1 and low <= level.t / schedule.num_train_timesteps <= high
 
 
 def guide(

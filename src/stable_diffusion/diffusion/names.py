@@ -5,6 +5,7 @@ No torch here, so that ``--help`` can list the names. A row names its function i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -38,28 +39,43 @@ class Sampler:
     """Fields of ``SamplerConfig`` that the function reads."""
     diffusers_settings: Mapping[str, Any] = field(default_factory=dict)
     """What sets this row apart from others of the same class, in ``scheduler_config.json``."""
+    gamma: float | None = None
+    """Its default of ``eta``, if each step passes the next level and adds noise to come back to it (TCD)."""
     aliases: tuple[str, ...] = ()
     """Further names, in lower case: k-diffusion's and ComfyUI's."""
+    nearest_to: tuple[str, ...] = ()
+    """Scheduler classes in diffusers that are not here, of which this is the nearest."""
 
 
 _K: dict[str, Any] = {"spacing": "linspace", "grid": "fractional", "begins_with_sigma": True}  # k-diffusion's
 _DPM: dict[str, Any] = {"spacing": "linspace", "grid": "intervals"}
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_DPM_CLASS = "DPMSolverMultistepScheduler"
 
 # fmt: off
 SAMPLERS = {
-    "ddpm": Sampler("ddpm", "DDPM", "DDPMScheduler", settings=("variance",)),
-    "ddim": Sampler("ddim", "DDIM", "DDIMScheduler", ends_on_first_timestep=True, settings=("eta",)),
+    "ddpm": Sampler("ddpm", "DDPM", "DDPMScheduler", settings=("variance",),
+                    nearest_to=("DDPMParallelScheduler",)),
+    "ddim": Sampler("ddim", "DDIM", "DDIMScheduler", ends_on_first_timestep=True, settings=("eta",),
+                    nearest_to=("DDIMParallelScheduler",)),
     "pndm": Sampler("pndm", "PLMS", "PNDMScheduler", ends_on_first_timestep=True),
     "euler": Sampler("ddim", "Euler", "EulerDiscreteScheduler", **_K),
     "euler_a": Sampler("ddim", "Euler a", "EulerAncestralDiscreteScheduler", **_K,
-                       arguments={"eta": 1.0}, aliases=("euler_ancestral",)),
-    "heun": Sampler("heun", "Heun", "HeunDiscreteScheduler", **_K),
-    "dpmpp_2m": Sampler("dpmpp_2m", "DPM++ 2M", "DPMSolverMultistepScheduler", **_DPM),
-    "dpmpp_2m_sde": Sampler("dpmpp_2m", "DPM++ 2M SDE", "DPMSolverMultistepScheduler", **_DPM,
-                            arguments={"sde": True}, diffusers_settings=_SDE),
+                       arguments={"eta": 1.0}, aliases=("euler_ancestral",),
+                       nearest_to=("KDPM2AncestralDiscreteScheduler",)),
+    "heun": Sampler("heun", "Heun", "HeunDiscreteScheduler", **_K, nearest_to=("KDPM2DiscreteScheduler",)),
+    "dpmpp_2m": Sampler("dpmpp", "DPM++ 2M", _DPM_CLASS, **_DPM,
+                        nearest_to=("DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
+                                    "LMSDiscreteScheduler")),
+    "dpmpp_2m_sde": Sampler("dpmpp", "DPM++ 2M SDE", _DPM_CLASS, **_DPM, arguments={"sde": True},
+                            diffusers_settings={"algorithm_type": "sde-dpmsolver++"},
+                            nearest_to=("DPMSolverSDEScheduler", "SASolverScheduler")),
+    "dpmpp_1m": Sampler("dpmpp", "DPM++ 1M", _DPM_CLASS, **_DPM, arguments={"order": 1},
+                        diffusers_settings={"solver_order": 1}),
+    "dpmpp_3m": Sampler("dpmpp", "DPM++ 3M", _DPM_CLASS, **_DPM, arguments={"order": 3},
+                        diffusers_settings={"solver_order": 3}),
     "unipc": Sampler("unipc", "UniPC", "UniPCMultistepScheduler", **_DPM, aliases=("uni_pc",)),
     "lcm": Sampler("lcm", "LCM", "LCMScheduler", spacing="lcm"),
+    "tcd": Sampler("tcd", "TCD", "TCDScheduler", spacing="lcm", ends_on_first_timestep=True, gamma=0.3),
 }
 # fmt: on
 
@@ -96,26 +112,95 @@ class Spacing:
     """Whether a rectified flow can have it; one has no timesteps to hit, so that each gives equal steps."""
     reaches_noise: bool = True
     """Whether the first level is the schedule's last timestep, however few the steps."""
+    finite: bool = False
+    """Whether it spreads noise levels, not timesteps, so that the last timestep's level has to be finite."""
+    leaves_first: bool = False
+    """Whether the first timestep is left out, which leaves one step fewer."""
     most_steps: int | None = None
     """None: as many as the schedule has."""
+    aliases: tuple[str, ...] = ()
+    """Further names, in lower case."""
 
 
 FLOW_SPACING = "trailing"
 """A rectified flow's own."""
 LCM_STEPS = 50
 """The trailing grid that latent consistency models are distilled on (Luo et al. 2023)."""
+_RATIOS: dict[str, Any] = {"flow": False, "finite": True}
 
 SPACINGS = {
     "leading": Spacing("leading", {"timestep_spacing": "leading"}, reaches_noise=False),
     "linspace": Spacing("linspace", {"timestep_spacing": "linspace"}),
     "trailing": Spacing("trailing", {"timestep_spacing": "trailing"}),
-    "karras": Spacing("karras", {"use_karras_sigmas": True}, webui="Karras", flow=False),
+    "sgm_uniform": Spacing("sgm_uniform", webui="SGM Uniform", leaves_first=True, aliases=("sgmuniform",)),
+    "align_your_steps": Spacing("align_your_steps", webui="Align Your Steps", **_RATIOS, aliases=("ays",)),
+    "karras": Spacing("karras", {"use_karras_sigmas": True}, webui="Karras", **_RATIOS),
+    "exponential": Spacing("exponential", {"use_exponential_sigmas": True}, webui="Exponential", **_RATIOS),
+    "beta": Spacing("beta", {"use_beta_sigmas": True}, webui="Beta", **_RATIOS),
     "lcm": Spacing("lcm", flow=False, most_steps=LCM_STEPS),
+}
+
+SPACING_ALIASES = {
+    alias: name for name, row in SPACINGS.items() for alias in ((row.webui or name).lower(), *row.aliases)
 }
 
 
 def spacing_named(name: str) -> Spacing:
-    """The row of a spacing. Raises InputError, with the list, for an unknown one."""
-    if name not in SPACINGS:
+    """The row of a spacing, by our name or another program's. Raises InputError, with the list, for an unknown one."""
+    ours = SPACING_ALIASES.get(name.lower(), name.lower())
+    if ours not in SPACINGS:
         raise unknown_name("spacing", name, SPACINGS)
-    return SPACINGS[name]
+    return SPACINGS[ours]
+
+
+_CLIPPED = {"clip_sample": True, "thresholding": False}
+_NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
+_SIGMAS = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+_EULER = {**_SIGMAS, "timestep_spacing": None}  # there it bounds the noise levels that _SIGMAS spread
+_SOLVER = {**_SIGMAS, "thresholding": False, "use_dynamic_shifting": False}
+_DPM = {**_SOLVER, "final_sigmas_type": "zero", "lambda_min_clipped": -math.inf, "variance_type": None}
+_ORDERS = {"solver_order": 2, "lower_order_final": True}
+_RANGE = dict.fromkeys(("sigma_min", "sigma_max"))
+_FEW_STEPS = {
+    **_NARROW,
+    **{"beta_schedule": "scaled_linear", "original_inference_steps": 50},
+    **{"clip_sample": False, "thresholding": False},
+}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": {**_CLIPPED, "variance_type": "fixed_small"},
+    "DDPMParallelScheduler": {**_CLIPPED, "variance_type": "fixed_small"},
+    "DDIMScheduler": {**_CLIPPED, "set_alpha_to_one": True},
+    "DDIMParallelScheduler": {**_CLIPPED, "set_alpha_to_one": True},
+    "PNDMScheduler": {"skip_prk_steps": False},
+    "EulerDiscreteScheduler": {
+        **{**_EULER, **_RANGE, "interpolation_type": "linear"},
+        **{"timestep_type": "discrete", "final_sigmas_type": "zero"},
+    },
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {**_EULER, **_NARROW, "clip_sample": False},
+    "DPMSolverMultistepScheduler": {
+        **{**_DPM, **_ORDERS, "use_lu_lambdas": False},
+        **{"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+    },
+    "UniPCMultistepScheduler": {
+        **{**_SOLVER, **_ORDERS, **_RANGE, "final_sigmas_type": "zero", "shift_terminal": None},
+        **{"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None},
+    },
+    "LCMScheduler": {**_FEW_STEPS, "timestep_scaling": 10.0},
+    "TCDScheduler": _FEW_STEPS,
+    # Those that are not here, without what only their own steps read.
+    "DEISMultistepScheduler": _SOLVER,
+    "DPMSolverSinglestepScheduler": _DPM,
+    "LMSDiscreteScheduler": _EULER,
+    "KDPM2DiscreteScheduler": {**_EULER, **_NARROW},
+    "KDPM2AncestralDiscreteScheduler": {**_EULER, **_NARROW},
+    "DPMSolverSDEScheduler": {**_EULER, **_NARROW},
+    "SASolverScheduler": {
+        **_SIGMAS,
+        "thresholding": False,
+        "lambda_min_clipped": -math.inf,
+        "variance_type": None,
+    },
+}
+"""What each scheduler class in diffusers reads beside the forward process, with its defaults. It passes by what it does
+not read: files keep that when their class is changed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -138,29 +138,46 @@ def heun(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) ->
         yield Step(i, len(levels) - 1, level, x, x0)
 
 
-def dpmpp_2m(
-    denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise, sde: bool = False
+def dpmpp(
+    denoise: Denoiser,
+    x: Latents,
+    levels: list[Level],
+    *,
+    noise: Noise,
+    order: Literal[1, 2, 3] = 2,
+    sde: bool = False,
 ) -> Iterator[Step]:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), or its SDE form (appendix B there).
+    """DPM-Solver++ of several steps (Lu et al. 2022: equation 9, 2M is algorithm 2), or 2M's SDE form (appendix B).
 
-    The first step and the last are of first order.
+    The first steps have no more orders than x0 that are known, and the last, to clean latents, is of first order; in
+    fewer than 15 steps the one before it is at most of second order, as in the authors' code.
     """
-    before: Latents | None = None
-    h_before = math.inf
+    history: list[tuple[Latents, float]] = []  # x0 and h of earlier steps, newest first
+    total = len(levels) - 1
     for i, (level, to) in enumerate(pairwise(levels)):
         x0 = denoise(x, level)
         ratio = _ratio(level, to)
         h = -math.log(ratio) if ratio > 0 else math.inf
+        near_end = total < 15 and i == total - 2
+        used = 1 if to.sigma == 0 else min(order, len(history) + 1, 2 if near_end else 3)
         x0_ahead = x0
-        if before is not None and to.sigma > 0:
+        if used == 2:
+            before, h_before = history[0]
             x0_ahead = x0 + h / (2 * h_before) * (x0 - before)
+        elif used == 3:
+            (before, h_before), (oldest, h_oldest) = history
+            slope, slope_before = (x0 - before) * (h / h_before), (before - oldest) * (h / h_oldest)
+            bend = (slope - slope_before) / ((h_before + h_oldest) / h)
+            phi_2 = 1 - (1 - ratio) / h
+            phi_3 = phi_2 / h - 0.5
+            x0_ahead = x0 + (phi_2 * (slope + h_before / h * bend) - phi_3 * bend) / (1 - ratio)
         decay = ratio**2 if sde else ratio
         kept = to.sigma / level.sigma * (ratio if sde else 1)
         x = kept * x + to.alpha * (1 - decay) * x0_ahead
         if sde and to.sigma > 0:
             x = x + to.sigma * math.sqrt(1 - ratio**2) * noise()
-        before, h_before = x0, h
-        yield Step(i, len(levels) - 1, level, x, x0)
+        history = [(x0, h), *history[:1]]
+        yield Step(i, total, level, x, x0)
 
 
 def unipc(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
@@ -225,6 +242,21 @@ def lcm(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> 
         yield Step(i, len(levels) - 1, level, x, x0)
 
 
+def tcd(denoise: Denoiser, x: Latents, levels: list[Level], *, noise: Noise) -> Iterator[Step]:
+    """Trajectory consistency (Zheng et al. 2024, strategic stochastic sampling): past the next level, back by noise.
+
+    It lands on the next level's ``via``; without one the step is DDIM's.
+    """
+    for i, (level, to) in enumerate(pairwise(levels)):
+        x0 = denoise(x, level)
+        eps = to_eps(x0, x, level.alpha, level.sigma)
+        kept = to.sigma if to.via is None else min(to.alpha * to.via.sigma / to.via.alpha, to.sigma)
+        x = to.alpha * x0 + kept * eps
+        if kept < to.sigma:
+            x = x + math.sqrt(to.sigma**2 - kept**2) * noise()
+        yield Step(i, len(levels) - 1, level, x, x0)
+
+
 def sampler_named(name: str) -> Callable[..., Iterator[Step]]:
     """The function of a sampler, by our name or another program's. Raises InputError for an unknown one."""
     row = SAMPLERS[sampler_name(name)]
@@ -239,7 +271,18 @@ def sampling_levels(config: SamplerConfig, schedule: Schedule, num_inference_ste
     """
     row = SAMPLERS[sampler_name(config.name)]
     levels = schedule.levels(num_inference_steps, _spacing(config, schedule), row.grid)
-    return [*levels[:-1], schedule.final()] if row.ends_on_first_timestep else levels
+    if row.ends_on_first_timestep:
+        levels[-1] = schedule.final()
+    if row.gamma is not None:
+        kept = 1 - (row.gamma if config.eta is None else config.eta)
+        levels = [
+            # Whole timesteps stay whole.
+            replace(to, via=schedule.level(to.t * kept // 1 if to.t % 1 == 0 else to.t * kept))
+            if to.sigma > 0
+            else to
+            for to in levels
+        ]
+    return levels
 
 
 def initial_scale(config: SamplerConfig, schedule: Schedule, level: Level) -> float:
@@ -263,5 +306,5 @@ def sample(
         InputError: an unknown sampler.
     """
     row = SAMPLERS[sampler_name(config.name)]
-    settings = {name: getattr(config, name) for name in row.settings}
+    settings = {name: value for name in row.settings if (value := getattr(config, name)) is not None}
     return sampler_named(config.name)(denoise, x, levels, noise=noise, **settings)

@@ -30,6 +30,8 @@ class Level:
     t: float
     alpha: float
     sigma: float
+    via: Level | None = None
+    """The cleaner level that TCD's step to this one passes, before it adds noise."""
 
 
 CLEAN = Level(-1.0, 1.0, 0.0)
@@ -113,6 +115,11 @@ class Schedule:
         if num_inference_steps < 1:
             raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         row = spacing_named(spacing)
+        if row.finite and self._ratios[-1:] == [math.inf]:
+            raise InputError(
+                f"spacing {spacing!r} needs a finite noise level; a zero-terminal-SNR schedule has none: use"
+                f" {FLOW_SPACING!r}"
+            )
         if self.is_flow:
             if not row.flow:
                 raise InputError(
@@ -122,7 +129,8 @@ class Schedule:
                 torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")[:-1]
             )
             return [*(self.level(sigma * self.num_train_timesteps) for sigma in sigmas.tolist()), CLEAN]
-        most = row.most_steps or self.num_train_timesteps - (grid == "intervals")
+        left_out = grid == "intervals" or row.leaves_first
+        most = row.most_steps or self.num_train_timesteps - left_out
         if num_inference_steps > most:
             raise InputError(f"num_inference_steps must be at most {most} here, got {num_inference_steps}")
         place: Callable[[Schedule, int, Grid], list[Level]] = globals()[row.function]
@@ -218,11 +226,19 @@ def leading(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 
 def linspace(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     """From the last timestep to the first, both included (Lin et al. 2023, table 2)."""
-    points = steps + 1 if grid == "intervals" else steps
+    return _even(schedule, steps, steps + (grid == "intervals"), rounded=grid != "fractional")
+
+
+def sgm_uniform(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """From the last timestep to the first, which is left out (Stability AI's generative-models)."""
+    return _even(schedule, steps, steps + 1, rounded=grid == "intervals")
+
+
+def _even(schedule: Schedule, steps: int, points: int, *, rounded: bool) -> list[Level]:
     times = torch.linspace(schedule.num_train_timesteps - 1, 0, points, dtype=torch.float64, device="cpu")[
         :steps
     ]
-    return [schedule.level(t) for t in (times if grid == "fractional" else times.round()).tolist()]
+    return [schedule.level(t) for t in (times.round() if rounded else times).tolist()]
 
 
 def trailing(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
@@ -240,13 +256,70 @@ def lcm(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 def karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     """Karras et al. 2022, equation 5, with rho = 7."""
     low, high = schedule.ratio_range()
-    if math.isinf(high):
-        raise InputError(
-            "spacing 'karras' needs a finite noise level; a zero-terminal-SNR schedule has none: use 'trailing'"
-        )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
-    ratios = ((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7).tolist()
-    times = [schedule.time(ratio) for ratio in ratios]
+    ratios = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    return _at_ratios(schedule, ratios, grid)
+
+
+def exponential(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """Equal steps of log(sigma / alpha) (Lu et al. 2022, DPM-Solver, section 3.4)."""
+    low, high = schedule.ratio_range()
+    ratios = torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64, device="cpu").exp()
+    return _at_ratios(schedule, ratios, grid, cut=True)
+
+
+def beta(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """Quantiles of the distribution Beta(0.6, 0.6), dense at both ends (Lee et al. 2024)."""
+    low, high = schedule.ratio_range()
+    quantiles = _beta_quantiles(torch.linspace(1, 0, steps, dtype=torch.float64, device="cpu"))
+    return _at_ratios(schedule, low + quantiles * (high - low), grid, cut=True)
+
+
+def _beta_quantiles(mass: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Inverts the distribution function of Beta(0.6, 0.6) by bisection, to 1e-16.
+
+    Up to 1/2 the function is its power series (Abramowitz & Stegun, 26.5.4), scaled to give 1/2 there, and the other
+    half mirrors it.
+    """
+    powers = torch.arange(60, dtype=torch.float64, device="cpu")
+    terms = torch.cumprod(torch.cat([powers.new_ones(1), (powers[1:] - 0.6) / powers[1:]]), 0) / (
+        powers + 0.6
+    )
+
+    def below(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return x**0.6 * (terms * x[:, None] ** powers).sum(1)
+
+    low = torch.zeros_like(mass)
+    high = low + 0.5
+    wanted = 2 * torch.minimum(mass, 1 - mass) * below(high)
+    for _ in range(53):
+        middle = (low + high) / 2
+        less = below(middle) < wanted
+        low, high = torch.where(less, middle, low), torch.where(less, high, middle)
+    return torch.where(mass > 0.5, 1 - low, low)
+
+
+ALIGNED = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0)
+
+
+def align_your_steps(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
+    """The ten steps that Sabour et al. 2024 found for Stable Diffusion 1.5; other numbers interpolate log(sigma)."""
+    last = schedule.num_train_timesteps - 1
+    levels = [schedule.level(t * last / ALIGNED[0]) for t in ALIGNED]
+    knots = torch.tensor(
+        [level.sigma / level.alpha for level in levels], dtype=torch.float64, device="cpu"
+    ).log()
+    places = torch.linspace(0, len(ALIGNED) - 1, steps + 1, dtype=torch.float64, device="cpu")[:steps]
+    lower = places.long()
+    ratios = torch.lerp(knots[lower], knots[lower + 1], places - lower).exp()
+    return _at_ratios(schedule, ratios, grid)
+
+
+def _at_ratios(
+    schedule: Schedule, ratios: Float[Tensor, " n"], grid: Grid, *, cut: bool = False
+) -> list[Level]:
+    """Levels of those sigma / alpha; on whole timesteps they are told the nearest, or the one below if it is cut."""
+    times = [schedule.time(ratio) for ratio in ratios.tolist()]
     if grid == "intervals":
-        times = [float(round(t)) for t in times]
-    return [_preserving(t, ratio) for t, ratio in zip(times, ratios, strict=True)]
+        times = [float(math.floor(t + 1e-6) if cut else round(t)) for t in times]
+    return [_preserving(t, ratio) for t, ratio in zip(times, ratios.tolist(), strict=True)]

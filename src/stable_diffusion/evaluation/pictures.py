@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stable_diffusion import images
 from stable_diffusion.data.cache import Array
-from stable_diffusion.data.item import Entry, Split, stream
+from stable_diffusion.data.item import Entry, Split, squares
 from stable_diffusion.errors import InputError
 
 MOST = 20_000
@@ -77,10 +76,10 @@ def pictures(split: Split, size: int, rows: Sequence[int] | None = None) -> Iter
         InputError: one of them cannot be decoded.
     """
     entries = split.entries if rows is None else [split.entries[row] for row in rows]
-    for picture in stream(split.source, [entry.key for entry in entries]):
+    for picture in squares(split.source, [entry.key for entry in entries], size):
         if isinstance(picture, InputError):
             raise picture
-        yield np.asarray(images.cover(picture, size, size))
+        yield np.asarray(picture)
 
 
 def _hash(seed: int, *parts: str) -> int:

@@ -16,9 +16,10 @@ from stable_diffusion.data.cache import Array
 from stable_diffusion.errors import InputError
 from stable_diffusion.evaluation.pictures import RULE
 from stable_diffusion.evaluation.scores import Scores
-from stable_diffusion.files import replacing, write_json
+from stable_diffusion.files import check_place, is_file, read_bytes, replacing, write_json
 
 THUMBNAIL = 160  # pixels, at most
+GENERATOR = '<meta name="generator" content="minisd evaluate">'
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,22 @@ def write_report(report: Report, shown: Shown, folder: Path) -> tuple[Path, Path
     """Writes ``scores.json`` and ``index.html``, which replace those of an earlier evaluation.
 
     Raises:
-        InputError: they cannot be written there.
+        InputError: as ``check_folder`` does.
     """
+    scores, shown_page = check_folder(folder)
+    write_json(scores, {**asdict(report), "rule": RULE})
+    with replacing(shown_page) as building:
+        building.write_text(page(report, shown), encoding="utf-8")
+    return scores, shown_page
+
+
+def check_folder(folder: Path) -> tuple[Path, Path]:
+    """The files of a report in the folder. Raises InputError where they cannot be written, or are of something else."""
     paths = folder / "scores.json", folder / "index.html"
-    try:
-        write_json(paths[0], {**asdict(report), "rule": RULE})
-        with replacing(paths[1]) as building:
-            building.write_text(page(report, shown), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    for path, mark in zip(paths, (b'"rule": "Pictures are taken', GENERATOR.encode()), strict=True):
+        check_place(path)
+        if is_file(path) and mark not in read_bytes(path):
+            raise InputError(f"{path} is not of an evaluation, and would be replaced: choose another --out")
     return paths
 
 
@@ -144,9 +152,8 @@ def page(report: Report, shown: Shown) -> str:
     title = escape(f"{report.model} on {report.data}")
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n'
-        + "\n".join(parts)
-        + "\n</html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{GENERATOR}\n'
+        f"<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
     )
 
 

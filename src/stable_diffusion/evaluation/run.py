@@ -22,6 +22,7 @@ from stable_diffusion.evaluation.features import MobileNetV2, feature_blocks, lo
 from stable_diffusion.evaluation.pictures import groups, in_order, pictures
 from stable_diffusion.evaluation.report import Codec, Example, GroupScores, Neighbour, Report, Shown
 from stable_diffusion.evaluation.scores import judge, learn
+from stable_diffusion.files import slug
 from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 
@@ -187,7 +188,7 @@ def _split_features(
     versions = [(entry.key, entry.version) for entry in split.entries]
     shape = (len(split.entries), network_features.WIDTH)
     depends = digest(*weight_bytes(network), seen, versions, size)
-    stored = ArrayCache(folder, f"features-{split.name}", depends, shape, "float32")
+    stored = ArrayCache(folder, f"features-{slug(split.name)}", depends, shape, "float32")
     for done in stored.fill(feature_blocks(network, pictures(split, size))):
         yield Progress(f"{split.name}: features", done, len(split.entries))
     return np.array(stored.read())
@@ -209,8 +210,7 @@ def _generated(
     """The model's pictures of the captions, uint8, from the cache where it has made them before."""
     depends = digest(weights, captions, seed, size)
     shape = (len(captions), size, size, 3)
-    file = f"generated-{name.replace(', ', '-').replace(' ', '-')}"
-    stored = ArrayCache(folder, file, depends, shape, "uint8")
+    stored = ArrayCache(folder, f"generated-{slug(name)}", depends, shape, "uint8")
 
     def blocks() -> Iterator[Array]:
         for start in range(0, len(captions), GENERATED_TOGETHER):

@@ -14,7 +14,7 @@ from stable_diffusion.config import Guidance
 from stable_diffusion.diffusion.guidance import guide, is_on
 from stable_diffusion.diffusion.objective import Denoiser, to_x0
 from stable_diffusion.diffusion.schedule import Level, Schedule
-from stable_diffusion.nn.blocks import KeysValues
+from stable_diffusion.nn.blocks import KeysValues, guidance_features
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.nn.unet import UNet
 
@@ -30,7 +30,14 @@ class Network(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def prepare(self, prompt_embeds: PromptEmbeds, timesteps: Collection[float]) -> Any:
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether it was distilled from guided predictions: it reads the scale, and is not guided."""
+        ...
+
+    def prepare(
+        self, prompt_embeds: PromptEmbeds, timesteps: Collection[float], guidance_scale: float
+    ) -> Any:
         """What does not change from step to step, for a batch of prompts and the timesteps that will be asked for."""
         ...
 
@@ -74,14 +81,23 @@ class UNetNetwork:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def prepare(self, prompt_embeds: PromptEmbeds, timesteps: Collection[float]) -> Prepared:
+    @property
+    def reads_guidance(self) -> bool:
+        return self.unet.config.time_cond_proj_dim is not None
+
+    def prepare(
+        self, prompt_embeds: PromptEmbeds, timesteps: Collection[float], guidance_scale: float
+    ) -> Prepared:
         tokens, mask, pooled = prompt_embeds
         labels = pooled if self.unet.config.pooled_projection_dim is not None else None
         count = len(pooled)
+        condition = None
+        if (width := self.unet.config.time_cond_proj_dim) is not None:
+            condition = guidance_features(torch.full((count,), guidance_scale, device=self.device), width)
 
         def time(t: float) -> Float[Tensor, "b t"]:
             timesteps = torch.full((count,), t, dtype=torch.float32, device=self.device)
-            return self.unet.embed_time(timesteps, labels)
+            return self.unet.embed_time(timesteps, labels, condition)
 
         return Prepared({t: time(t) for t in timesteps}, self.unet.keys_values(tokens), mask)
 
@@ -121,16 +137,16 @@ def denoiser(
         network: what predicts.
         schedule: the model's.
         embeds: of the prompts, and of the negative prompts.
-        guidance: classifier-free guidance.
+        guidance: classifier-free guidance; a network that reads the scale is not guided.
         known: the picture to change, if there is one.
         levels: those that will be asked for.
     """
     conditional, unconditional = embeds
     noisy = [level for level in levels if level.sigma > 0]
-    guided = {level.t for level in noisy if is_on(guidance, level, schedule)}
+    guided = {level.t for level in noisy if not network.reads_guidance and is_on(guidance, level, schedule)}
     plain = {level.t for level in noisy} - guided
-    for_both = network.prepare(unconditional + conditional, guided) if guided else None
-    for_one = network.prepare(conditional, plain) if plain else None
+    for_both = network.prepare(unconditional + conditional, guided, guidance.scale) if guided else None
+    for_one = network.prepare(conditional, plain, guidance.scale) if plain else None
     prediction_type = schedule.config.prediction_type
 
     kept = None if known is None else known.kept

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACINGS
+from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES, SPACINGS
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import replacing
+from stable_diffusion.files import create
+from stable_diffusion.generation.request import split_file
 from stable_diffusion.images import opened
 
 
-def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> None:
+def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> Path:
     """Writes a PNG that carries the settings that made it; no reader ever sees half a file.
 
     Two text chunks hold them: ``minisd``, all of them as JSON, and ``parameters``, those that other programs
-    know. ``settings`` holds JSON values. Folders are created. Raises InputError where nothing can be written,
-    or for another suffix than .png.
+    know. ``settings`` holds JSON values. Folders are created. Returns the picture's name: `path`, or numbered
+    (``a-2.png``) where that is taken. Raises InputError where nothing can be written, or for another suffix than .png.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -28,11 +33,7 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> 
     # A command line can hold bytes that are not text (lone surrogates). UTF-8 has no form for them, JSON has.
     chunks.add_text("parameters", parameters(settings).encode("utf-8", "replace").decode("utf-8"))
     chunks.add_text("minisd", json.dumps(settings))
-    try:
-        with replacing(path) as building:
-            image.save(building, format="PNG", pnginfo=chunks)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    return create(path, lambda building: image.save(building, format="PNG", pnginfo=chunks))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -53,25 +54,57 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def parameters(settings: dict[str, Any]) -> str:
-    """Settings as the text that AUTOMATIC1111's webui writes and many programs read; missing ones are left out."""
-    sampler, spacing = str(settings.get("sampler", "")), settings.get("spacing")
+    """Settings as the text that AUTOMATIC1111's webui writes and many programs read; missing ones are left out.
+
+    Files of weights have their names without folder and ending, and their hashes where the files are there.
+    """
+    sampler, spacing = str(settings.get("sampler", "")), str(settings.get("spacing")).lower()
     row = SAMPLERS.get(ALIASES.get(sampler.lower(), sampler))
+    spread = SPACINGS.get(SPACING_ALIASES.get(spacing, spacing))
     size = [settings.get(side) for side in ("width", "height")]
+    loras: Mapping[str, float] = settings.get("lora", {})
+    embeddings = [split_file(text) for text in settings.get("embedding", ())]
+    guidance = settings.get("guidance_scale")
     fields = {
         "Steps": settings.get("num_inference_steps"),
         "Sampler": row.webui if row else sampler or None,
-        "Schedule type": SPACINGS[spacing].webui if spacing in SPACINGS else None,
-        "CFG scale": settings.get("guidance_scale"),
+        "Schedule type": spread.webui if spread else None,
+        "CFG scale": None if guidance is None else max(guidance, 1.0),  # webui's 0 ignores the prompt
         "Seed": settings.get("seed"),
         "Size": None if None in size else f"{size[0]}x{size[1]}",
         "Model": settings.get("model"),
+        "VAE": None if settings.get("vae") is None else re.split(r"[\\/]", settings["vae"])[-1],
         "Denoising strength": settings.get("strength"),
+        "Lora hashes": _hashes({_name(file): _hash(file, True) for file in loras}),
+        "TI hashes": _hashes({_name(word or file): _hash(file, False) for file, word in embeddings}),
     }
-    lines = [str(settings.get("prompt") or "")]
+    words = [str(settings.get("prompt") or "")]
+    lines = [" ".join([*filter(None, words), *(f"<lora:{_name(file)}:{loras[file]:g}>" for file in loras)])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None))
     return "\n".join(lines).strip()
+
+
+def _name(file: str) -> str:
+    name = re.sub(r"\.(safetensors|ckpt|pt|pth|bin)$", "", re.split(r"[\\/]", file)[-1])
+    return re.sub(r"[:<>,]", "_", name)
+
+
+@lru_cache
+def _hash(file: str, is_lora: bool) -> str | None:
+    """The first digits of a file's SHA-256; a LoRA's in safetensors is that of its tensors alone."""
+    try:
+        with Path(file).open("rb") as content:
+            if is_lora and file.endswith(".safetensors"):
+                content.seek(int.from_bytes(content.read(8), "little") + 8)
+            return hashlib.file_digest(content, "sha256").hexdigest()[:12]
+    except (OSError, ValueError, OverflowError):
+        return None
+
+
+def _hashes(hashes: Mapping[str, str | None]) -> str | None:
+    return ", ".join(f"{name}: {digits}" for name, digits in hashes.items() if digits) or None
 
 
 def _quoted(value: Any) -> str:

@@ -19,6 +19,7 @@ from stable_diffusion.config import ModelConfig, Styles
 from stable_diffusion.diffusion.samplers import Step, initial_scale, sample, sampling_levels
 from stable_diffusion.diffusion.schedule import Level, Schedule
 from stable_diffusion.errors import InputError
+from stable_diffusion.generation import syntax
 from stable_diffusion.generation.denoise import Codec, Known, Network, denoiser
 from stable_diffusion.generation.request import Request
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
@@ -96,8 +97,13 @@ def finished(steps: Steps) -> Result:
 @torch.no_grad()
 def generate(parts: Parts, request: Request, levels: list[Level], notes: list[str]) -> Steps:
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
-    image, mask = fitted(request)
+    image, mask = fitted(request, notes)
     embeds = encode_prompts(parts, request, notes)
+    if any(request.negative_prompts):
+        if parts.network.reads_guidance:
+            notes.append("the negative prompt has no effect: this model reads its guidance as a number")
+        elif request.guidance_scale <= 1:
+            notes.append("the negative prompt has no effect: guidance is off at a scale of 1 and below")
     noise = seeded_noise(parts, request)
     drawn = noise()
     start = drawn if request.latents is None else request.latents.to(drawn)
@@ -135,13 +141,15 @@ def plan(parts: Parts, request: Request) -> list[Level]:
     return levels[len(levels) - 1 - taken :]
 
 
-def fitted(request: Request) -> tuple[Image.Image | None, Image.Image | None]:
-    """The picture to change and the mask, black and white, at the request's size."""
-    image, mask, size = request.image, request.mask_image, (request.width, request.height)
-    return (
-        None if image is None else images.cover(image, *size),
-        None if mask is None else images.binary_mask(mask, *size),
-    )
+def fitted(request: Request, notes: list[str]) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to change and the mask, black and white, at the request's size; a note says how a mask was read."""
+    size = (request.width, request.height)
+    image = None if request.image is None else images.cover(request.image, *size)
+    if request.mask_image is None:
+        return image, None
+    mask, note = images.binary_mask(request.mask_image, *size)
+    notes.extend(() if note is None else (note,))
+    return image, mask
 
 
 def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[PromptEmbeds, PromptEmbeds]:
@@ -161,7 +169,9 @@ def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[Pr
 
 
 def encode_texts(text_encoder: PromptEncoder, texts: list[str], notes: list[str]) -> PromptEmbeds:
-    """Embeddings of texts; a note names the words beyond an encoder's context."""
+    """Embeddings of texts; notes name the words beyond an encoder's context, and what other programs would obey."""
+    if note := syntax.note_of(texts):
+        notes.append(note)
     batches = text_encoder.tokenize(texts)
     for batch, tokenizer in zip(batches, text_encoder.tokenizers, strict=True):
         for text, cut in zip(texts, batch.cut, strict=True):
@@ -223,8 +233,15 @@ def encode_image(
     if mask is None:
         return Known(x0, None, None, noise)
     repaint = images.mask_tensor(mask)
+    where = F.interpolate(repaint, x0.shape[-2:]).to(noise)
+    if not where.any():
+        factor = parts.config.vae.factor
+        raise InputError(
+            f"the white part of the mask lies between the latents, each of which is {factor}x{factor} pixels:"
+            " draw it larger"
+        )
     masked = encode(pixels * (1 - repaint)) if parts.config.reads_mask else None
-    return Known(x0, F.interpolate(repaint, x0.shape[-2:]).to(noise), masked, noise)
+    return Known(x0, where, masked, noise)
 
 
 def begin(

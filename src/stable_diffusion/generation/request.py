@@ -9,16 +9,16 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 
-from stable_diffusion.config import Guidance, Interval, ModelConfig, Part, SamplerConfig
-from stable_diffusion.diffusion.names import sampler_name
-from stable_diffusion.errors import InputError, unknown_name
-from stable_diffusion.fields import documented, to_dict, typed
+from stable_diffusion.config import Guidance, Interval, ModelConfig, Part, SamplerConfig, SamplerName
+from stable_diffusion.errors import InputError, shown, unknown_name
+from stable_diffusion.fields import Rule, documented, to_dict, typed, within
 
 LARGEST_SEED = 2**63 - 1
+Side = Annotated[int, within(1, 65_536)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,35 +35,36 @@ class Request:
     """What to generate. One that names none of the model's styles gets its default style, if it has one."""
     negative_prompt: tuple[str, ...]
     """What to steer away from: one text for all prompts, or one for each."""
-    seed: int
+    seed: Annotated[int, within(0, LARGEST_SEED)]
     """Seed of the first picture, 0 to 2**63 - 1; each further picture takes the next number."""
-    num_inference_steps: int
+    num_inference_steps: Annotated[int, within(1, 100_000)]
     """Steps from noise to picture, at least 1."""
     guidance_scale: float
-    """How strongly to follow the prompt; 1 is no guidance."""
+    """How strongly to follow the prompt; 1 and below is no guidance."""
     guidance_interval: Interval
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""
     guidance_rescale: Part
     """Against overexposed pictures: how far to restore the contrast of the unguided prediction, 0 to 1."""
-    sampler: str
+    sampler: SamplerName
     """How to get from noise to picture, by our name or another program's."""
     spacing: str | None
     """How the noise levels are spread; by default the sampler's own."""
-    eta: Part
-    """DDIM only: 0 is deterministic, 1 adds as much noise as DDPM."""
+    eta: Part | None
+    """How much noise DDIM and TCD add, from 0, deterministic, to 1; by default their own, 0 and 0.3."""
     variance: Literal["small", "large"]
     """DDPM only: the variance of the noise of a step: small is the posterior's, large is beta."""
-    width: int
+    width: Side
     """In pixels, a multiple of the model's factor; by default the image's width, or the model's own."""
-    height: int
+    height: Side
     """In pixels, likewise."""
-    num_images_per_prompt: int = 1
+    num_images_per_prompt: Annotated[int, within(1, 100_000)] = 1
     """Pictures per prompt."""
     image: Image.Image | None = None
     """A picture to begin with."""
     mask_image: Image.Image | None = None
-    """A picture that is white where the image is to be repainted; elsewhere its bytes stay."""
-    strength: float = 0.8
+    """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay. Of one
+    with transparency it is the opaque part if all of it is white, else the transparent part."""
+    strength: Annotated[float, Rule("above 0 and at most 1", lambda strength: 0 < strength <= 1)] = 0.8
     """How much to change the image, above 0 (hardly) up to 1 (nothing of it is kept)."""
     prediction_type: str | None = None
     """What the U-Net predicts (epsilon, v_prediction), whatever the model's files say."""
@@ -73,6 +74,8 @@ class Request:
     """Single files: take the averaged weights where there are both."""
     vae: str | None = None
     """Another autoencoder: a folder or file of Stable Diffusion's, or TAESD's."""
+    text_encoder: str | None = None
+    """Another CLIP text encoder: its folder, or that of a diffusers pipeline."""
     lora: Mapping[str, float] = field(default_factory=dict)
     """LoRAs by name, each with its weight; those that are not named do not act."""
     embedding: tuple[str, ...] = ()
@@ -88,22 +91,26 @@ class Request:
                 f"negative_prompt must be one text or one for each of the {len(self.prompt)} prompts,"
                 f" got {len(self.negative_prompt)}"
             )
-        for name in ("num_images_per_prompt", "num_inference_steps", "width", "height"):
-            _integer(name, getattr(self, name), 1)
-        _integer("seed", self.seed, 0, LARGEST_SEED)
-        for name in ("guidance_scale", "strength"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
-        if not isinstance(self.sampler, str):
-            raise InputError(f"sampler must be a name or a SamplerConfig, got {self.sampler!r}")
-        sampler_name(self.sampler)
-        for name in ("guidance_interval", "guidance_rescale", "eta", "spacing", "variance", *LOADING):
-            object.__setattr__(self, name, typed(HINTS[name], getattr(self, name), name))
+        for name, hint in HINTS.items():
+            if name not in ("prompt", "negative_prompt", "lora", "latents", *PICTURES):
+                object.__setattr__(self, name, typed(hint, getattr(self, name), name))
         object.__setattr__(self, "lora", _weights(self.lora))
         _ = self.guidance, self.sampler_config  # which check their own ranges
-        if self.mask_image is not None and self.image is None:
+        if self.mask_image is not None:
+            self._check_mask(self.mask_image)
+
+    def _check_mask(self, mask: Image.Image) -> None:
+        from stable_diffusion import images
+
+        if self.image is None:
             raise InputError("mask_image needs the image that it masks: give image as well")
-        if not 0 < self.strength <= 1:
-            raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
+        (width, height), sides = mask.size, self.image.size
+        if abs(width * sides[1] - height * sides[0]) > max(sides):  # a pixel of rounding
+            raise InputError(
+                f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: give a mask of the"
+                " image's shape"
+            )
+        images.binary_mask(mask, self.width, self.height)
 
     @classmethod
     def of(cls, config: ModelConfig, **given: Any) -> Request:
@@ -139,16 +146,12 @@ class Request:
             asked, own = getattr(self, name), origin.get(name, FIELDS[name].default)
             if own is not dataclasses.MISSING and asked != own:
                 raise InputError(
-                    f"{name} belongs to loading, and this model has {own!r}: load one with {asked!r}"
+                    f"{name} belongs to loading, and this model has {shown(own)}: load one with {shown(asked)}"
                 )
         if config.unet.num_class_embeds is not None:
-            raise InputError(
-                f"the model {config.name!r} reads class labels, which a request has no place for"
-            )
+            raise InputError(f"the model {config.name!r} reads class labels, which no request has")
         if not config.text_encoders and any(self.prompt):
-            raise InputError(
-                f"the model {config.name!r} has no text encoder: only an empty prompt can be given"
-            )
+            raise InputError(f"the model {config.name!r} has no text encoder: only an empty prompt fits")
         check_size(config, self.width, self.height)
         if config.reads_mask and self.mask_image is None:
             raise InputError(
@@ -158,8 +161,8 @@ class Request:
         shape = (len(self.prompts), config.vae.latent_channels, self.height // factor, self.width // factor)
         found = getattr(self.latents, "shape", None)
         if self.latents is not None and found != shape:
-            shown = repr(self.latents) if found is None else tuple(found)
-            raise InputError(f"latents must be a tensor of the shape {shape}, got {shown}")
+            given = shown(self.latents) if found is None else tuple(found)
+            raise InputError(f"latents must be a tensor of the shape {shape}, got {given}")
 
     # One entry a picture.
 
@@ -254,7 +257,7 @@ SHORT = {
 }
 """What people type for a field on the command line."""
 PICTURES = ("image", "mask_image")
-LOADING = ("model", "prediction_type", "variant", "ema", "vae", "embedding")
+LOADING = ("model", "prediction_type", "variant", "ema", "vae", "text_encoder", "embedding")
 """Fields that say which model it is and how it was loaded: whoever loads it reads them."""
 _PATH = ("path",)  # of a picture's file, in its `info`: no key that a file could have brought along
 
@@ -271,7 +274,7 @@ def parse(data: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     if not isinstance(data, Mapping):
-        raise InputError(f"a request must be an object of settings, got {data!r}")
+        raise InputError(f"a request must be an object of settings, got {shown(data)}")
     for name, value in data.items():
         if name not in FIELDS or name == "latents":
             raise _unknown(name)
@@ -313,19 +316,21 @@ def check_size(config: ModelConfig, width: int, height: int) -> None:
 
 def _weights(lora: object) -> dict[str, float]:
     """The weights of names, from a JSON object or from texts such as FILE and FILE:0.8; equal names add up."""
-    if isinstance(lora, Mapping):
+    if isinstance(lora, Mapping) and all(isinstance(name, str) for name in lora):
         pairs = list(lora.items())
     elif isinstance(lora, (list, tuple)) and all(isinstance(text, str) for text in lora):
         pairs = [split_file(text) for text in lora]
     else:
-        raise InputError(f"lora must give the weight of each name, got {lora!r}")
+        raise InputError(f"lora must give the weight of each name, got {shown(lora)}")
     weights: dict[str, float] = {}
     for name, said in pairs:
         try:
             weight = 1.0 if said is None else float(said)
         except (TypeError, ValueError, OverflowError):
-            raise InputError(f"lora must be NAME or NAME:WEIGHT such as {name}:0.8, got {said!r}") from None
-        weights[name] = weights.get(name, 0.0) + _number(f"the weight of the LoRA {name!r}", weight)
+            raise InputError(
+                f"lora must be NAME or NAME:WEIGHT such as {name[:80]}:0.8, got {shown(said)}"
+            ) from None
+        weights[name] = weights.get(name, 0.0) + typed(float, weight, f"the weight of the LoRA {shown(name)}")
     return weights
 
 
@@ -358,31 +363,17 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
     for name in PICTURES:
         value = values.get(name)
         if isinstance(value, (str, Path)):
-            pictures[name] = images.open_image(value)
+            pictures[name] = images.open_mask(value) if name == "mask_image" else images.open_image(value)
             pictures[name].info = {_PATH: str(value)}  # type: ignore[dict-item]
         elif isinstance(value, Image.Image):
-            pictures[name] = images.to_rgb(value)
+            pictures[name] = value if name == "mask_image" else images.to_rgb(value)
         elif value is not None:
-            raise InputError(f"{name} must be a picture or the path of one, got {value!r}")
+            raise InputError(f"{name} must be a picture or the path of one, got {shown(value)}")
     return values | pictures
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} must be a text or a list of texts, got {value!r}")
+        raise InputError(f"{name} must be a text or a list of texts, got {shown(value)}")
     return tuple(texts)
-
-
-def _integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be a whole number, {limits}, got {value!r}")
-
-
-def _number(name: str, value: object) -> float:
-    """The value. Raises InputError unless it is a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
-        raise InputError(f"{name} must be a number, got {value!r}")
-    return float(value)

@@ -72,15 +72,34 @@ def timestep_features(timesteps: Float[Tensor, " b"], width: int) -> Float[Tenso
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn timestep features, or a pooled text vector, into the time embedding."""
+def guidance_features(guidance_scale: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
+    """Sines, then cosines, of 1000 times w at `width` / 2 frequencies from 1 to 1e-4, in float32.
 
-    def __init__(self, in_features: int, width: int) -> None:
+    Luo et al. 2023, section 4.2, whose w is the guidance scale - 1 (Ho & Salimans 2022, equation 6).
+    """
+    half = width // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=guidance_scale.device)
+    angles = 1000 * (guidance_scale[:, None].float() - 1) * (exponent / (half - 1)).exp()[None]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers that turn timestep features, or a pooled text vector, into the time embedding.
+
+    With `cond_features` a projection of that many further features is added to the input.
+    """
+
+    def __init__(self, in_features: int, width: int, cond_features: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_features, width)
+        self.cond_proj = nn.Linear(cond_features, in_features, bias=False) if cond_features else None
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b width"]:
+    def forward(
+        self, features: Float[Tensor, "b f"], condition: Float[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b width"]:
+        if self.cond_proj is not None and condition is not None:
+            features = features + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(features)))
 
 

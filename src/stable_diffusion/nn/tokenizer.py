@@ -71,15 +71,19 @@ class Tokenizer:
         else:
             raise InputError(f"{folder} has no tokenizer: it needs {' and '.join(files)}, or tokenizer.json")
         self.files += filter(Path.is_file, (folder / name for name in SETTINGS))
-        settings = _undamaged(_settings, folder)
+        _undamaged(lambda folder: self._add_special(_settings(folder), architecture), folder)
+        self._added: dict[int, list[int]] = {}
+
+    def _add_special(self, settings: dict[str, Any], architecture: str) -> None:
         begin, end, default_pad = SPECIAL[architecture][:3]
         pad = _special(settings.get("pad_token", default_pad)).content
         # Those of tokenizer.json.
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         special = _special_tokens(settings, architecture)
         self._tokenizer.add_special_tokens([token for token in special if token.content not in known])
-        self.begin_id, self.end_id, self.pad_id = map(self._tokenizer.token_to_id, (begin, end, pad))
-        self._added: dict[int, list[int]] = {}
+        numbers = self._tokenizer.get_vocab()
+        self.begin_id, self.end_id, self.pad_id = (numbers[token] for token in (begin, end, pad))
+        self._encode(["a \u16a0"])  # where the token for unknown letters is missing, this shows it
 
     def __call__(self, texts: list[str]) -> TokenBatch:
         """The texts' tokens. A text that is too long keeps its begin and end tokens."""
@@ -131,6 +135,8 @@ def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
     """What `build` reads in a tokenizer's folder. Raises InputError for damaged files."""
     try:
         return build(folder)
+    except (OSError, MemoryError):  # the reader of the model says it
+        raise
     except Exception as error:  # the tokenizers library raises no narrower class
         reason = str(error).partition("\n")[0]
         message = f"the tokenizer in {folder} is damaged ({reason}): copy or download it again"
@@ -138,7 +144,7 @@ def _undamaged(build: Callable[[Path], T], folder: Path) -> T:
 
 
 def _from_json(folder: Path) -> FastTokenizer:
-    return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    return FastTokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def _clip(folder: Path) -> FastTokenizer:

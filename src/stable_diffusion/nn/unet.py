@@ -64,7 +64,8 @@ class UNetLevel(nn.Module):
 class UNet(Placed):
     """The noise predictor (Ronneberger et al. 2015; Rombach et al. 2022, section 3.3).
 
-    A path down through the levels, a middle, and a path up that also reads the feature maps of the path down.
+    A path down through the levels, a middle, which compressed networks lack, and a path up that also reads the feature
+    maps of the path down.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -76,7 +77,7 @@ class UNet(Placed):
         level = partial(UNetLevel, config, time_width=time_width)
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], time_width)
+        self.time_embedding = TimestepEmbedding(widths[0], time_width, config.time_cond_proj_dim)
         self.class_embedding: nn.Module | None = None
         if config.num_class_embeds is not None:
             self.class_embedding = embedding(config.num_class_embeds, time_width)
@@ -90,8 +91,10 @@ class UNet(Placed):
             self.down_blocks.append(level(i, channels, attention=config.attention_levels[i], down=i < last))
             skips += [width] * (config.layers_per_block + (i < last))
 
-        self.mid_block = level(last, [(widths[-1], widths[-1])] * 2, attention=True)
-        del self.mid_block.attentions[1]  # the middle is block, transformer, block
+        self.mid_block: UNetLevel | None = None
+        if config.mid_block_type is not None:
+            self.mid_block = level(last, [(widths[-1], widths[-1])] * 2, attention=True)
+            del self.mid_block.attentions[1]  # the middle is block, transformer, block
 
         self.up_blocks = nn.ModuleList()
         current = widths[-1]
@@ -112,6 +115,7 @@ class UNet(Placed):
         encoder_hidden_states: Float[Tensor, "b n d"] | None = None,
         encoder_attention_mask: Bool[Tensor, "b n"] | None = None,
         class_labels: Int[Tensor, " b"] | Float[Tensor, "b p"] | None = None,
+        timestep_cond: Float[Tensor, "b g"] | None = None,
     ) -> Float[Tensor, "b c2 h w"]:
         """The prediction for noisy latents.
 
@@ -121,18 +125,22 @@ class UNet(Placed):
             encoder_hidden_states: text tokens; None for a network without text.
             encoder_attention_mask: True where a token may be attended to; None attends to all.
             class_labels: labels, or pooled text vectors, for a network that has an embedding for them.
+            timestep_cond: ``guidance_features`` of the guidance scales, for a network that reads them.
         """
-        time = self.embed_time(timesteps, class_labels)
+        time = self.embed_time(timesteps, class_labels, timestep_cond)
         return self.predict(sample, time, self.keys_values(encoder_hidden_states), encoder_attention_mask)
 
     def embed_time(
         self,
         timesteps: Float[Tensor, " b"],
         class_labels: Int[Tensor, " b"] | Float[Tensor, "b p"] | None = None,
+        timestep_cond: Float[Tensor, "b g"] | None = None,
     ) -> Float[Tensor, "b t"]:
-        """The time embedding, with that of the labels, as every residual block reads it."""
+        """The time embedding, with those of labels and guidance scale, as every residual block reads it."""
         features = timestep_features(timesteps, self.config.block_out_channels[0])
-        time = self.time_embedding(features.to(self.conv_in.weight.dtype))
+        dtype = self.conv_in.weight.dtype
+        condition = None if timestep_cond is None else timestep_cond.to(dtype)
+        time = self.time_embedding(features.to(dtype), condition)
         if self.class_embedding is not None:
             time = time + self.class_embedding(class_labels)
         return F.silu(time)
@@ -140,7 +148,9 @@ class UNet(Placed):
     def keys_values(self, text: Float[Tensor, "b n d"] | None) -> list[KeysValues | None]:
         """What each transformer reads of the text tokens, in the order in which ``predict`` meets them."""
         levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        transformers = [transformer for level in levels for transformer in level.attentions]
+        transformers = [
+            transformer for level in levels if level is not None for transformer in level.attentions
+        ]
         return [None if text is None else transformer.keys_values(text) for transformer in transformers]
 
     def predict(
@@ -165,9 +175,10 @@ class UNet(Placed):
                 hidden = downsample(hidden)
                 skips.append(hidden)
 
-        hidden = self.mid_block.resnets[0](hidden, time)
-        hidden = self.mid_block.attentions[0](hidden, contexts.pop(), mask)
-        hidden = self.mid_block.resnets[1](hidden, time)
+        if self.mid_block is not None:
+            hidden = self.mid_block.resnets[0](hidden, time)
+            hidden = self.mid_block.attentions[0](hidden, contexts.pop(), mask)
+            hidden = self.mid_block.resnets[1](hidden, time)
 
         for level in self.up_blocks:
             assert isinstance(level, UNetLevel)

@@ -22,8 +22,8 @@ from stable_diffusion.training.stage import StageSettings
 from stable_diffusion.training.stages import DEFAULT
 from stable_diffusion.training.workspace import TrainableParts
 
-PICTURES, BATCH = 8, 16
-STEPS = {"autoencoder": 400, "denoiser": 800}  # of the stages that it takes; pictures need not be sharp
+PICTURES = 8
+STEPS = {"autoencoder": 800, "denoiser": 1600}  # of the stages that it takes; pictures need not be sharp
 ENOUGH = 7  # prompts of the eight that must render their own picture
 
 
@@ -66,7 +66,7 @@ class _Few:
 
 def check_stages(stages: Sequence[StageSettings]) -> list[StageSettings]:
     """Those of these stages that the check takes, long enough for eight pictures."""
-    whole: dict[str, Any] = {"batch_size": BATCH, "gradient_accumulation_steps": 1, "epochs": 1.0}
+    whole: dict[str, Any] = {"batch_size": PICTURES, "gradient_accumulation_steps": 1, "epochs": 1.0}
     taken = [settings for settings in stages if settings.kind in STEPS]
     return [replace(settings, min_steps=STEPS[settings.kind], **whole) for settings in taken]
 

@@ -30,7 +30,7 @@ class Computer:
     Args:
         stages: on the model's device.
         autocast: whether to compute in 16 bits where the device is good at it.
-        compiler: of all stages; they run plain, after one warning, where compiling is not possible.
+        compiler: of the stages in `compiled`; they run plain, after one warning, where compiling is not possible.
         clock: gives seconds.
 
     Attributes:
@@ -38,6 +38,7 @@ class Computer:
         processes: how many share each batch.
         dtype: the 16-bit format; None for float32.
         functions: what computes each stage's losses.
+        compiled: the stages that are compiled before their next step; none at first.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Computer:
         self.process, self.processes = self.state.process_index, self.state.num_processes
         self.dtype = autocast_dtype(self.device) if autocast else None
         self.functions = {stage: self._function(stage) for stage in stages}
+        self.compiled: set[Stage] = set()
 
     def _function(self, stage: Stage) -> StepFunction:
         module: nn.Module = stage
@@ -64,11 +66,11 @@ class Computer:
 
         def step(*batch: Tensor) -> dict[str, Tensor]:
             with torch.autocast(self.device.type, dtype, enabled=self.dtype is not None):
-                if self.compiler is not None:
+                if stage in self.compiled:
                     try:
                         return compiled(*batch)
                     except torch._dynamo.exc.BackendCompilerFailed as error:
-                        self.compiler = None
+                        self.compiled.clear()
                         inner = error.inner_exception
                         reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
                         said = f"training runs uncompiled, since torch.compile failed here: {reason}"
@@ -120,3 +122,12 @@ def summed(x: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_reduce
 
     return all_reduce(x)
+
+
+def agreed(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if not is_shared():
+        return number
+    largest = torch.tensor(number, device=PartialState().device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -19,6 +19,8 @@ class Plan:
     """Measured time of one update of each stage."""
     device: str
     number_format: str
+    compiled: Sequence[str] | None = None
+    """Stages that are compiled before their first step; None where no compiler was given."""
 
     def __str__(self) -> str:
         stages = ", ".join(f"{stage} {count} steps" for stage, count in self.steps.items())
@@ -26,8 +28,15 @@ class Plan:
         return (
             f"training {self.name} on {self.pictures} pictures with {self.captions} captions: {stages};"
             f" {'under a minute' if minutes < 1 else f'about {minutes:.0f} min'} of steps on {self.device} in"
-            f" {self.number_format}, after reading the data"
+            f" {self.number_format}, after reading the data{self._compiling()}"
         )
+
+    def _compiling(self) -> str:
+        if self.compiled is None:
+            return ""
+        if not self.compiled:
+            return "; not compiled, which takes minutes and pays only in longer stages"
+        return f" and minutes of compiling ({', '.join(self.compiled)})"
 
 
 @dataclass(frozen=True)

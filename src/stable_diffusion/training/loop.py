@@ -75,13 +75,14 @@ def train_stage(
                     f" lower the learning rate (now {settings.learning_rate}) and run again from the last good state"
                 )
             total, change = pace.total, pace.tick(state.step)
+            values = dict(zip(losses, summed(torch.stack([*losses.values()])).tolist(), strict=True))
+            speed = (state.step - first) * count / max(pace.clock() - began, 1e-9)
+            yield TrainStep(settings.name, step, total, values, rates, speed, state.skipped)
+            # After the step is told: a log that is ahead of the checkpoint is put right, one behind lacks a line.
             late = pace.clock() - saved_at > SAVE_SECONDS
             if process == 0 and (state.step == pace.total or change is not None or late):
                 state.save(path)
                 saved_at = pace.clock()
-            values = dict(zip(losses, summed(torch.stack([*losses.values()])).tolist(), strict=True))
-            speed = (state.step - first) * count / max(pace.clock() - began, 1e-9)
-            yield TrainStep(settings.name, step, total, values, rates, speed, state.skipped)
             if change is not None:
                 yield change
     except GeneratorExit:  # stopped between two steps: this is a good state

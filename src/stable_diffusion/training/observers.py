@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import replacing
+from stable_diffusion.files import replacing, writing
 from stable_diffusion.training.events import TrainStep
 
+LINE = {"stage": str, "step": int, "losses": dict, "skipped": int, "elapsed": float}  # what is read of one
 LAST = 100  # steps whose losses are averaged into a stage's figures
 
 
@@ -35,7 +36,7 @@ class JsonLines:
             self._forget(event)
         line = asdict(event)
         line |= {"images_per_second": round(event.images_per_second, 2), "elapsed": round(self.elapsed(), 3)}
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": line.pop("stage"), "step": line.pop("index"), **line}) + "\n")
 
     def _forget(self, event: TrainStep) -> None:
@@ -46,17 +47,23 @@ class JsonLines:
                     file.write(json.dumps(line) + "\n")
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """The steps so far; a line that was cut as the run was killed is left out."""
+        """The steps so far; what is no such line, as where the run was killed within one, is left out."""
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    yield json.loads(line)
+                    step = json.loads(line)
                 except ValueError:
                     continue
+                if isinstance(step, dict) and all(
+                    isinstance(step.get(key), kind) for key, kind in LINE.items()
+                ):
+                    yield step
 
     def figures(self, stage: str, batch_size: int) -> dict[str, object]:
         """How a stage went: steps, seconds, images/s and mean losses of the last steps."""
         lines = [line for line in self.lines() if line["stage"] == stage]
+        if not lines:  # somebody removed the log
+            return {"steps": 0}
         last = lines[-LAST:]
         seconds = lines[-1]["elapsed"] - lines[0]["elapsed"]
         speed = (len(lines) - 1) * batch_size / max(seconds, 1e-9)
@@ -80,7 +87,8 @@ class TensorBoard:
             raise InputError(
                 "TensorBoard is not installed: pip install 'mini-stable-diffusion[tensorboard]'"
             ) from None
-        self.writer = SummaryWriter(str(folder))
+        with writing(folder):
+            self.writer = SummaryWriter(str(folder))
 
     def __call__(self, event: object) -> None:
         if not isinstance(event, TrainStep) or event.loss is None:

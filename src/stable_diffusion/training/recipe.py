@@ -12,6 +12,7 @@ from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.data.sources import SourceConfig, source_config
 from stable_diffusion.errors import InputError, shown, unknown_name
 from stable_diffusion.fields import from_dict, typed
+from stable_diffusion.files import check_is_file
 from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.stage import OptimizerSettings, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
@@ -34,6 +35,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InputError: no such file, not TOML, or a setting that does not exist.
     """
+    check_is_file(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -27,6 +27,8 @@ from stable_diffusion.training.pace import Pace
 from stable_diffusion.training.stage import Stage
 
 FORMAT = 2  # grows when runs of older versions can no longer go on
+PAYS = {"cpu": 600.0, "cuda": 150.0}  # seconds of a stage from which compiling pays, which takes 150, or 60
+DAMAGED = "whose run.json is damaged or gone"
 
 
 class RunRecord:
@@ -47,27 +49,36 @@ class RunRecord:
         self.clock, self.writes = computer.clock, computer.process == 0
         self.content: dict[str, Any] = {"format": FORMAT, **facts}
         self.content |= {"asked": None, "plan": {}, "figures": {}, "spent": 0.0}
-        if resume and self.path.is_file():
-            self.content = read_json(self.path)
-        other = ""
-        kinds = {"asked": dict | None, "plan": dict, "figures": dict, "spent": float, "data": dict}
-        if self.content.get("format") != FORMAT:
-            other = "of another version, which cannot go on here"
-        elif not all(isinstance(self.content.get(key), kind) for key, kind in kinds.items()):
-            other = "whose run.json is damaged"
-        elif self.content.get("identity") != facts["identity"]:
-            other = "of another recipe or of other pictures"
-        if other:
-            raise InputError(
-                f"{folder} holds a training {other}: choose another output_dir (--output), or"
-                " resume=False (--fresh) to replace it"
-            )
+        checkpoints = [*map(self.checkpoint, self.stages)]
+        if resume and any(file.exists() for file in (self.path, *checkpoints)):
+            try:
+                self.content = read_json(self.path)
+            except InputError as error:
+                if isinstance(error.__cause__, PermissionError):
+                    raise
+                self.content = {}
+            if other := self._other(facts):
+                raise _occupied(folder, other)
         self.log = JsonLines(folder / "log.jsonl", self.spent)
         self.began = self.clock() - self.content["spent"]
         computer.state.wait_for_everyone()  # all have read the record before one writes it
         if self.writes and not resume:
-            for file in (self.path, self.log.path, *map(self.checkpoint, self.stages)):
+            for file in (*checkpoints, self.log.path, self.path):  # a checkpoint is never without its record
                 file.unlink(missing_ok=True)
+
+    def _other(self, facts: Mapping[str, object]) -> str:
+        """Whose record it is, in words; nothing where this training can go on with it."""
+        content = self.content
+        if content and content.get("format") != FORMAT:
+            return "of another version, which cannot go on here"
+        if not _is_sound(content):
+            return DAMAGED
+        if content["data"] != facts["data"]:
+            return "of other pictures or captions"
+        if content.get("identity") != facts["identity"]:
+            return "of another recipe, model or seed"
+        names = {stage.settings.name for stage in self.stages}
+        return "" if content["plan"].keys() == (names if content["asked"] else set()) else DAMAGED
 
     def checkpoint(self, stage: Stage) -> Path:
         """The file that a stage goes on from."""
@@ -102,8 +113,15 @@ class RunRecord:
                 length = max(settings.min_steps, round(settings.epochs * pictures / settings.batch_size))
                 if minutes is not None:
                     length = max(1, int(60 * minutes * _part(stage, self.stages) / seconds))
-                plan[settings.name] = {"steps": steps or length, "seconds": seconds}
+                length = steps or length
+                pays = length * seconds >= PAYS.get(self.computer.device.type, 600.0)
+                plan[settings.name] = {"steps": length, "seconds": seconds, "compiled": pays}
             self.content["asked"] = asked
+        if self.computer.compiler is not None:
+            # As it was before, where a run goes on: another rounding would not be the same training.
+            self.computer.compiled = {
+                one for one in self.stages if plan[one.settings.name].get("compiled", True)
+            }
         self.write()
         return plan
 
@@ -133,9 +151,9 @@ class RunRecord:
             self.write()
 
     def finish(self, stage: Stage, done: bool) -> None:
-        """Keeps the figures of a stage, where it was trained to its end in this call."""
+        """Keeps the figures of a stage that was trained to its end in this call, or in one that was then killed."""
         name = stage.settings.name
-        if done and self.log.stage == name:
+        if done and self.writes and (self.log.stage == name or name not in self.content["figures"]):
             self.content["figures"][name] = self.log.figures(name, stage.settings.batch_size)
         self.write()
 
@@ -144,6 +162,37 @@ class RunRecord:
         self.content["spent"] = round(self.spent(), 3)
         if self.writes:
             write_json(self.path, self.content)
+
+
+def _is_sound(content: Mapping[str, Any]) -> bool:
+    """Whether a record has all that is read of one."""
+
+    def has(table: object, kinds: Mapping[str, Any]) -> bool:
+        return isinstance(table, dict) and all(
+            isinstance(table.get(key), kind) for key, kind in kinds.items()
+        )
+
+    kinds = {"asked": dict | None, "plan": dict, "figures": dict, "spent": float, "data": dict}
+    length = {"steps": int | None, "minutes": int | float | None}
+    planned = {"steps": int, "seconds": int | float}
+    return (
+        has(content, kinds)
+        and has(content["asked"] or {}, length)
+        and all(has(stage, planned) for stage in content["plan"].values())
+    )
+
+
+def _occupied(folder: Path, other: str) -> InputError:
+    """The error for a folder that another training has."""
+    said, model = f"{folder} holds a training {other}: choose another", folder / "model"
+    library = command = ""
+    if "pictures" in other and model.is_dir():
+        library = f", with DiffusionModel.from_pretrained({str(model)!r}) to train its model further,"
+        command = f", with --start {model} to train its model further,"
+    return InputError(
+        f"{said} output_dir{library} or resume=False to replace it",
+        f"{said} --output{command} or --fresh to replace it",
+    )
 
 
 def _part(stage: Stage, stages: Sequence[Stage]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from stable_diffusion.fields import Rule, typed
 from stable_diffusion.training.compute import Compiler, Computer
 from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.events import Event, Plan
+from stable_diffusion.training.lock import alone
 from stable_diffusion.training.loop import train_stage
 from stable_diffusion.training.pace import Clock
 from stable_diffusion.training.record import RunRecord, facts
@@ -52,23 +54,28 @@ def train_model(
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
 
+    stages = [_fitting(settings, len(entries), processes.num_processes) for settings in stages]
     built = [STAGES[settings.kind].stage(parts, settings) for settings in stages]
     computer = Computer(built, autocast, compiler, clock)
     run = facts(parts.config, entries, {**(about or {}), "seed": seed}, computer)
-    record = RunRecord(output_dir, run, resume, computer)
-    plan = record.plan(steps, minutes)
-    workspace = Workspace(parts, data, entries, output_dir / "cache")
-    yield Plan(
-        name=parts.config.name,
-        pictures=len(entries),
-        captions=len(workspace.captions) - 1,
-        steps={name: planned["steps"] for name, planned in plan.items()},
-        seconds={name: planned["seconds"] for name, planned in plan.items()},
-        device=str(computer.device),
-        number_format=computer.number_format,
-    )
-    for stage in built:
-        yield from _train(stage, workspace, computer, record, seed)
+    with alone(output_dir):
+        record = RunRecord(output_dir, run, resume, computer)
+        plan = record.plan(steps, minutes)
+        workspace = Workspace(parts, data, entries, output_dir / "cache")
+        yield Plan(
+            name=parts.config.name,
+            pictures=len(entries),
+            captions=len(workspace.captions) - 1,
+            steps={name: planned["steps"] for name, planned in plan.items()},
+            seconds={name: planned["seconds"] for name, planned in plan.items()},
+            device=str(computer.device),
+            number_format=computer.number_format,
+            compiled=None
+            if compiler is None
+            else [stage.settings.name for stage in built if stage in computer.compiled],
+        )
+        for stage in built:
+            yield from _train(stage, workspace, computer, record, seed)
 
 
 def _train(
@@ -89,6 +96,12 @@ def _train(
     finally:
         stage.finish(done)
         record.finish(stage, done)
+
+
+def _fitting(settings: StageSettings, pictures: int, processes: int) -> StageSettings:
+    """With a batch that is no larger than the set, unless processes and micro-batches need more."""
+    least = processes * settings.gradient_accumulation_steps
+    return replace(settings, batch_size=min(settings.batch_size, max(pictures, least)))
 
 
 def _check_lengths(steps: int | None, minutes: float | None) -> None:

@@ -58,7 +58,7 @@ class StageSettings(OptimizerSettings):
     min_steps: Count = 1000
     """Optimizer steps that even the smallest set gets."""
     batch_size: Annotated[int, within(1, 2**20)] = 64
-    """Of all processes and micro-batches together."""
+    """Of all processes and micro-batches together; no more than the set has pictures."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches of an optimizer step, one after the other: less memory. Batch statistics are a micro-batch's."""
     ema_decay: Decay = 0.999

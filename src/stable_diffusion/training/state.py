@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stable_diffusion.files import replacing
+from stable_diffusion.checkpoints.files import write_tensors
+from stable_diffusion.errors import InputError
+from stable_diffusion.files import reading
 from stable_diffusion.training.stage import Player
 
 
@@ -80,19 +81,29 @@ class TrainState:
         tensors |= {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         for name, fields in self._moments().items():
             tensors |= {f"optimizer.{field}.{name}": value for field, value in fields.items()}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         counts = {"step": self.step, "skipped": self.skipped, "scale": self.scaler.get_scale()}
-        with replacing(path) as building:
-            save_file(tensors, building, metadata={key: str(value) for key, value in counts.items()})
+        write_tensors(path, tensors, metadata={key: str(value) for key, value in counts.items()})
+
+    def load(self, path: Path) -> None:
+        """Restores what ``save`` wrote. Raises InputError for a file that is cut, or of something else."""
+        with reading(path), path.open("rb"):  # safetensors calls a file that may not be read missing
+            pass
+        try:
+            self._load(path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the checkpoint {path} is damaged ({error}): delete it, and its stage begins anew"
+            ) from None
 
     @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Restores what ``save`` wrote."""
+    def _load(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(file.get_tensor(f"weights.{name}"))
-            for name, mean in self.average.items():
-                mean.copy_(file.get_tensor(f"average.{name}"))
+            for kind, tensors in (("weights", self.parameters), ("average", self.average)):
+                for name, tensor in tensors.items():
+                    value = file.get_tensor(f"{kind}.{name}")
+                    if value.shape != tensor.shape:
+                        raise ValueError(f"{kind}.{name} is {[*value.shape]} instead of {[*tensor.shape]}")
+                    tensor.copy_(value)
             moments, counts = self._moments(), file.metadata()
             for key in file.keys():  # noqa: SIM118 (it is no dict)
                 kind, field, name = key.split(".", 2)

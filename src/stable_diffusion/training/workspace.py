@@ -15,12 +15,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from stable_diffusion import images
 from stable_diffusion.config import ModelConfig, TextEncoderConfig, to_dict
 from stable_diffusion.data.cache import Array, ArrayCache, digest
-from stable_diffusion.data.item import Entry, Source, stream
+from stable_diffusion.data.item import Entry, Source, squares
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import read_json, write_json
+from stable_diffusion.files import read_json, write_json, writing
 from stable_diffusion.generation.pipeline import Parts
 from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.unet import UNet
@@ -118,16 +117,19 @@ class Workspace:
 
         def blocks() -> Iterator[Array]:
             damaged: list[int] = []
-            for i, picture in enumerate(stream(self.data, [entry.key for entry in self.entries])):
+            for i, picture in enumerate(squares(self.data, [entry.key for entry in self.entries], size)):
                 if isinstance(picture, InputError):  # named below; until now only its header was read
                     damaged.append(i)
                     picture = Image.new("RGB", (size, size))
-                yield np.asarray(images.cover(picture, size, size))[None]
+                yield np.asarray(picture)[None]
             write_json(record, {"rows": damaged})
 
         cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
+        if PartialState().is_main_process and _rows(record, count) is None:
+            with writing(cache.path):
+                cache.path.unlink(missing_ok=True)  # nobody knows which of its rows are blank
         pictures = yield from _filled(cache, blocks(), "reading pictures", np.arange(count + 1))
-        if damaged := read_json(record)["rows"]:
+        if damaged := _rows(record, count):
             names = ", ".join(self.entries[i].key for i in damaged[:3])
             said = f"{len(damaged)} pictures cannot be decoded and are left out: {names}"
             warnings.warn(said, stacklevel=2)
@@ -193,6 +195,15 @@ class Workspace:
         cache = ArrayCache(self.folder, f"captions-{i + 1}", key, shape, "float16")
         rows = yield from _filled(cache, blocks(), "encoding captions", starts)
         return TextCache(rows, starts, config.context_length)
+
+
+def _rows(path: Path, count: int) -> list[int] | None:
+    """Which of so many rows a file lists; None where there is no such file, or it is damaged."""
+    try:
+        rows = read_json(path).get("rows")
+    except InputError:
+        return None
+    return rows if isinstance(rows, list) and all(i in range(count) for i in rows) else None
 
 
 def _filled(

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stable_diffusion.checkpoints import families
-from stable_diffusion.checkpoints.checkpoint import Checkpoint, published_text_state, text_state
-from stable_diffusion.checkpoints.diffusers import settings, weights
+from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged, published_text_state, text_state
+from stable_diffusion.checkpoints.diffusers import schedulers, settings, weights
 from stable_diffusion.checkpoints.files import State, write_tensors
-from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, typed
+from stable_diffusion.config import (
+    CLIP_H,
+    CLIP_L,
+    SD15,
+    AutoencoderKLConfig,
+    AutoencoderTinyConfig,
+    Guidance,
+    ModelConfig,
+    TextEncoderConfig,
+    typed,
+)
+from stable_diffusion.diffusion.names import SAMPLERS, sampler_name
 from stable_diffusion.errors import InputError, unknown_name
-from stable_diffusion.files import read_json, replacing_folder, write_json
+from stable_diffusion.files import is_file, read_bytes, read_json, replacing_folder, write_json
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-             "StableDiffusionInpaintPipelineLegacy")  # fmt: skip
+             "StableDiffusionInpaintPipelineLegacy", "LatentConsistencyModelPipeline",
+             "LatentConsistencyModelImg2ImgPipeline")  # fmt: skip
 LEFT_ASIDE = ("safety_checker", "feature_extractor", "image_encoder")
+TOKENIZERS = ("vocab.json", "tokenizer.json")
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether a folder is a diffusers pipeline."""
-    return (folder / "model_index.json").is_file()
+    """Whether a folder is a diffusers pipeline, or has its U-Net alone."""
+    if any(is_file(folder / name) for name in ("model_index.json", "unet/config.json")):
+        return True
+    path = folder / "config.json"
+    return is_file(path) and str(read_json(path).get("_class_name", "")).startswith("UNet2DCondition")
 
 
 def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
-    """The checkpoint in a diffusers folder.
+    """The checkpoint in a diffusers folder; autoencoder and text encoder are empty where their folders are not there.
 
     Args:
-        folder: the pipeline.
+        folder: the pipeline, or its U-Net alone.
         variant: files to prefer, such as ``fp16`` or ``non_ema``; None takes the plain ones, else fp16's.
 
     Raises:
@@ -38,44 +54,98 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
             variant.
     """
     aside = _left_aside(folder)
-    text = settings.text_encoder_config(_json(folder / "text_encoder/config.json", "max_position_embeddings"))
-    schedule = _json(folder / "scheduler/scheduler_config.json", "_class_name")
-    unet = _json(folder / "unet/config.json", *settings.UNET_KEYS)
-    vae = settings.autoencoder_config(_json(folder / "vae/config.json", *settings.VAE_KEYS))
-    config = ModelConfig(
-        name=folder.resolve().name,
-        sample_size=typed(int, unet.get("sample_size", 64), "sample_size") * vae.factor,
-        vae=vae,
-        unet=settings.unet_config(unet),
-        text_encoders=(text,),
-        schedule=settings.schedule_config(schedule),
-        sampler=settings.sampler_config(schedule),
-    )
-    said = "says so" if "prediction_type" in schedule else "is silent, which is diffusers' word for it"
-    notes = [f"The U-Net predicts {config.schedule.prediction_type}: scheduler/scheduler_config.json {said}."]
+    denoiser = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet_settings = _json(denoiser / "config.json", *settings.UNET_KEYS)
+    unet = settings.unet_config(unet_settings)
+    parts: dict[str, Any] = {"sampler": SD15.sampler}
+    notes = ["The U-Net predicts epsilon: most do, and no scheduler/scheduler_config.json says otherwise."]
+    if (folder / "scheduler").is_dir():
+        schedule = _json(folder / "scheduler/scheduler_config.json", "_class_name")
+        said = "says so" if "prediction_type" in schedule else "is silent, which is diffusers' word for it"
+        parts = {
+            "schedule": schedulers.schedule_config(schedule),
+            "sampler": schedulers.sampler_config(schedule),
+        }
+        predicted = parts["schedule"].prediction_type
+        notes = [f"The U-Net predicts {predicted}: scheduler/scheduler_config.json {said}."]
+        notes += schedulers.scheduler_notes(schedule)
     if aside:
         notes.append(f"Left aside: {' and '.join(aside)}.")
-    clips = schedule["_class_name"] in ("DDIMScheduler", "DDPMScheduler")
-    if schedule.get("clip_sample", clips) or schedule.get("thresholding"):
-        notes.append("Left aside: the scheduler's clipping of what it sees in the noise (clip_sample).")
-    states = {part: weights.read_part(folder / part, stem, variant) for part, stem in weights.WEIGHTS.items()}
+    codec: AutoencoderKLConfig | AutoencoderTinyConfig = AutoencoderKLConfig(
+        latent_channels=unet.out_channels
+    )
+    vae, text_encoder, tokenizer = State(), State(), folder
+    if (folder / "vae").is_dir():
+        codec = settings.autoencoder_config(_json(folder / "vae/config.json"))
+        vae = weights.vae_state(weights.read_part(folder / "vae", weights.WEIGHTS["vae"], variant))
+    text = TextEncoderConfig(hidden_size=unet.cross_attention_dim or 1, num_attention_heads=1)
+    if (folder / "text_encoder").is_dir():
+        text, text_encoder, tokenizer = read_text_encoder(folder, variant)
     if variant is not None and not weights.has_variant(folder, variant):
         raise InputError(
             f"{folder} has no files of the variant {variant!r}: {weights.variants_there(folder)}"
         )
-    return Checkpoint(
-        config,
-        vae=weights.vae_state(states["vae"]),
-        unet=states["unet"],
-        text_encoders=[text_state(states["text_encoder"], text)],
-        tokenizers=[folder / "tokenizer"],
-        notes=tuple(notes),
-    )
+    size = typed(int, unet_settings.get("sample_size", 64), "sample_size") * codec.factor
+    parts |= {"unet": unet, "vae": codec, "text_encoders": (text,), "sample_size": size}
+    config = ModelConfig(name=folder.resolve().name, **parts)
+    if few := few_steps(config):
+        config = replace(config, num_inference_steps=few[0], guidance=Guidance(scale=few[1]))
+        notes.append(f"By default {few[0]} step{'s' * (few[0] > 1)}: {few[2]}.")
+    state = weights.read_part(denoiser, weights.WEIGHTS["unet"], variant)
+    return Checkpoint(config, vae, state, [text_encoder], [tokenizer], notes=tuple(notes))
+
+
+def few_steps(config: ModelConfig) -> tuple[int, float, str] | None:
+    """Steps and guidance scale of a model that was distilled to few steps, and what tells that it is one.
+
+    A folder does not say how it wants to be used, its model's card does. What tells those cards' models apart is in
+    the configurations: a U-Net that reads its guidance (LCM_Dreamshaper: 4 steps, scale 8), the scheduler of
+    consistency models (LCM's or TCD's: 4 steps without guidance), a U-Net without a middle whose autoencoder is
+    TAESD's (SDXS: 1 step), and Euler's trailing steps for eps without zero terminal SNR (SD-Turbo: 1 step).
+    """
+    sampler, schedule = config.sampler, config.schedule
+    if config.unet.time_cond_proj_dim is not None:
+        return 4, 8.0, "its U-Net reads its guidance, as latent consistency models' do"
+    if SAMPLERS[sampler.name].spacing == "lcm":
+        return 4, 1.0, "its scheduler is that of consistency models, which need no guidance"
+    if config.unet.mid_block_type is None and isinstance(config.vae, AutoencoderTinyConfig):
+        return 1, 1.0, "U-Net and autoencoder are SDXS', which needs no guidance"
+    eps = schedule.prediction_type == "epsilon" and not schedule.rescale_betas_zero_snr
+    if (sampler.name, sampler.spacing) == ("euler", "trailing") and eps:
+        return 1, 1.0, "its scheduler (Euler, trailing, epsilon) is SD-Turbo's, which needs no guidance"
+    return None
+
+
+def read_text_encoder(folder: Path, variant: str | None = None) -> tuple[TextEncoderConfig, State, Path]:
+    """A CLIP text encoder with its tensors and the folder of its tokenizer.
+
+    Args:
+        folder: has them in ``text_encoder`` and ``tokenizer``, as a pipeline, or is the text encoder itself. Of a whole
+            CLIP the text encoder is read. Without a tokenizer beside it, it gets that of all published CLIPs.
+        variant: as in ``read``.
+
+    Raises:
+        InputError: no such text encoder, or damaged files.
+    """
+    part = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+    whole = read_json(part / "config.json")
+    found = whole["text_config"] if isinstance(whole.get("text_config"), dict) else whole
+    if "max_position_embeddings" not in found or not str(found.get("model_type", "clip")).startswith("clip"):
+        raise InputError(f"{part / 'config.json'} is not the configuration of a CLIP text encoder")
+    config = settings.text_encoder_config(found)
+    if found is not whole and config.hidden_size == CLIP_H.hidden_size:
+        config = replace(config, skip_last_layers=CLIP_H.skip_last_layers)  # where 2.x reads it
+    state = text_state(weights.read_part(part, weights.WEIGHTS["text_encoder"], variant), config)
+    own = [part] * any((part / name).is_file() for name in TOKENIZERS)
+    tokenizers = [folder / "tokenizer", *own, part.parent / "tokenizer"]
+    if config.vocab_size == CLIP_L.vocab_size:
+        tokenizers.append(packaged("clip-tokenizer-2" if config.hidden_act == "gelu" else "clip-tokenizer"))
+    return config, state, next(filter(Path.is_dir, tokenizers), tokenizers[0])
 
 
 def _left_aside(folder: Path) -> list[str]:
     """The parts that are not read. Raises InputError for pipelines of other families."""
-    index = _json(folder / "model_index.json")
+    index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     name = str(index.get("_class_name", PIPELINES[0]))
     for prefix, family in families.OTHER_PIPELINES.items():
         if name.startswith(prefix):
@@ -120,23 +190,21 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         What was not written or is not the same there, in sentences for the user.
 
     Raises:
-        InputError: there is something at `folder`, or diffusers has no place for any part.
+        InputError: diffusers has no place for any part, or the folder cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists: choose another name")
     config = checkpoint.config
     reason = families.misfit(config)
-    kl = isinstance(config.vae, AutoencoderKLConfig) and config.vae.codebook_size is None
+    codec = families.vae_misfit(config.vae) is None
     text = config.unet.cross_attention_dim is not None  # diffusers' U-Net cannot be without
-    written = [part for part, is_there in (("unet", text), ("vae", kl)) if is_there]
+    written = [part for part, is_there in (("unet", text), ("vae", codec)) if is_there]
     if not written:
         raise InputError(f"diffusers has no place for any part of {config.name!r}: {reason}")
     with replacing_folder(folder) as building:
-        texts = {"scheduler/scheduler_config.json": settings.scheduler_settings(config)}
+        texts = {"scheduler/scheduler_config.json": schedulers.scheduler_settings(config)}
         states = {}
         if text:
             texts["unet/config.json"], states["unet"] = settings.unet_settings(config), checkpoint.unet
-        if kl:
+        if codec:
             texts["vae/config.json"], states["vae"] = settings.vae_settings(config), checkpoint.vae
         if reason is None:
             (encoder,) = config.text_encoders
@@ -159,7 +227,9 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
         notes.append(
             "Diffusers' pipeline sets steps_offset to 1: its pictures differ with leading timesteps."
         )
-    if config.schedule.kind == "flow":
+    if config.schedule.kind != "flow":
+        notes += schedulers.unsaid(config.sampler)
+    else:
         notes.append(
             "Diffusers walks a rectified flow from 0.999 on and cuts times to whole numbers: its pictures differ a"
             " little."
@@ -169,16 +239,19 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
 
 def pipeline_index(config: ModelConfig) -> dict[str, Any]:
     """The ``model_index.json``."""
+    kind = "StableDiffusionInpaintPipeline" if config.reads_mask else "StableDiffusionPipeline"
+    if config.unet.time_cond_proj_dim is not None and sampler_name(config.sampler.name) == "lcm":
+        kind = "LatentConsistencyModelPipeline"
     return {
-        "_class_name": "StableDiffusionInpaintPipeline" if config.reads_mask else "StableDiffusionPipeline",
+        "_class_name": kind,
         "_diffusers_version": settings.VERSION,
         **{part: [None, None] for part in LEFT_ASIDE},
         "requires_safety_checker": False,
-        "scheduler": ["diffusers", settings.scheduler_settings(config)["_class_name"]],
+        "scheduler": ["diffusers", schedulers.scheduler_settings(config)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", settings.vae_settings(config)["_class_name"]],
     }
 
 
@@ -191,7 +264,7 @@ def _without_skipped_layers(state: State, config: TextEncoderConfig) -> State:
 def _write_tokenizer(folder: Path, files: list[Path], config: TextEncoderConfig) -> None:
     folder.mkdir()
     for path in files:
-        shutil.copyfile(path, folder / path.name)
+        (folder / path.name).write_bytes(read_bytes(path))
     if not (folder / "tokenizer_config.json").exists():
         end, begin = "<|endoftext|>", "<|startoftext|>"
         tokens = {"bos_token": begin, "eos_token": end, "pad_token": end, "unk_token": end}

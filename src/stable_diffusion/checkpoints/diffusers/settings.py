@@ -1,21 +1,21 @@
-"""The settings in diffusers' JSON files, of each part both ways: ours for theirs, and theirs for ours."""
+"""The settings in diffusers' JSON files, of each network both ways: ours for theirs, and theirs for ours."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from stable_diffusion.config import (
+    TAESD,
     AutoencoderKLConfig,
+    AutoencoderTinyConfig,
     ModelConfig,
-    SamplerConfig,
-    ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     from_dict,
     to_dict,
 )
-from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS, sampler_name
 from stable_diffusion.errors import InputError, shown, unknown_name
 
 VERSION = "0.42.1"
@@ -28,33 +28,35 @@ UNET_KEYS = (*UNET_SAME, "down_block_types", "attention_head_dim")
 
 # What else has the same name there and here.
 VAE_OPTIONAL = ("norm_num_groups", "scaling_factor")
-UNET_OPTIONAL = ("norm_num_groups", "use_linear_projection", "upcast_attention")
+UNET_OPTIONAL = ("norm_num_groups", "use_linear_projection", "upcast_attention", "time_cond_proj_dim")
 TEXT_SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("hidden_act", "max_position_embeddings", "layer_norm_eps"),
 )
-# With diffusers' own defaults, which hold where a file is silent; that of set_alpha_to_one is the scheduler's.
-SCHEDULE_SAME: dict[str, Any] = {
-    **{"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0},
-    **{"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "set_alpha_to_one": None},
-}
 
 # What our networks are built for; another value is a network that they are not.
 UNET_FIXED: dict[str, Any] = {
     **{"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0},
     **{"center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1},
-    **{"mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1},
+    "transformer_layers_per_block": 1,
     **{"only_cross_attention": False, "dual_cross_attention": False, "resnet_time_scale_shift": "default"},
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim")),
-    **dict.fromkeys(("time_cond_proj_dim", "encoder_hid_dim_type", "time_embedding_act_fn")),
+    **dict.fromkeys(("encoder_hid_dim_type", "time_embedding_act_fn")),
 }
 VAE_FIXED: dict[str, Any] = {
     **{"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True},
     **{"mid_block_add_attention": True},
     **dict.fromkeys(("shift_factor", "latents_mean", "latents_std")),
 }
-
-BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+TINY_FIXED: dict[str, Any] = {
+    **{"act_fn": "relu", "in_channels": 3, "upsampling_scaling_factor": 2, "scaling_factor": 1},
+    "shift_factor": 0,
+}
+# Of an AutoencoderTiny, whose decoder's blocks are counted from the latents; ours from the pixels.
+TINY_NAMES = {
+    **{"latent_channels": "latent_channels", "encoder_block_out_channels": "block_out_channels"},
+    **{"num_encoder_blocks": "encoder_blocks", "num_decoder_blocks": "decoder_blocks"},
+}
 
 
 def unet_config(settings: dict[str, Any]) -> UNetConfig:
@@ -80,6 +82,8 @@ def unet_config(settings: dict[str, Any]) -> UNetConfig:
     same = {key: settings[key] for key in UNET_SAME} | {
         key: settings[key] for key in UNET_OPTIONAL if settings.get(key) is not None
     }
+    if "mid_block_type" in settings:  # null is a choice
+        same["mid_block_type"] = settings["mid_block_type"]
     levels = [kind == "CrossAttnDownBlock2D" for kind in kinds]
     heads = heads if isinstance(heads, list) else [heads] * len(widths)
     return from_dict(UNetConfig, {**same, "attention_levels": levels, "num_attention_heads": heads})
@@ -95,7 +99,7 @@ def unet_settings(config: ModelConfig) -> dict[str, Any]:
         "_diffusers_version": VERSION,
         **{key: value for key, value in UNET_FIXED.items() if value is not None},
         "sample_size": config.sample_size // config.vae.factor,
-        **_same(unet, (*UNET_SAME, *UNET_OPTIONAL)),
+        **_same(unet, (*UNET_SAME, *UNET_OPTIONAL, "mid_block_type")),
         "down_block_types": down,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),  # the published misnomer
@@ -108,17 +112,40 @@ def unet_settings(config: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def autoencoder_config(settings: dict[str, Any]) -> AutoencoderKLConfig:
-    """Our configuration for an ``AutoencoderKL``'s ``config.json``."""
+def autoencoder_config(settings: dict[str, Any]) -> AutoencoderKLConfig | AutoencoderTinyConfig:
+    """Our configuration for the ``config.json`` of an ``AutoencoderKL`` or an ``AutoencoderTiny``."""
+    if settings.get("_class_name") == "AutoencoderTiny":
+        return tiny_config(settings)
     _check_fixed("vae/config.json", settings, VAE_FIXED)
+    if missing := [key for key in VAE_KEYS if key not in settings]:
+        raise InputError(f"vae/config.json does not say {', '.join(missing)}: copy or download it again")
     kept = {key: settings[key] for key in (*VAE_KEYS, *VAE_OPTIONAL) if key in settings}
     return from_dict(AutoencoderKLConfig, kept)
 
 
+def tiny_config(settings: dict[str, Any]) -> AutoencoderTinyConfig:
+    """Our configuration for an ``AutoencoderTiny``'s ``config.json``; TAESD's where it is silent."""
+    _check_fixed("vae/config.json", settings, TINY_FIXED)
+    found = {ours: settings[theirs] for theirs, ours in TINY_NAMES.items() if theirs in settings}
+    config = from_dict(AutoencoderTinyConfig, found, base=TAESD)
+    if "decoder_blocks" not in found:
+        return config
+    return replace(config, decoder_blocks=config.decoder_blocks[::-1])
+
+
 def vae_settings(config: ModelConfig) -> dict[str, Any]:
-    """The KL autoencoder's ``config.json``: the inverse of ``autoencoder_config``."""
+    """The autoencoder's ``config.json``: the inverse of ``autoencoder_config``."""
     vae = config.vae
-    assert isinstance(vae, AutoencoderKLConfig)
+    if isinstance(vae, AutoencoderTinyConfig):
+        ours = to_dict(vae)
+        return {
+            "_class_name": "AutoencoderTiny",
+            "_diffusers_version": VERSION,
+            **TINY_FIXED,
+            **{theirs: ours[name] for theirs, name in TINY_NAMES.items()},
+            "decoder_block_out_channels": ours["block_out_channels"],  # diffusers knows one width for all
+            "num_decoder_blocks": ours["decoder_blocks"][::-1],
+        }
     levels = len(vae.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -151,67 +178,6 @@ def text_settings(config: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
-def schedule_config(settings: dict[str, Any]) -> ScheduleConfig:
-    """Our configuration of the forward process for a ``scheduler_config.json``."""
-    found = SCHEDULE_SAME | {"set_alpha_to_one": settings["_class_name"] == "DDIMScheduler"}
-    found |= {key: settings[key] for key in SCHEDULE_SAME if key in settings}
-    if settings.get("use_flow_sigmas"):
-        flow = {key: found[key] for key in ("num_train_timesteps", "prediction_type")}
-        return from_dict(ScheduleConfig, {"kind": "flow", "shift": settings.get("flow_shift", 1.0), **flow})
-    if settings.get("trained_betas") is not None:
-        raise InputError("scheduler_config.json: trained_betas are not supported, a named beta_schedule is")
-    beta_schedule = str(settings.get("beta_schedule", "linear"))
-    if beta_schedule not in BETA_SCHEDULES:
-        raise unknown_name("beta_schedule", beta_schedule, BETA_SCHEDULES)
-    return from_dict(ScheduleConfig, {"kind": BETA_SCHEDULES[beta_schedule], **found})
-
-
-def sampler_config(settings: dict[str, Any]) -> SamplerConfig:
-    """The sampler that a ``scheduler_config.json`` names, with its spacing."""
-    name = str(settings["_class_name"])
-    rows = {ours: row for ours, row in SAMPLERS.items() if row.diffusers == name}
-    if not rows:
-        raise unknown_name("scheduler class", name, [row.diffusers for row in SAMPLERS.values()])
-    if settings.get("use_flow_sigmas"):
-        return SamplerConfig(name="euler" if settings.get("solver_order") == 1 else next(iter(rows)))
-    sampler = max(rows, key=lambda ours: _says(settings, rows[ours].diffusers_settings))
-    said = [ours for ours, row in SPACINGS.items() if row.diffusers and _says(settings, row.diffusers)]
-    if not said and settings.get("timestep_spacing") is not None:
-        raise unknown_name("timestep_spacing", settings["timestep_spacing"], SPACINGS)
-    return SamplerConfig(name=sampler, spacing=said[-1] if said else None)  # Karras' levels before timesteps
-
-
-def scheduler_settings(config: ModelConfig) -> dict[str, Any]:
-    """The ``scheduler_config.json``: the inverse of ``schedule_config`` and ``sampler_config``."""
-    schedule, sampler = config.schedule, config.sampler
-    name = sampler_name(sampler.name)
-    same = {"_diffusers_version": VERSION, **_same(schedule, SCHEDULE_SAME)}
-    if schedule.kind == "flow":  # DPM-Solver++ of the first order is Euler's step
-        return {
-            "_class_name": "DPMSolverMultistepScheduler",
-            **{key: same[key] for key in ("_diffusers_version", "num_train_timesteps", "prediction_type")},
-            "flow_shift": schedule.shift,
-            "steps_offset": 1,  # which its pipeline asks for
-            "solver_order": 1 if name in ("euler", "ddim") else 2,
-            "use_flow_sigmas": True,
-        }
-    if not schedule.rescale_betas_zero_snr:
-        del same["rescale_betas_zero_snr"]
-    beta_schedule = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[schedule.kind]
-    settings: dict[str, Any] = {
-        "_class_name": SAMPLERS[name].diffusers,
-        **SAMPLERS[name].diffusers_settings,
-        **same,
-        **{"beta_schedule": beta_schedule, "trained_betas": None},
-        **{"clip_sample": False, "skip_prk_steps": True},
-    }
-    if sampler.spacing is not None:
-        settings |= SPACINGS[sampler.spacing].diffusers
-    if name == "ddpm" and sampler.variance == "large":
-        settings["variance_type"] = "fixed_large"
-    return settings
-
-
 def _same(config: object, keys: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key in keys}
 
@@ -223,8 +189,3 @@ def _check_fixed(file: str, settings: dict[str, Any], fixed: dict[str, Any]) -> 
             raise InputError(
                 f"{file}: {key} must be {value!r}, as in published models, got {shown(settings[key])}"
             )
-
-
-def _says(settings: dict[str, Any], wanted: Mapping[str, Any]) -> int:
-    """How many settings are as wanted; 0 unless all are."""
-    return len(wanted) if all(settings.get(key) == value for key, value in wanted.items()) else 0

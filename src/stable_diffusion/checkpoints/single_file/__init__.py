@@ -4,7 +4,7 @@ A table for each part says how its blocks are named there; the rest of a tensor'
 say how the networks are built. What the U-Net predicts is in neither: see ``infer.prediction_type``.
 """
 
-from stable_diffusion.checkpoints.single_file.read import read, read_unet, read_vae
+from stable_diffusion.checkpoints.single_file.read import read, read_vae
 from stable_diffusion.checkpoints.single_file.write import write
 
-__all__ = ["read", "read_unet", "read_vae", "write"]
+__all__ = ["read", "read_vae", "write"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from stable_diffusion.checkpoints.files import State
 from stable_diffusion.config import (
     CLIP_H,
     CLIP_L,
+    SD15,
     AutoencoderKLConfig,
     ModelConfig,
     SamplerConfig,
@@ -44,6 +46,10 @@ class File(NamedTuple):
     metadata: dict[str, str]
     global_step: object = None
 
+    def has(self, *prefixes: str) -> bool:
+        """Whether it has tensors of a part."""
+        return any(name.startswith(prefixes) for name in self.tensors)
+
     def part(self, prefix: str) -> State:
         """The tensors of one part, without the prefix."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
@@ -54,8 +60,8 @@ def model_config(file: File, stored: ModelConfig | None, asked: str | None) -> t
 
     `stored` is what the file's metadata has, `asked` what the user says that the U-Net predicts.
     """
-    openclip = any(name.startswith(OPEN_CLIP) for name in file.tensors)
     unet = unet_config(file) if stored is None else stored.unet
+    openclip = file.has(OPEN_CLIP) or (not file.has(CLIP) and unet.cross_attention_dim == CLIP_H.hidden_size)
     predicted, how = prediction_type(file, asked, openclip and unet.in_channels == 4, openclip)
     prediction = PREDICTIONS[predicted]
     if stored is not None:
@@ -65,7 +71,7 @@ def model_config(file: File, stored: ModelConfig | None, asked: str | None) -> t
     config = ModelConfig(
         name=file.path.stem,
         sample_size=int(resolution[0]) if resolution else 768 if v and openclip else 512,
-        vae=vae_config(file),
+        vae=vae_config(file) if file.has(VAE) else AutoencoderKLConfig(latent_channels=unet.out_channels),
         unet=replace(unet, upcast_attention=v and openclip),
         text_encoders=(text_config(file, openclip),),
         schedule=ScheduleConfig(prediction_type=prediction),
@@ -104,16 +110,16 @@ def unet_config(file: File) -> UNetConfig:
     """The U-Net's configuration. Raises InputError for one that ours cannot be."""
     state = file.part(UNET)
     levels: list[list[tuple[int, bool]]] = [[]]
-    n = 1
-    while block := [name for name in state if name.startswith(f"input_blocks.{n}.")]:
+    numbers = input_blocks(state)
+    for n in numbers if has_gaps(state) else takewhile(numbers.__contains__, range(1, len(numbers) + 1)):
+        block = [name for name in state if name.startswith(f"input_blocks.{n}.")]
         if any(name.startswith(f"input_blocks.{n}.0.op.") for name in block):
             levels.append([])
         else:
             width = _axis(state, rf"input_blocks\.{n}\.0\.(emb_layers\.1|out_layers\.\d)\.", 0, 32)
             levels[-1].append((width, any(name.startswith(f"input_blocks.{n}.1.") for name in block)))
-        n += 1
     if not all(levels):
-        raise InputError(f"{file.path} holds no whole U-Net: it has {n - 1} input blocks")
+        raise InputError(f"{file.path} holds no whole U-Net: it has {len(numbers)} input blocks")
     channels = _axis(state, r"input_blocks\.0\.0\.weight$", 1, 4)
     context = _axis(state, r"attn2\.to_k\.weight$", 1, 768)
     if channels in families.CHANNELS:
@@ -135,7 +141,20 @@ def unet_config(file: File) -> UNetConfig:
         cross_attention_dim=context,
         norm_num_groups=math.gcd(32, *widths),
         use_linear_projection=linear,
+        mid_block_type=SD15.unet.mid_block_type if file.has(f"{UNET}middle_block.") else None,
     )
+
+
+def input_blocks(state: State) -> list[int]:
+    """The numbers of a U-Net's blocks on the way down that are in a file, without the first convolution."""
+    found = (re.match(r"input_blocks\.([1-9]\d*)\.", name) for name in state)
+    return sorted({int(match[1]) for match in found if match})
+
+
+def has_gaps(state: State) -> bool:
+    """Whether a compressed model's blocks are named with gaps (see ``names.unet_blocks``)."""
+    numbers = input_blocks(state)
+    return 2 not in numbers and 3 in numbers
 
 
 def vae_config(file: File) -> AutoencoderKLConfig:

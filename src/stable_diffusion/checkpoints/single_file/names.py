@@ -16,29 +16,29 @@ OPEN_CLIP_LAYER = {
 }
 
 
-def unet_blocks(config: UNetConfig) -> dict[str, str]:
-    """Our names of the U-Net's blocks, and CompVis'."""
+def unet_blocks(config: UNetConfig, *, gaps: bool = False) -> dict[str, str]:
+    """Our names of the U-Net's blocks, and CompVis'.
+
+    With `gaps` those of a compressed model that diffusers' script has written, which counts three blocks a level
+    whatever there is, and leaves the names of attention at the bottom of the way up as they are.
+    """
     table = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
     table |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     table["mid_block.attentions.0"] = "middle_block.1"
-    levels = len(config.block_out_channels)
-    n = 1
-    for i in range(levels):
+    stride = 3 if gaps else config.layers_per_block + 1
+    for i in range(len(config.block_out_channels)):
         for j in range(config.layers_per_block):
-            resnets[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{n}.0"
-            table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
-            n += 1
-        table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-        n += 1
-    n = 0
-    for i in range(levels):
+            resnets[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{stride * i + j + 1}.0"
+            table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{stride * i + j + 1}.1"
+        table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{stride * (i + 1)}.0.op"
+        attends = i > 0 if gaps else config.attention_levels[::-1][i]
         for j in range(config.layers_per_block + 1):
-            resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{n}.0"
-            table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
-            n += 1
-        after = 1 + config.attention_levels[::-1][i]
-        table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{after}.conv"
+            resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{stride * i + j}.0"
+            if attends:
+                table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{stride * i + j}.1"
+        last = stride * (i + 1) - 1
+        table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{last}.{1 + attends}.conv"
     return table | products(resnets, RESNET)
 
 

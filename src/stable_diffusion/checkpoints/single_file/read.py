@@ -15,7 +15,12 @@ from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged
 from stable_diffusion.checkpoints.families import CLIP, EMA, OPEN_CLIP, UNET, VAE
 from stable_diffusion.checkpoints.files import State, building, count, mismatch, read_weights
 from stable_diffusion.checkpoints.single_file import names
-from stable_diffusion.checkpoints.single_file.infer import File, model_config, unet_config, vae_config
+from stable_diffusion.checkpoints.single_file.infer import (
+    File,
+    has_gaps,
+    model_config,
+    vae_config,
+)
 from stable_diffusion.checkpoints.single_file.write import CONFIG, check_fits
 from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, UNetConfig, from_dict
 from stable_diffusion.errors import InputError
@@ -32,7 +37,7 @@ UNUSED = re.compile(
 
 
 def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -> Checkpoint:
-    """The whole model in a single file.
+    """The model in a single file; autoencoder and text encoder are empty where it has none.
 
     Args:
         path: the file.
@@ -43,9 +48,8 @@ def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -
         InputError: the file is damaged, of another kind of model, or lacks something.
     """
     file = _load(path)
-    for name, prefixes in (("U-Net", UNET), ("autoencoder", VAE), ("text encoder", (CLIP, OPEN_CLIP))):
-        if not any(key.startswith(prefixes) for key in file.tensors):
-            raise InputError(f"{path} holds no {name}: give a file of the whole model")
+    if not file.has(UNET):
+        raise InputError(f"{path} holds no U-Net: give a file of the whole model")
     config, found = model_config(file, _stored_config(file), prediction_type)
     assert isinstance(config.vae, AutoencoderKLConfig)
     (text,) = config.text_encoders
@@ -58,9 +62,9 @@ def read(path: Path, *, prediction_type: str | None = None, ema: bool = False) -
         notes.append(f"{count(others, len(file.tensors))} belong to no part of the model and are left out.")
     return Checkpoint(
         config,
-        vae=_vae_state(file, config.vae),
+        vae=_vae_state(file, config.vae) if file.has(VAE) else {},
         unet=_unet_state(file, config.unet, ema),
-        text_encoders=[_text_state(file, text)],
+        text_encoders=[_text_state(file, text) if file.has(CLIP, OPEN_CLIP) else {}],
         # OpenCLIP's pads with "!": a folder of the same vocabulary whose special_tokens_map.json says so.
         tokenizers=[packaged("clip-tokenizer-2" if names.in_openclip_layout(text) else "clip-tokenizer")],
         notes=tuple(notes),
@@ -76,24 +80,14 @@ def read_vae(path: Path) -> tuple[AutoencoderKLConfig, State]:
     return config, _vae_state(file, config)
 
 
-def read_unet(path: Path, *, ema: bool = False) -> tuple[UNetConfig, State]:
-    """The U-Net in a file of its own or of a whole model. Raises InputError as ``read`` does."""
-    file = _load(path)
-    stored = _stored_config(file)
-    config = stored.unet if stored is not None else unet_config(file)
-    return config, _unet_state(file, config, ema)
-
-
 def _load(path: Path) -> File:
     """A file's tensors, mapped into memory. Raises InputError for a damaged file or one of another kind."""
     root, metadata = read_weights(path)
     step = root.get("global_step")
-    for _ in range(3):  # it may nest, but a pickle may also hold itself
-        root = root["state_dict"] if isinstance(root.get("state_dict"), dict) else root
     found = families.kind(root)
     if found in families.KINDS:
         raise families.other(path, families.KINDS[found][1])
-    named = {k: t for k, t in root.items() if isinstance(k, str) and isinstance(t, Tensor)}
+    named = {k: t for k, t in root.items() if isinstance(t, Tensor)}
     tensors = {families.whole(k): t.detach() for k, t in named.items()}
     if found is None:
         raise InputError(f"{path} has {len(tensors)} tensors, none of Stable Diffusion 1.x or 2.x")
@@ -120,7 +114,8 @@ def _stored_config(file: File) -> ModelConfig | None:
 
 def _unet_state(file: File, config: UNetConfig, ema: bool) -> State:
     module = _built(file, UNet, config)
-    table, state = names.unet_blocks(config), file.part(UNET)
+    state = file.part(UNET)
+    table = names.unet_blocks(config, gaps=has_gaps(state))
     if ema:
         averaged = file.part(EMA)
         if not averaged:

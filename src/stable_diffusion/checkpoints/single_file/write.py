@@ -23,17 +23,15 @@ def write(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) 
     """Writes a ``.safetensors`` file of the whole model beside its final name, then puts it in place.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file, a name that nothing has.
         checkpoint: what to write.
         dtype: number format of the file; None keeps the tensors'.
 
     Raises:
-        InputError: `path` has another ending or is a folder, or the layout has no place for such a model.
+        InputError: the layout has no place for such a model, or the file cannot be written.
     """
-    if path.suffix != ".safetensors" or path.is_dir():
-        raise InputError(f"a single file ends in .safetensors, got {path}")
     tensors = to_single(checkpoint.config, checkpoint.unet, checkpoint.vae, checkpoint.text_encoders[:1])
-    write_tensors(path, tensors, dtype, _metadata(checkpoint.config))
+    write_tensors(path, tensors, dtype, _metadata(checkpoint.config), new=True)
 
 
 def to_single(config: ModelConfig, unet: State, vae: State, texts: list[State]) -> State:
@@ -58,8 +56,12 @@ def check_fits(config: ModelConfig) -> tuple[AutoencoderKLConfig, TextEncoderCon
     """The configurations of autoencoder and text encoder. Raises InputError where the layout has no place for them."""
     reason, vae, text = families.misfit(config), config.vae, config.text_encoders[:1]
     process = (config.schedule.kind, config.schedule.prediction_type)
+    if reason is None and not isinstance(vae, AutoencoderKLConfig):
+        reason = "the layout has no names for its light autoencoder"
     if reason is None and isinstance(vae, AutoencoderKLConfig):
         checks = {
+            "the layout has no names for a U-Net that reads its guidance": config.unet.time_cond_proj_dim
+            is None,
             "its autoencoder's scaling factor is not 0.18215": vae.scaling_factor == 0.18215,
             "its text encoder has another vocabulary": text[0].vocab_size == 49408,
             "its U-Net reads other than the text encoder's usual layer": (

@@ -1,0 +1,31 @@
+"""Settings that nobody here chose, such as those in a picture from elsewhere: their limits, and the files they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stable_diffusion.errors import InputError, shown
+from stable_diffusion.generation.request import LOADING, PICTURES
+
+LIMITS = {"num_inference_steps": 150, "width": 2048, "height": 2048, "num_images_per_prompt": 16}
+"""The most that they may ask for; each of several prompts is a picture. What the user chooses has no such limit."""
+
+FILES = (*(name for name in LOADING if name not in ("prediction_type", "variant", "ema")), "lora", *PICTURES)
+"""Fields that name files."""
+
+
+def check_stranger(fields: Mapping[str, Any]) -> None:
+    """Raises InputError where fields that nobody here chose, such as a picture's, ask for more than ``LIMITS``."""
+    pictures = len(fields.get("prompt", ("",))) * fields.get("num_images_per_prompt", 1)
+    for name, value in {**fields, "num_images_per_prompt": pictures}.items():
+        if name in LIMITS and value > LIMITS[name]:
+            raise InputError(f"{name} may be at most {LIMITS[name]} there, got {shown(value)}")
+
+
+def named_files(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The fields that name files, each with a text that it has: of ``parse``, or as they came."""
+    for name in FILES:
+        value = fields.get(name)
+        texts = value if isinstance(value, (list, tuple, Mapping)) else (value,)
+        yield from ((name, text) for text in texts if isinstance(text, str))
