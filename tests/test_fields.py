@@ -36,6 +36,7 @@ from stable_diffusion.diffusion.samplers import sampling_levels
 from stable_diffusion.diffusion.schedule import Schedule
 from stable_diffusion.errors import InputError
 from stable_diffusion.fields import Settings, from_dict, to_dict
+from stable_diffusion.files import read_json
 from stable_diffusion.nn.text import TextEncoder
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import autoencoder
@@ -375,6 +376,24 @@ def test_a_sampler_that_does_not_exist_is_refused_before_anything_is_done(tmp_pa
 def test_what_does_not_fit_is_said(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_dict(ModelConfig, change, base=TINY)
+
+
+def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_said() -> None:
+    with pytest.raises(InputError, match="vocab_size must be at least the tokenizer's 49408, got 100"):
+        tiny_model(SMALL)
+
+
+def test_nesting_is_bounded(tmp_path: Path) -> None:
+    """Where a parser takes it, what walks or shows the value must not run out of stack."""
+    for depth in (33, 500, 5000, 300_000):
+        for opening, closing in (("[", "]"), ('{"a": ', "}")):
+            (tmp_path / "config.json").write_text('{"unet": ' + opening * depth + "1" + closing * depth + "}")
+            with pytest.raises(InputError) as caught:
+                read_json(tmp_path / "config.json")
+            refused(caught.value, "config.json")
+    (tmp_path / "config.json").write_text('{"unet": {"layers_per_block": ' + "9" * 5000 + "}}")
+    with pytest.raises(InputError, match="is not JSON"):
+        read_json(tmp_path / "config.json")
 
 
 def test_a_subclass_keeps_the_range_of_a_field_that_it_gives_another_default() -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from stable_diffusion.config import TextEncoderConfig
+from stable_diffusion.errors import InputError
 from stable_diffusion.nn.blocks import Placed, attend, embedding
 from stable_diffusion.nn.tokenizer import TokenBatch, Tokenizer
 
@@ -160,6 +161,11 @@ class PromptEncoder(nn.Module):
     ) -> None:
         super().__init__()
         assert len(configs) == len(tokenizers), "one tokenizer an encoder"
+        for config, tokenizer in zip(configs, tokenizers, strict=True):
+            if config.vocab_size < tokenizer.size:
+                raise InputError(
+                    f"vocab_size must be at least the tokenizer's {tokenizer.size}, got {config.vocab_size}"
+                )
         self.configs = configs
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList([TextEncoder(config) for config in configs])

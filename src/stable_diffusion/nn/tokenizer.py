@@ -85,6 +85,11 @@ class Tokenizer:
         self.begin_id, self.end_id, self.pad_id = (numbers[token] for token in (begin, end, pad))
         self._encode(["a \u16a0"])  # where the token for unknown letters is missing, this shows it
 
+    @property
+    def size(self) -> int:
+        """Tokens of the vocabulary, without words that were added to it."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+
     def __call__(self, texts: list[str]) -> TokenBatch:
         """The texts' tokens. A text that is too long keeps its begin and end tokens."""
         room = self.context_length - 2
