@@ -369,6 +369,8 @@ def test_a_sampler_that_does_not_exist_is_refused_before_anything_is_done(tmp_pa
         ({"text_encoders": []}, "unet.pooled_projection_dim must be None,"),
         ({"vae": {"encoder_blocks": [1]}}, "encoder_blocks 1"),
         ({"vae": {"in_channels": 1}}, "vae.in_channels must be 3"),
+        ({"schedule": {"prediction_type": "epsilon"}}, "prediction_type must be another than 'epsilon'"),
+        ({"sampler": {"spacing": "karras"}}, "sampler.spacing 'karras' is for the DDPM family: leave it out"),
         ({"vae": {"kind": "vq"}}, "unknown vae kind 'vq': choose one of kl, tiny"),
         ({"guidance": {"scale": math.nan}}, "guidance: scale must be a finite number, got nan"),
     ],

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from stable_diffusion import DiffusionModel, Guidance, InputError
-from stable_diffusion.training.stages import DecoderSettings
+from stable_diffusion.training.stages import DecoderSettings, DenoiserSettings
 from tests.tiny import DECODER, STAGES, TINY, shapes, tiny_model
 
 
@@ -60,6 +60,10 @@ WRONG: list[tuple[str, Callable[[Any, Path], Any]]] = [
     (
         "a stage of the kind 'denoiser' is set by DenoiserSettings",
         lambda model, folder: trained(model, folder, [DecoderSettings(kind="denoiser")]),
+    ),
+    (
+        "loss weight 'bound' needs a discrete schedule",
+        lambda model, folder: trained(model, folder, [DenoiserSettings(loss_weight="bound")]),
     ),
     ("steps must be of type int", lambda model, folder: trained(model, folder, steps="5")),
     ("minutes must be of type float", lambda model, folder: trained(model, folder, minutes="5")),

@@ -299,6 +299,16 @@ class ModelConfig(Settings):
             raise InputError(
                 f"sample_size must be a multiple of the autoencoder's factor {vae.factor}, got {self.sample_size}"
             )
+        if self.schedule.kind == "flow":
+            if self.schedule.prediction_type == "epsilon":
+                raise InputError(
+                    "schedule.prediction_type must be another than 'epsilon' for a rectified flow, which starts from"
+                    " pure noise: flow_prediction, v_prediction or sample"
+                )
+            if self.sampler.spacing and not spacing_named(self.sampler.spacing).flow:
+                raise InputError(
+                    f"sampler.spacing {self.sampler.spacing!r} is for the DDPM family: leave it out for a flow"
+                )
         if (unet.cross_attention_dim is None) != (not self.text_encoders):
             raise InputError(
                 "text_encoders and unet.cross_attention_dim need each other: a U-Net without is without text"

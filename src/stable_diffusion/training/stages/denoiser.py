@@ -49,6 +49,8 @@ class DenoiserStage(Stage):
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.scheduler, self.config = parts.scheduler, parts.config
         self.dropout, self.loss_weight = settings.caption_dropout, settings.loss_weight
+        # Before the data is read: whether the schedule has that weight.
+        loss_weight(self.loss_weight, self.scheduler.config.prediction_type, torch.ones(1), self.scheduler)
         self.captions: Sequence[str] = [""]  # every distinct caption; the empty one first
         self.whitened = ExitStack()
 
