@@ -23,7 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
+
+NESTING = 32
+"""Of lists and objects in JSON: what says a value in an error, or walks it, can then not run out of stack."""
 
 _PART = re.compile(r"\.(\w*)-(\d{1,9})-(\w+)-\w+\.part")
 """How the name of a hidden folder ends: the computer, the process and its mark, random letters."""
@@ -303,6 +306,13 @@ def check_is_file(path: Path) -> None:
         raise InputError(f"{path} is not a file: check the path")
 
 
+def as_path(path: object) -> Path:
+    """The path that a caller gave. Raises InputError where it is none."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise InputError(f"a path must be a text or a Path, got {shown(path)}")
+    return Path(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none, or something else."""
     check_is_file(path)
@@ -314,9 +324,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
+    if _nested(content, NESTING):
+        raise InputError(f"{path} nests lists and objects more than {NESTING} deep: it holds no settings")
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
+
+
+def _nested(value: object, most: int) -> bool:
+    """Whether lists and objects lie in each other more than `most` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (most == 0 and bool(inner)) or any(_nested(item, most - 1) for item in inner)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -6,17 +6,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.data.sources import SourceConfig, source_config
 from stable_diffusion.errors import InputError, shown, unknown_name
-from stable_diffusion.fields import from_dict, typed, within
+from stable_diffusion.fields import from_dict, typed
 from stable_diffusion.files import check_is_file
+from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.stage import OptimizerSettings, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
-
-SEED = Annotated[int, within(0, 2**63 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
