@@ -240,7 +240,7 @@ def test_no_text_from_a_file_steers_a_terminal(model: str, capsys: pytest.Captur
     (folder / "README.md").write_text(f"---\nlicense: {ESCAPES}\n---\n", encoding="utf-8")
     Path("unknown").mkdir()
     Path("unknown/config.json").write_text(json.dumps(config | {ESCAPES: 1}), encoding="utf-8")
-    lora = {"lora_unet_mid_block.lora_down.weight": torch.zeros(1, 768)}
+    lora = {f"lora_unet_mid_block.lora_{name}.weight": torch.zeros(1, 1) for name in ("down", "up")}
     save_file(lora, "lora.safetensors", {"ss_base_model_version": ESCAPES, ESCAPES: ESCAPES})
     minisd("data", "shapes", "--out", "shapes", "--count", 4, "--size", 32)
     file = Path("shapes/annotations/captions_val.json")
