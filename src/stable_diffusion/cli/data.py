@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
-from stable_diffusion.cli.show import finished
+from stable_diffusion.cli.parse import deferred
+from stable_diffusion.cli.show import finished, say
 from stable_diffusion.config import MINI
 from stable_diffusion.data.sources import SOURCES, MadeConfig
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, printable
 from stable_diffusion.fields import Settings
 
 
@@ -62,7 +63,8 @@ def check(
     found = check_set(
         splits, size=size, cut=lambda texts: tokenizer(texts).cut, context_length=text.context_length
     )
-    print(*finished(found), sep="\n")
+    for report in finished(found):
+        say(printable(report, kept="\n"))
 
 
 if TYPE_CHECKING:
@@ -74,13 +76,16 @@ else:
             for name, settings in SOURCES.items()
             if issubclass(settings, MadeConfig)
         ),
-        Annotated[Any, tyro.conf.subcommand("check", constructor=check)],
+        Annotated[Any, tyro.conf.subcommand("check", constructor=deferred(check))],
     ]
 
 
 def data(what: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[What]]) -> None:
     """Make a set of captioned images in COCO format, or check one."""
-    if what is not None:  # the check is done by now
+    if not isinstance(what, MadeConfig):
+        what()  # the check
+    else:
         Settings.__post_init__(what)
-        finished(what.make(what.out))
-        print(what.out)
+        out: Path = vars(what)["out"]
+        finished(what.make(out))
+        say(out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from stable_diffusion.config import TextEncoderConfig
+from stable_diffusion.errors import InputError
 from stable_diffusion.nn.blocks import Placed, attend, embedding
 from stable_diffusion.nn.tokenizer import TokenBatch, Tokenizer
 
@@ -160,6 +161,11 @@ class PromptEncoder(nn.Module):
     ) -> None:
         super().__init__()
         assert len(configs) == len(tokenizers), "one tokenizer an encoder"
+        for config, tokenizer in zip(configs, tokenizers, strict=True):
+            if config.vocab_size < tokenizer.size:
+                raise InputError(
+                    f"vocab_size must be at least the tokenizer's {tokenizer.size}, got {config.vocab_size}"
+                )
         self.configs = configs
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList([TextEncoder(config) for config in configs])
@@ -175,18 +181,31 @@ class PromptEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Each encoder's tokens of the texts, and what its context has no room for."""
-        return [tokenizer(texts) for tokenizer in self.tokenizers]
+        return [self._tokens(index, texts) for index in range(len(self.tokenizers))]
+
+    def _tokens(self, index: int, texts: list[str]) -> TokenBatch:
+        batch = self.tokenizers[index](texts)
+        table = cast(TextEncoder, self.encoders[index]).embeddings.token_embedding
+        known = table.num_embeddings + len(getattr(table, "added", ()))
+        if texts and (last := int(batch.input_ids.max())) >= known:
+            raise InputError(
+                f"the tokenizer in {self.tokenizers[index].folder} gives a word the number {last}, but the text encoder"
+                f" has {known} vectors: the two are of different models, copy or download them again"
+            )
+        return batch
 
     def embed(self, batches: list[TokenBatch], count: int) -> PromptEmbeds:
         """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
         if not self.encoders:  # a model without text: tokens of no length
-            return PromptEmbeds(torch.empty(count, 0, 0), None, torch.empty(count, 0))
+            return PromptEmbeds(
+                torch.empty(count, 0, 0, device="cpu"), None, torch.empty(count, 0, device="cpu")
+            )
         read = [self.read(i, batch.input_ids, batch.attention_mask) for i, batch in enumerate(batches)]
         return self.join(read)
 
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """One encoder's states for the texts, before the projection: what training caches of a frozen encoder."""
-        batch = self.tokenizers[index](texts)
+        batch = self._tokens(index, texts)
         return self.read(index, batch.input_ids, batch.attention_mask)
 
     def read(
