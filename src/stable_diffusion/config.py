@@ -281,19 +281,34 @@ class ModelConfig(Settings):
         """Raises InputError where the parts do not fit together."""
         unet, vae, latents = self.unet, self.vae, self.vae.latent_channels
         texts = sum(text.hidden_size for text in self.text_encoders)
-        for name, value, choices in (
-            ("vae.in_channels", vae.in_channels, (3,)),  # pictures are RGB
-            ("unet.in_channels", unet.in_channels, (latents, 2 * latents + 1)),
-            ("unet.out_channels", unet.out_channels, (latents,)),
-            ("unet.pooled_projection_dim", unet.pooled_projection_dim, (None, texts or None)),
+        for name, value, choices, of in (
+            ("vae.in_channels", vae.in_channels, (3,), "the pictures, which are RGB"),
+            ("unet.in_channels", unet.in_channels, (latents, 2 * latents + 1), "vae.latent_channels"),
+            ("unet.out_channels", unet.out_channels, (latents,), "vae.latent_channels"),
+            (
+                "unet.pooled_projection_dim",
+                unet.pooled_projection_dim,
+                (None, texts or None),
+                "the hidden_size of the text_encoders",
+            ),
         ):
             if value not in choices:
                 said = " or ".join(dict.fromkeys(str(choice) for choice in choices))
-                raise InputError(f"{name} must be {said}, to fit the model's other parts, got {value}")
+                raise InputError(f"{name} must be {said}, to fit {of}, got {value}")
         if self.sample_size % vae.factor:
             raise InputError(
                 f"sample_size must be a multiple of the autoencoder's factor {vae.factor}, got {self.sample_size}"
             )
+        if self.schedule.kind == "flow":
+            if self.schedule.prediction_type == "epsilon":
+                raise InputError(
+                    "schedule.prediction_type must be another than 'epsilon' for a rectified flow, which starts from"
+                    " pure noise: flow_prediction, v_prediction or sample"
+                )
+            if self.sampler.spacing and not spacing_named(self.sampler.spacing).flow:
+                raise InputError(
+                    f"sampler.spacing {self.sampler.spacing!r} is for the DDPM family: leave it out for a flow"
+                )
         if (unet.cross_attention_dim is None) != (not self.text_encoders):
             raise InputError(
                 "text_encoders and unet.cross_attention_dim need each other: a U-Net without is without text"

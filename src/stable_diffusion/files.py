@@ -23,7 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
+
+NESTING = 32
+"""Of lists and objects in JSON: what says a value in an error, or walks it, can then not run out of stack."""
 
 _PART = re.compile(r"\.(\w*)-(\d{1,9})-(\w+)-\w+\.part")
 """How the name of a hidden folder ends: the computer, the process and its mark, random letters."""
@@ -204,7 +207,7 @@ def check_place(path: Path, *, is_folder: bool = False, size: int = 0) -> None:
         there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if (free := shutil.disk_usage(there).free) < size:
             raise InputError(
-                f"{there} has {free / 1e9:.2f} GB free and {path.name} needs {size / 1e9:.2f} GB there:"
+                f"{there} has {free / 1e6:,.0f} MB free and {path.name} needs {size / 1e6:,.0f} MB there:"
                 " make room, or choose another place"
             )
         with _workshop(path, there) as workshop:
@@ -303,24 +306,40 @@ def check_is_file(path: Path) -> None:
         raise InputError(f"{path} is not a file: check the path")
 
 
+def as_path(path: object) -> Path:
+    """The path that a caller gave. Raises InputError where it is none."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise InputError(f"a path must be a text or a Path, got {shown(path)}")
+    return Path(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none, or something else."""
     check_is_file(path)
     try:
-        content = json.loads(read_bytes(path).decode("utf-8"))
+        content = json.loads(read_bytes(path))  # in UTF-8, UTF-16 or UTF-32
     except InputError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise InputError(f"{path} does not exist: check the path") from None
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
+    if _nested(content, NESTING):
+        raise InputError(f"{path} nests lists and objects more than {NESTING} deep: it holds no settings")
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
 
 
+def _nested(value: object, most: int) -> bool:
+    """Whether lists and objects lie in each other more than `most` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (most == 0 and bool(inner)) or any(_nested(item, most - 1) for item in inner)
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file, and the folder that it is in."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # File names can hold bytes that are not text (lone surrogates). UTF-8 has no form for them; these escapes are JSON.
     with replacing(path) as building:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        building.write_text(text + "\n", encoding="utf-8", newline="\n")
+        building.write_text(text + "\n", encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
 from stable_diffusion.files import check_is_file
 
 if TYPE_CHECKING:
@@ -96,9 +96,9 @@ def opened(path: str | Path, content: BinaryIO | None = None) -> Iterator[Image.
 
     Raises InputError for what ``open_image`` refuses, also where that shows only inside the ``with`` block.
     """
+    if content is None:
+        check_is_file(Path(path))
     try:
-        if content is None:
-            check_is_file(Path(path))
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
         with Image.open(content or path, formats=known) as image, _room_for(image.size):
@@ -183,6 +183,8 @@ def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
     """Images of one size as float32 in [-1, 1]. Raises InputError if there are none, or of several sizes."""
     import torch
 
+    if not isinstance(images, Sequence) or not all(isinstance(image, Image.Image) for image in images):
+        raise InputError(f"pictures must be PIL images, got {shown(images)}")
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         found = ", ".join(f"{width}x{height}" for width, height in sizes) or "none"

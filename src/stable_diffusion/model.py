@@ -16,8 +16,9 @@ from stable_diffusion import images
 from stable_diffusion.checkpoints import native
 from stable_diffusion.compiled import keep_methods
 from stable_diffusion.diffusion.samplers import Step
-from stable_diffusion.errors import InputError
-from stable_diffusion.files import slug
+from stable_diffusion.errors import InputError, shown
+from stable_diffusion.fields import typed
+from stable_diffusion.files import as_path, slug
 from stable_diffusion.generation import pipeline
 from stable_diffusion.generation.request import Request, check_size
 from stable_diffusion.nn.text import PromptEmbeds
@@ -46,11 +47,13 @@ class DiffusionModel(ModelParts):
         """Latents of unit standard deviation for PIL images of one size, or for a tensor in [-1, 1].
 
         Raises:
-            InputError: a size that is not a multiple of the autoencoder's factor.
+            InputError: neither, or a size that is not a multiple of the autoencoder's factor.
         """
+        self._check_weights()
         if isinstance(pictures, Image.Image):
             pictures = [pictures]
         pixels = pictures if isinstance(pictures, Tensor) else images.to_tensor(pictures)
+        _check_batch("pictures", pixels, self.config.vae.in_channels)
         check_size(self.config, pixels.shape[-1], pixels.shape[-2])
         return self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
 
@@ -63,8 +66,10 @@ class DiffusionModel(ModelParts):
             preview: takes the autoencoder that was loaded for previews.
 
         Raises:
-            InputError: NaN in the picture, or a preview before ``load_vae(path, preview=True)``.
+            InputError: no such tensor, NaN in the picture, or a preview before ``load_vae(path, preview=True)``.
         """
+        self._check_weights()
+        _check_batch("latents", latents, self.config.vae.latent_channels)
         if preview and not self._preview:
             raise InputError(
                 "there is no autoencoder for previews: load one with load_vae(path, preview=True)"
@@ -78,8 +83,9 @@ class DiffusionModel(ModelParts):
 
         Warns, naming the words, where a text is longer than an encoder's context.
         """
+        self._check_weights()
         notes: list[str] = []
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str) else list(typed(tuple[str, ...], texts, "texts"))
         embeds = pipeline.encode_texts(self.text_encoder, texts, notes)
         for note in notes:
             warnings.warn(note, stacklevel=3)  # of no_grad's wrapper the caller
@@ -108,6 +114,7 @@ class DiffusionModel(ModelParts):
         """
         if not isinstance(request, Request):
             raise InputError(f"stream takes a Request, such as model.request(prompt), got {request!r}")
+        self._check_weights()
         request.check(self.config, self.origin)
         self.adapters.check(request.lora)
         return pipeline.stream(self, request, pipeline.plan(self, request))
@@ -195,12 +202,16 @@ class DiffusionModel(ModelParts):
         """
         if isinstance(data, bool):
             return super().train(data)
+        if not hasattr(data, "entries"):
+            raise InputError(
+                f"train takes captioned pictures, such as CocoImageLoader(images, captions), got {shown(data)}"
+            )
         from stable_diffusion.progress import show
         from stable_diffusion.training.run import train_model
 
         self._check_own_weights()
 
-        folder = Path("runs", slug(self.config.name)) if output_dir is None else Path(output_dir)
+        folder = Path("runs", slug(self.config.name)) if output_dir is None else as_path(output_dir)
         native.check_place(folder / "model", sum(tensor.nbytes for tensor in self.state_dict().values()))
         progress = train_model(
             self,
@@ -239,14 +250,25 @@ class DiffusionModel(ModelParts):
 
         self._check_own_weights()
 
-        verdict = show(overfit(self, data, stages, output_dir=Path(output_dir), autocast=autocast))
+        verdict = show(overfit(self, data, stages, output_dir=as_path(output_dir), autocast=autocast))
         return isinstance(verdict, Verdict) and verdict.learns
 
     def _check_own_weights(self) -> None:
+        self._check_weights()
         if self.adapters.weights:
             raise InputError(
                 f"training needs the model's own weights: unload its LoRAs first ({', '.join(self.adapters.weights)})"
             )
+
+
+def _check_batch(name: str, x: Tensor, channels: int) -> None:
+    """Raises InputError for anything but a batch of floats with so many channels."""
+    shape = tuple(x.shape) if isinstance(x, Tensor) else ()
+    if len(shape) != 4 or shape[1] != channels or 0 in shape or not x.is_floating_point():
+        raise InputError(
+            f"{name} must be floats of the shape (b, {channels}, h, w), got {shape or shown(x)}"
+            + (f" of {x.dtype}" if shape else "")
+        )
 
 
 keep_methods(DiffusionModel)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,13 +20,19 @@ from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.checkpoints.files import building
 from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.diffusion.schedule import Schedule
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
+from stable_diffusion.fields import typed
+from stable_diffusion.files import as_path
 from stable_diffusion.generation.denoise import Network, UNetNetwork
 from stable_diffusion.nn.adapters import Adapters
 from stable_diffusion.nn.text import PromptEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
+
+# What `from_pretrained` has read, for the `__init__` that it calls in this context.
+_READING: ContextVar[tuple[Checkpoint, torch.dtype] | None] = ContextVar("reading", default=None)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class ModelParts(nn.Module):
@@ -45,7 +52,17 @@ class ModelParts(nn.Module):
 
     def __init__(self, config: str | ModelConfig = "mini") -> None:
         super().__init__()
-        self.config = preset(config) if isinstance(config, str) else config
+        config = preset(config) if isinstance(config, str) else config
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"a model is made of a ModelConfig or of a preset's name, got {shown(config)}")
+        self.config = config
+        self.notes: tuple[str, ...] = ()
+        self.origin = {"model": config.name}
+        self.scheduler = Schedule(config.schedule)
+        if (reading := _READING.get()) is not None and reading[0].config is config:
+            _READING.set(None)
+            self._read(*reading)
+            return
         for text in self.config.text_encoders:
             if text.packaged is None:
                 raise InputError(
@@ -53,9 +70,6 @@ class ModelParts(nn.Module):
                     " with DiffusionModel.from_pretrained(path)"
                 )
         folders = [packaged(str(text.packaged)) for text in self.config.text_encoders]
-        self.notes: tuple[str, ...] = ()
-        self.origin = {"model": self.config.name}
-        self.scheduler = Schedule(self.config.schedule)
         self._build(folders)
         for encoder, text in zip(self.text_encoder.encoders, self.config.text_encoders, strict=True):
             if state := native.packaged_text_encoder(text):
@@ -105,7 +119,11 @@ class ModelParts(nn.Module):
         Raises:
             InputError: nothing there, not a model, or files that are damaged or do not fit together.
         """
+        _check_dtype(dtype)
+        for given in filter(None, (path, vae, text_encoder)):
+            as_path(given)  # a text may also be a name of the hub
         source = packaged("model") if path is None else path
+        variant, ema = typed(str | None, variant, "variant"), typed(bool, ema, "ema")
         reading: dict[str, Any] = {"prediction_type": prediction_type, "variant": variant, "ema": ema}
         for name, given in (("vae", vae), ("text_encoder", text_encoder)):
             reading[name] = None if given is None else str(given)
@@ -117,15 +135,23 @@ class ModelParts(nn.Module):
     @classmethod
     def _from_checkpoint(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
         """The model of a checkpoint, whose tensors are taken out of it."""
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model.config = checkpoint.config
-        model.notes = checkpoint.notes
-        model.scheduler = Schedule(model.config.schedule)
-        with building(f"no network has the configuration of {model.config.name!r}"):
-            model._build(checkpoint.tokenizers)
-        checkpoint.fill(model.vae, model.unet, model.text_encoder, dtype)
-        return model
+        before = _READING.set((checkpoint, dtype))
+        try:
+            model = cls(checkpoint.config)
+            if _READING.get() is not None:
+                raise InputError(
+                    f"{cls.__name__}.__init__ must hand its config to super().__init__(config) as it is:"
+                    " from_pretrained fills that model"
+                )
+        finally:
+            _READING.reset(before)
+        return model.to(dtype).eval()
+
+    def _read(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.notes = checkpoint.notes
+        with building(f"no network has the configuration of {self.config.name!r}"):
+            self._build(checkpoint.tokenizers)
+        checkpoint.fill(self.vae, self.unet, self.text_encoder, dtype)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes a model folder (see `checkpoints.native`), replacing one that is there.
@@ -139,7 +165,7 @@ class ModelParts(nn.Module):
         Raises:
             InputError: there is something else at `path`.
         """
-        native.write(Path(path), self._to_checkpoint(), dtype)
+        native.write(as_path(path), self._to_checkpoint(dtype), dtype)
 
     def export(
         self,
@@ -162,8 +188,9 @@ class ModelParts(nn.Module):
         Raises:
             InputError: there is something at `path`, or the format cannot hold the model, nor a part of it.
         """
+        path = as_path(path)
         with files.writing(path):
-            notes = checkpoints.export(Path(path), self._to_checkpoint(), format, dtype)
+            notes = checkpoints.export(path, self._to_checkpoint(dtype), format, dtype)
         for note in notes:
             warnings.warn(note, stacklevel=2)
 
@@ -184,14 +211,15 @@ class ModelParts(nn.Module):
         Raises:
             InputError: a damaged file, no LoRA, one for another model, or a name that is taken.
         """
-        path = Path(path)
+        path = as_path(path)
+        name = path.stem if name is None else typed(str, name, "name")
         loras, count = lora.read(path, self.unet, self.text_encoder, self.config, weight)
-        self.adapters.add(path.stem if name is None else name, loras, weight)
+        self.adapters.add(name, loras, weight)
         return count
 
     def unload_lora(self, name: str) -> None:
         """Forgets a LoRA. Raises InputError for one that is fused, or not there."""
-        self.adapters.remove(name)
+        self.adapters.remove(typed(str, name, "name"))
 
     def fuse_lora(self, weights: Mapping[str, float] | None = None, *, keep: bool = True) -> None:
         """Puts LoRAs into the weights, for speed and for saving (see `nn.adapters.Adapters.fuse`)."""
@@ -211,7 +239,9 @@ class ModelParts(nn.Module):
         Raises:
             InputError: a damaged file, one for another model, or a word that is there already.
         """
-        words = embeddings.add(self.text_encoder, self.config, Path(path), token)
+        words = embeddings.add(
+            self.text_encoder, self.config, as_path(path), typed(str | None, token, "token")
+        )
         added = str(path) if token is None else f"{path}:{token}"
         self.origin["embedding"] = (*self.origin.get("embedding", ()), added)
         return words
@@ -227,7 +257,7 @@ class ModelParts(nn.Module):
         Raises:
             InputError: no such autoencoder there, or one of other latents; the model keeps its own then.
         """
-        config, vae = taesd.load(Path(path), self.config, self.unet)
+        config, vae = taesd.load(as_path(path), self.config, self.unet)
         if preview:
             self._preview = (vae,)  # in a tuple: no part of the model's state
             return
@@ -240,8 +270,17 @@ class ModelParts(nn.Module):
             vae._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _to_checkpoint(self) -> Checkpoint:
+    def _check_weights(self) -> None:
+        """Raises InputError on the meta device, where there are none."""
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise InputError(
+                "the model is on the meta device, which holds shapes and no weights: load it with from_pretrained"
+            )
+
+    def _to_checkpoint(self, dtype: torch.dtype | None) -> Checkpoint:
         """The model as it is written. Warns where there are LoRAs."""
+        self._check_weights()
+        _check_dtype(torch.float32 if dtype is None else dtype)
         if note := self.adapters.note():
             warnings.warn(note, stacklevel=3)
         return Checkpoint.of(self.config, self.vae, self.unet, self.text_encoder)
@@ -271,3 +310,8 @@ class ModelParts(nn.Module):
     def widened(self) -> Self:
         """A copy in float32."""
         return copy.deepcopy(self).float()
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {shown(dtype)}")

@@ -25,7 +25,9 @@ from tests.tiny import TINY
 class Halves(nn.Module):
     """An autoencoder that averages squares of two pixels a side."""
 
-    config = AutoencoderTinyConfig(latent_channels=3, patch_size=2, block_out_channels=(4,))
+    config = AutoencoderTinyConfig(
+        latent_channels=3, patch_size=2, block_out_channels=(4,), encoder_blocks=(1,), decoder_blocks=(1,)
+    )
     device, dtype = torch.device("cpu"), torch.float64
 
     def encode(self, images: Tensor) -> Tensor:

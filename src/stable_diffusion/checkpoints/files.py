@@ -153,7 +153,8 @@ def building(problem: str) -> Iterator[None]:
     except InputError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{problem} ({error})") from None
+        reason = str(error).partition("\n")[0]  # without the frames of C++ code that may follow
+        raise InputError(f"{problem} ({reason})") from None
 
 
 def assign(name: str, module: nn.Module, state: State, dtype: torch.dtype) -> None:

@@ -106,7 +106,7 @@ def loss_weight(
     if name not in LOSS_WEIGHTS:
         raise unknown_name("loss weight", name, LOSS_WEIGHTS)
     if name == "simple":
-        return torch.ones(len(timesteps), dtype=torch.float64)
+        return torch.ones(len(timesteps), dtype=torch.float64, device="cpu")
     alpha, sigma = schedule.alpha_sigma(timesteps)
     snr = (alpha / sigma) ** 2
     if name == "min_snr":

@@ -133,7 +133,9 @@ def _features(network: MobileNetV2, pictures: Array) -> Array:
     pixels = torch.from_numpy(pictures).to(network.device).permute(0, 3, 1, 2).float().div(255)
     # Without antialiasing, shrunken pictures would differ from generated ones.
     pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=network.device)[:, None, None] for v in (_MEAN, _STD))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32, device=network.device)[:, None, None] for v in (_MEAN, _STD)
+    )
     maps = (pixels - mean) / std
     parts = []
     for i, block in enumerate(network.features):

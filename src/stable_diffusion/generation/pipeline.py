@@ -209,7 +209,9 @@ def seeded_noise(parts: Parts, request: Request) -> Callable[[], Latents]:
     device, dtype = parts.network.device, parts.network.dtype
 
     def draw() -> Latents:
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        noise = torch.stack(
+            [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
+        )
         return noise.to(device, dtype)
 
     return draw

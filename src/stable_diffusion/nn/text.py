@@ -161,6 +161,11 @@ class PromptEncoder(nn.Module):
     ) -> None:
         super().__init__()
         assert len(configs) == len(tokenizers), "one tokenizer an encoder"
+        for config, tokenizer in zip(configs, tokenizers, strict=True):
+            if config.vocab_size < tokenizer.size:
+                raise InputError(
+                    f"vocab_size must be at least the tokenizer's {tokenizer.size}, got {config.vocab_size}"
+                )
         self.configs = configs
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList([TextEncoder(config) for config in configs])
@@ -192,7 +197,9 @@ class PromptEncoder(nn.Module):
     def embed(self, batches: list[TokenBatch], count: int) -> PromptEmbeds:
         """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
         if not self.encoders:  # a model without text: tokens of no length
-            return PromptEmbeds(torch.empty(count, 0, 0), None, torch.empty(count, 0))
+            return PromptEmbeds(
+                torch.empty(count, 0, 0, device="cpu"), None, torch.empty(count, 0, device="cpu")
+            )
         read = [self.read(i, batch.input_ids, batch.attention_mask) for i, batch in enumerate(batches)]
         return self.join(read)
 

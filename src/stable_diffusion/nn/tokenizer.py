@@ -85,6 +85,11 @@ class Tokenizer:
         self.begin_id, self.end_id, self.pad_id = (numbers[token] for token in (begin, end, pad))
         self._encode(["a \u16a0"])  # where the token for unknown letters is missing, this shows it
 
+    @property
+    def size(self) -> int:
+        """Tokens of the vocabulary, without words that were added to it."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+
     def __call__(self, texts: list[str]) -> TokenBatch:
         """The texts' tokens. A text that is too long keeps its begin and end tokens."""
         room = self.context_length - 2
@@ -97,7 +102,7 @@ class Tokenizer:
             padding = room - len(kept)
             ids.append([self.begin_id, *kept, self.end_id] + [self.pad_id] * padding)
             mask.append([True] * (len(kept) + 2) + [False] * padding)
-        return TokenBatch(torch.tensor(ids), torch.tensor(mask), cut)
+        return TokenBatch(torch.tensor(ids, device="cpu"), torch.tensor(mask, device="cpu"), cut)
 
     def add_tokens(self, tokens: dict[str, list[int]]) -> None:
         """Makes each word, in upper or lower case, a token that stands for the ids in its list.

@@ -6,9 +6,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from stable_diffusion.fields import within
+
+SEED = Annotated[int, within(0, 2**63 - 1)]
+FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""How random numbers are sampled, whatever torch's defaults are set to: a seed gives the same ones everywhere."""
 
 
 class Samples:
@@ -22,17 +29,18 @@ class Samples:
 
     def __init__(self, count: int, weights: Sequence[float] | None = None) -> None:
         self.count = count
-        self._ends = torch.tensor(weights or (1.0,) * count, dtype=torch.float64).cumsum(0)
+        self._ends = torch.tensor(weights or (1.0,) * count, dtype=torch.float64, device="cpu").cumsum(0)
         self.order = lru_cache(maxsize=4)(self._order)
         """Of an epoch, by seed, stage and the epoch's number."""
 
     def _order(self, seed: int, stage: str, epoch: int) -> list[int]:
         """Systematic sampling (Madow 1949): equal steps through the summed weights from a random start, shuffled."""
         generator = torch.Generator().manual_seed(_seed(seed, stage, "order", epoch))
-        start = torch.rand((), generator=generator, dtype=torch.float64)
-        marks = (torch.arange(self.count, dtype=torch.float64) + start) * self._ends[-1] / self.count
+        start = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
+        places = torch.arange(self.count, dtype=torch.float64, device="cpu")
+        marks = (places + start) * self._ends[-1] / self.count
         chosen = torch.searchsorted(self._ends, marks, right=True).clamp(max=self.count - 1)
-        return chosen[torch.randperm(self.count, generator=generator)].tolist()
+        return chosen[torch.randperm(self.count, generator=generator, device="cpu")].tolist()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stable_diffusion.data.cache import Array
-from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.draw import FLOAT32, Draw, Samples
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.stage import Batch, Stage, StageSettings
 from stable_diffusion.training.workspace import TrainableParts, Workspace, latent_shape
@@ -33,14 +33,15 @@ class PictureStage(Stage):
 
     def example(self, count: int) -> Batch:
         """Random pictures and latents."""
-        return self.placed(torch.rand(count, 3, self.size, self.size), torch.randn(count, *self.latent_shape))
+        pixels = torch.rand(count, 3, self.size, self.size, **FLOAT32)
+        return self.placed(pixels, torch.randn(count, *self.latent_shape, **FLOAT32))
 
     def noise(self, draw: Draw, most: float | None) -> Tensor:
         """Normal noise for each picture's latents: of standard deviation 1, or of one between 0 and `most`."""
         generator = draw.generator()
-        noise = torch.randn(draw.batch_size, *self.latent_shape, generator=generator)
+        noise = torch.randn(draw.batch_size, *self.latent_shape, generator=generator, **FLOAT32)
         if most is not None:
-            noise *= most * torch.rand(draw.batch_size, 1, 1, 1, generator=generator)
+            noise *= most * torch.rand(draw.batch_size, 1, 1, 1, generator=generator, **FLOAT32)
         return draw.share(noise)
 
 

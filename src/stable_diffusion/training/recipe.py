@@ -6,17 +6,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.data.sources import SourceConfig, source_config
 from stable_diffusion.errors import InputError, shown, unknown_name
-from stable_diffusion.fields import from_dict, typed, within
+from stable_diffusion.fields import from_dict, typed
 from stable_diffusion.files import check_is_file
+from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.stage import OptimizerSettings, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
-
-SEED = Annotated[int, within(0, 2**63 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +37,13 @@ def read_recipe(path: Path) -> Recipe:
     """
     check_is_file(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a recipe file, or --images and --captions") from None
     except OSError as error:
         raise InputError(f"cannot open {path}: {error.strerror}; give a recipe file") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
+        raise InputError(f"{path} is not TOML in UTF-8: {error}") from None
     data, model = (_table(content.pop(name, {}), f"[{name}]") for name in ("data", "model"))
     seed, tables = content.pop("seed", 0), content.pop("stage", None)
     for table in content:

@@ -7,13 +7,16 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate import PartialState
 
 from stable_diffusion.data.item import Entry, Source
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.errors import InputError, shown, unknown_name
+from stable_diffusion.fields import Rule, typed
 from stable_diffusion.training.compute import Compiler, Computer
+from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.events import Event, Plan
 from stable_diffusion.training.lock import alone
 from stable_diffusion.training.loop import train_stage
@@ -46,6 +49,7 @@ def train_model(
     stages, entries = DEFAULT if stages is None else stages, data.entries()
     processes = PartialState(cpu=parts.unet.device.type == "cpu")
     _check_lengths(steps, minutes)
+    typed(SEED, seed, "seed")
     _check(parts, entries, stages, processes.num_processes)
     for module in (parts.vae, parts.unet):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
@@ -104,9 +108,9 @@ def _check_lengths(steps: int | None, minutes: float | None) -> None:
     """Raises InputError for a length that no run can have."""
     if steps is not None and minutes is not None:
         raise InputError(f"give steps or minutes, not both: got steps {steps} and minutes {minutes}")
-    for name, value in (("steps", steps), ("minutes", minutes)):
-        if value is not None and not value > 0:
-            raise InputError(f"{name} must be above 0, got {value}")
+    above_0 = Rule("above 0", lambda value: value > 0)
+    typed(Annotated[int, above_0] | None, steps, "steps")
+    typed(Annotated[float, above_0] | None, minutes, "minutes")
 
 
 def _check(
@@ -121,6 +125,10 @@ def _check(
         raise InputError(
             "training learns from captions: a U-Net with num_class_embeds cannot be trained here"
         )
+    if not isinstance(stages, Sequence) or not all(isinstance(stage, StageSettings) for stage in stages):
+        raise InputError(
+            f"stages must be a list of settings, such as [DenoiserSettings()], got {shown(stages)}"
+        )
     names = [settings.name for settings in stages]
     if not names:
         raise InputError(
@@ -129,6 +137,10 @@ def _check(
     for settings in stages:
         if settings.kind not in STAGES:
             raise unknown_name("stage kind", settings.kind, STAGES)
+        if not isinstance(settings, wanted := STAGES[settings.kind].settings):
+            raise InputError(
+                f"a stage of the kind {settings.kind!r} is set by {wanted.__name__}, got {shown(settings)}"
+            )
         if names.count(settings.name) > 1:
             raise InputError(f"two stages have the name {settings.name!r}: give each a name of its own")
         if settings.batch_size < processes * settings.gradient_accumulation_steps:

@@ -182,7 +182,11 @@ class Workspace:
             for chunk in chunks:
                 embeds = encoder.encode(i, chunk)
                 tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
-                mask = torch.ones(tokens.shape[:2]).bool() if embeds.mask is None else embeds.mask.cpu()
+                mask = (
+                    torch.ones(tokens.shape[:2], dtype=torch.bool, device="cpu")
+                    if embeds.mask is None
+                    else embeds.mask.cpu()
+                )
                 for said, real, whole in zip(tokens, mask, pooled, strict=True):
                     yield torch.cat([said[real], whole[None]]).numpy()
 

@@ -16,7 +16,7 @@ from stable_diffusion.config import (
     from_dict,
     to_dict,
 )
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.errors import InputError, shown, unknown_name
 
 VERSION = "0.42.1"
 """Of the diffusers whose form the settings have that we write."""
@@ -65,8 +65,8 @@ def unet_config(settings: dict[str, Any]) -> UNetConfig:
     widths, kinds = settings["block_out_channels"], settings["down_block_types"]
     if not isinstance(widths, list) or not isinstance(kinds, list) or len(widths) != len(kinds):
         raise InputError(
-            f"unet/config.json: block_out_channels and down_block_types must be lists of one length, got {widths!r}"
-            f" and {kinds!r}"
+            f"unet/config.json: block_out_channels and down_block_types must be lists of one length,"
+            f" got {shown(widths)} and {shown(kinds)}"
         )
     supported = ("CrossAttnDownBlock2D", "DownBlock2D")
     for kind in kinds:
@@ -76,7 +76,7 @@ def unet_config(settings: dict[str, Any]) -> UNetConfig:
     if settings.get("up_block_types", mirrored) != mirrored:
         raise InputError(
             f"unet/config.json: up_block_types must mirror down_block_types ({', '.join(mirrored)}),"
-            f" got {settings['up_block_types']!r}"
+            f" got {shown(settings['up_block_types'])}"
         )
     heads = settings.get("num_attention_heads") or settings["attention_head_dim"]  # the published misnomer
     same = {key: settings[key] for key in UNET_SAME} | {
@@ -187,5 +187,5 @@ def _check_fixed(file: str, settings: dict[str, Any], fixed: dict[str, Any]) -> 
     for key, value in fixed.items():
         if settings.get(key, value) != value:
             raise InputError(
-                f"{file}: {key} must be {value!r}, as in published models, got {settings[key]!r}"
+                f"{file}: {key} must be {value!r}, as in published models, got {shown(settings[key])}"
             )

@@ -77,7 +77,7 @@ def unit(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     if not is_shared():
         std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
     else:
-        count = summed(torch.tensor(float(x[:, 0].numel()), device=x.device))
+        count = summed(torch.tensor(float(x[:, 0].numel()), dtype=x.dtype, device=x.device))
         mean = summed(x.sum(dim=(0, 2, 3), keepdim=True)) / count
         std = (summed(((x - mean) ** 2).sum(dim=(0, 2, 3), keepdim=True)) / (count - 1)).sqrt()
     return (x - mean) / (std + 1e-5)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stable_diffusion.data.cache import Array
-from stable_diffusion.training.draw import Draw
+from stable_diffusion.training.draw import FLOAT32, Draw
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.pictures import LATENT_NOISE, PictureStage, distance
 from stable_diffusion.training.stage import Batch, OptimizerSettings, Player, StageSettings
@@ -43,11 +43,11 @@ class Discriminator(nn.Module):
         widths = [2 * in_channels, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
         for c_in, c_out in itertools.pairwise(widths):
-            layers.append(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1))
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1, **FLOAT32))
             if c_out > width:  # the first layer's contrasts are what tells
-                layers.append(nn.GroupNorm(8, c_out))
+                layers.append(nn.GroupNorm(8, c_out, **FLOAT32))
             layers.append(nn.LeakyReLU(0.2))
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1, **FLOAT32))
 
     def forward(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b 1 y x"]:
         details = images - F.avg_pool2d(images, 3, stride=1, padding=1)

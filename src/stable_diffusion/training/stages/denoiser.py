@@ -15,7 +15,7 @@ from stable_diffusion.config import Part
 from stable_diffusion.data.cache import Array
 from stable_diffusion.diffusion.objective import loss_weight, target
 from stable_diffusion.nn.text import PromptEmbeds
-from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.draw import FLOAT32, Draw, Samples
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.stage import Batch, Stage, StageSettings
 from stable_diffusion.training.whitening import whitened
@@ -49,6 +49,8 @@ class DenoiserStage(Stage):
         self.unet, self.text_encoder = parts.unet, parts.text_encoder
         self.scheduler, self.config = parts.scheduler, parts.config
         self.dropout, self.loss_weight = settings.caption_dropout, settings.loss_weight
+        # Before the data is read: whether the schedule has that weight.
+        loss_weight(self.loss_weight, self.scheduler.config.prediction_type, torch.ones(1), self.scheduler)
         self.captions: Sequence[str] = [""]  # every distinct caption; the empty one first
         self.whitened = ExitStack()
 
@@ -67,8 +69,12 @@ class DenoiserStage(Stage):
         """Latents, noise, times, alpha, sigma and loss weight; then for each encoder what it says or has to read."""
         indices = draw.indices(self.samples)
         generator = draw.generator()
-        noise = draw.share(torch.randn(draw.batch_size, *self.latents.shape[1:], generator=generator))
-        lots = draw.share(torch.rand(draw.batch_size, 3, generator=generator, dtype=torch.float64))
+        noise = draw.share(
+            torch.randn(draw.batch_size, *self.latents.shape[1:], generator=generator, **FLOAT32)
+        )
+        lots = draw.share(
+            torch.rand(draw.batch_size, 3, generator=generator, dtype=torch.float64, device="cpu")
+        )
         uniform, dropped, chosen = lots.unbind(dim=1)
         captions = [
             self.captions_of[index][int(lot * len(self.captions_of[index]))] if keep else 0
@@ -79,8 +85,8 @@ class DenoiserStage(Stage):
 
     def example(self, count: int) -> Batch:
         """Random latents with the empty caption, or a blank one of full length."""
-        latents = torch.randn(count, *latent_shape(self.config))
-        times = torch.linspace(0.1, 0.9, count)
+        latents = torch.randn(count, *latent_shape(self.config), **FLOAT32)
+        times = torch.linspace(0.1, 0.9, count, **FLOAT32)
         configs = self.text_encoder.configs
         blank = [None if config.trainable else TextCache.blank(config) for config in configs]
         return self._tensors(latents, latents.flip(0), times, [0] * count, blank)
