@@ -330,8 +330,7 @@ def test_a_file_that_holds_itself_comes_to_an_end(tmp_path: Path) -> None:
     assert pickles.read(tmp_path / "a.ckpt").keys() == {"a", "state_dict", "list"}
     with pytest.raises(InputError, match=r"none of Stable Diffusion|textual inversion"):
         single_file.read(tmp_path / "a.ckpt")
-    with pytest.raises(InputError, match="none of Stable Diffusion"):
-        list(describe(tmp_path / "a.ckpt"))
+    assert "vectors" in list(describe(tmp_path / "a.ckpt"))[1]
 
 
 @pytest.mark.parametrize("shape", [[-1], [0, 2**64 - 1], [2], [2**62, 2**62]])

@@ -193,7 +193,7 @@ def _peft(path: Path, name: str, metadata: dict[str, str]) -> tuple[float | None
                 alpha = value
                 break
         return None if alpha is None else float(alpha), bool(settings.get("use_rslora"))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"the metadata {PEFT_SETTINGS} of {path} is damaged ({error})") from None
 
 

@@ -74,6 +74,9 @@ NAMES = Package(
     credit="names and keywords: Emojibase, by Miles Johnson",
 )
 
+MOST_UNPACKED = 10**9
+"""Bytes of a package's files; the largest has a tenth of that."""
+
 NPM_PREFIX = re.compile(r"^npm (error|ERR!)")
 """What npm puts before each line of an error, older versions the second."""
 
@@ -128,8 +131,11 @@ def read(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
     """The files of an npm archive whose names begin with one of ``wanted``, by their names in the package."""
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            files = {}
+            files, room = {}, MOST_UNPACKED
             for member in tar:
+                room -= member.size
+                if room < 0:
+                    raise tarfile.TarError(f"more than {MOST_UNPACKED:,} bytes unpacked")
                 name = member.name.partition("/")[2]
                 if member.isfile() and name.startswith(tuple(wanted)):
                     stream = tar.extractfile(member)

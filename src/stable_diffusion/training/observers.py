@@ -52,7 +52,7 @@ class JsonLines:
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     step = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(step, dict) and all(
                     isinstance(step.get(key), kind) for key, kind in LINE.items()

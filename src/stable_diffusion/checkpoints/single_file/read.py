@@ -100,7 +100,7 @@ def _stored_config(file: File) -> ModelConfig | None:
         return None
     try:
         config = from_dict(ModelConfig, json.loads(file.metadata[CONFIG]))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"the metadata {CONFIG} of {file.path} is damaged ({error})") from None
     vae, text = check_fits(config)
     blocks = config.unet.layers_per_block + vae.layers_per_block + text.num_hidden_layers
