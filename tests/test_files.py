@@ -410,7 +410,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
         check_place(tmp_path / name)
     check_place(tmp_path, is_folder=True)
     assert names(tmp_path) == []
-    with pytest.raises(InputError, match=r"GB free and a\.png needs 1000000\.00 GB"):
+    with pytest.raises(InputError, match=r"MB free and a\.png needs 1,000,000,000 MB"):
         check_place(tmp_path / "a.png", size=10**15)
 
 

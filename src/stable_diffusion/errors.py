@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -20,9 +23,22 @@ class InputError(ValueError):
         self.command = said if command is None else command
 
 
+def printable(text: object, *, kept: str = "") -> str:
+    """Text of files and of users as one line that a terminal shows and does not obey.
+
+    Escapes stand for control characters, ends of lines, marks that turn the direction of writing, and for bytes of
+    file names that are no text (lone surrogates); not for those that are `kept`.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] in kept else found[0].encode("unicode_escape").decode()
+
+    return _CONTROLS.sub(escaped, str(text))
+
+
 def three_of(names: Sequence[str]) -> str:
     """The first three names, and whether there are more."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return ", ".join(map(printable, names[:3])) + (", …" if len(names) > 3 else "")
 
 
 def shown(value: object, most: int = 80) -> str:

@@ -207,7 +207,7 @@ def check_place(path: Path, *, is_folder: bool = False, size: int = 0) -> None:
         there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if (free := shutil.disk_usage(there).free) < size:
             raise InputError(
-                f"{there} has {free / 1e9:.2f} GB free and {path.name} needs {size / 1e9:.2f} GB there:"
+                f"{there} has {free / 1e6:,.0f} MB free and {path.name} needs {size / 1e6:,.0f} MB there:"
                 " make room, or choose another place"
             )
         with _workshop(path, there) as workshop:
@@ -317,7 +317,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none, or something else."""
     check_is_file(path)
     try:
-        content = json.loads(read_bytes(path).decode("utf-8"))
+        content = json.loads(read_bytes(path))  # in UTF-8, UTF-16 or UTF-32
     except InputError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise InputError(f"{path} does not exist: check the path") from None
@@ -339,6 +339,7 @@ def _nested(value: object, most: int) -> bool:
 
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file, and the folder that it is in."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # File names can hold bytes that are not text (lone surrogates). UTF-8 has no form for them; these escapes are JSON.
     with replacing(path) as building:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        building.write_text(text + "\n", encoding="utf-8", newline="\n")
+        building.write_text(text + "\n", encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -96,9 +96,9 @@ def opened(path: str | Path, content: BinaryIO | None = None) -> Iterator[Image.
 
     Raises InputError for what ``open_image`` refuses, also where that shows only inside the ``with`` block.
     """
+    if content is None:
+        check_is_file(Path(path))
     try:
-        if content is None:
-            check_is_file(Path(path))
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new
         with Image.open(content or path, formats=known) as image, _room_for(image.size):

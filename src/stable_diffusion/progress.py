@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from stable_diffusion.diffusion.samplers import Step
+from stable_diffusion.errors import printable
 from stable_diffusion.generation.pipeline import Result, Steps
 from stable_diffusion.runtime import first_process, stop_signals, watched
 from stable_diffusion.training.events import Observer, TrainStep
@@ -88,6 +89,12 @@ def show_steps(steps: Steps, whole: int, callback: Callable[[Step], bool | None]
     return result
 
 
+def _say(text: object) -> None:
+    """Prints lines. Training does not end because nobody can read them."""
+    with contextlib.suppress(OSError):
+        print(printable(text, kept="\n"), flush=True)
+
+
 class _Bar:
     """Shows training on a terminal or in a notebook, a bar for each stage; elsewhere a line every minute."""
 
@@ -107,13 +114,17 @@ class _Bar:
         if not isinstance(event, TrainStep):
             if first_process():
                 with tqdm.external_write_mode():
-                    print(event, flush=True)
+                    _say(event)
             return
         if event.stage != self.stage:
             self.__exit__()
             self.stage = event.stage
             self.bar = tqdm(
-                desc=event.stage, total=event.total, initial=event.index, unit="step", disable=not watched()
+                desc=printable(event.stage),
+                total=event.total,
+                initial=event.index,
+                unit="step",
+                disable=not watched(),
             )
         self.bar.total = event.total  # a plan may change
         self.bar.update(event.index + 1 - self.bar.n)
@@ -121,4 +132,4 @@ class _Bar:
             self.bar.set_postfix_str(str(event), refresh=False)
         if self.bar.disable and first_process() and time.monotonic() - self.spoke > 60:
             self.spoke = time.monotonic()
-            print(f"{event.stage} {event.index + 1}/{event.total} {event}", flush=True)
+            _say(f"{event.stage} {event.index + 1}/{event.total} {event}")

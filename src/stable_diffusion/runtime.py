@@ -47,6 +47,17 @@ def devices() -> list[str]:
     return [name for name, there in present.items() if there]
 
 
+def version() -> str:
+    """The package's version."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("mini-stable-diffusion")
+    except PackageNotFoundError:  # a folder of sources
+        return "not installed"
+
+
 def first_process() -> bool:
     """Whether this is the only process, or the first of those that `accelerate launch` or `torchrun` started."""
     return os.environ.get("RANK", "0") == "0"
@@ -54,7 +65,8 @@ def first_process() -> bool:
 
 def watched() -> bool:
     """Whether a person is watching this process, in a terminal or a notebook."""
-    return first_process() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    isatty = getattr(sys.stderr, "isatty", bool)  # without a console there is no stream
+    return first_process() and (isatty() or "ipykernel" in sys.modules)
 
 
 def has_native_bf16(device: torch.device | str) -> bool:

@@ -730,7 +730,7 @@ def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path
         (("--lora", "nowhere.safetensors"), "nowhere.safetensors is not a file"),
         (("--lora", "nowhere.safetensors:0.5"), "nowhere.safetensors is not a file"),
         (("--lora", "a.safetensors:much"), "NAME:WEIGHT such as a.safetensors:0.8, got 'much'"),
-        (("--lora", "a.safetensors:nan"), "must be a number, got nan"),
+        (("--lora", "a.safetensors:nan"), "must be a finite number, got nan"),
         (("--lora", "a.safetensors"), "none of 5 modules"),
         (("--embedding", "a.safetensors"), "not a textual inversion"),
         (("--vae", "a.safetensors"), "a LoRA: use --lora"),

@@ -419,6 +419,14 @@ def test_tensors_that_do_not_fit_are_counted_and_three_are_named(copy: Path) -> 
         DiffusionModel.from_pretrained(copy)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_configuration_that_a_windows_editor_saved(encoding: str, copy: Path) -> None:
+    config = DiffusionModel.from_pretrained(copy).config
+    file = copy / "config.json"
+    file.write_text(file.read_text(encoding="utf-8"), encoding=encoding)
+    assert DiffusionModel.from_pretrained(copy).config == config
+
+
 def test_a_setting_that_does_not_exist_is_named_with_the_nearest(copy: Path) -> None:
     settings = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps(settings | {"sampel_size": 3}), encoding="utf-8")

@@ -264,10 +264,10 @@ def test_a_model_without_autoencoder_and_text_encoder_says_what_to_add(
         shutil.copy(folder / "model_index.json", path)
         shutil.copytree(folder / "scheduler", path / "scheduler")
     with pytest.raises(
-        InputError, match="has no autoencoder and no text encoder: add --vae FILE and --text-enc"
+        InputError, match="has no autoencoder and no text encoder: to generate or export add --vae FILE"
     ):
         DiffusionModel.from_pretrained(path)
-    with pytest.raises(InputError, match="has no text encoder: add --text-encoder FOLDER"):
+    with pytest.raises(InputError, match="has no text encoder: to generate or export add --text-enc"):
         DiffusionModel.from_pretrained(path, vae=folder)
     lines = "\n".join(describe(path))
     assert form == "file" or "  no autoencoder: add --vae FILE\n  no text encoder: add" in lines
@@ -330,7 +330,7 @@ def test_text_encoders_as_they_are_published(
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:The U-Net predicts")
+@pytest.mark.filterwarnings("ignore:The U-Net predicts", "ignore:.* names the (model|vae|text_encoder)")
 def test_the_commands_take_the_parts(
     whole: tuple[DiffusionModel, Path],
     folders: dict[str, Path],
@@ -344,7 +344,7 @@ def test_the_commands_take_the_parts(
         main(["generate", "a fox", "--model", str(path), "--steps", "2", "--output", str(tmp_path)])
     assert caught.value.code == 2
     assert "add --vae FILE and --text-encoder FOLDER" in capsys.readouterr().err
-    out = ["--output", str(tmp_path)]
+    out = ["--size", "32", "--output", str(tmp_path)]
     main(["generate", "a fox", "--model", str(path), "--steps", "2", "--seed", "1", *parts, *out])
     (picture,) = tmp_path.glob("*.png")
     assert read_settings(picture)["text_encoder"] == str(folder)

@@ -363,3 +363,34 @@ def test_weights_are_positive_numbers(folder: Path, weight: Any) -> None:
     file = captions_file(folder, [{**image(1, "a.png"), "weight": weight}], [note(1, "one")])
     message = refused(folder, file)
     assert "a.png" in message and repr(weight) in message and "above 0" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_captions_of_every_unicode_encoding(folder: Path, encoding: str) -> None:
+    """Windows' editors and PowerShell write UTF-16 and byte order marks."""
+    picture(folder / "pictures" / "é.png")
+    file = captions_file(folder, [image(1, "é.png")], [note(1, "лиса")])
+    content = json.dumps(json.loads(file.read_text(encoding="utf-8")), ensure_ascii=False)
+    file.write_bytes(content.encode(encoding))
+    (entry,) = CocoImageLoader(folder / "pictures", file).entries()
+    assert (entry.key, entry.captions) == ("é.png", ("лиса",))
+    file.write_bytes(content.encode("cp1251", "replace"))
+    assert "is not JSON in UTF-8" in refused(folder, file) and "save it in UTF-8" in refused(folder, file)
+
+
+def test_backslashes_are_separators_and_that_is_said(folder: Path) -> None:
+    picture(folder / "pictures" / "train" / "a.png")
+    picture(folder / "pictures" / "b.png")
+    images = [image(1, r"train\a.png"), image(2, r".\b.png")]
+    file = captions_file(folder, images, [note(1, "one"), note(2, "two")])
+    with pytest.warns(UserWarning, match="backslashes taken as separators of folders: in 2 names"):
+        loader = CocoImageLoader(folder / "pictures", file)
+    assert [entry.key for entry in loader.entries()] == ["b.png", "train/a.png"]
+    assert not loader.report.left_out
+    if os.sep == "/":  # where it can be part of a name, and is one here
+        picture(folder / "pictures" / r"train\a.png")
+        file = captions_file(folder, images[:1], [note(1, "one")])
+        with pytest.warns(UserWarning, match=r"1 images without captions \(b\.png\)"):
+            loader = CocoImageLoader(folder / "pictures", file)
+        assert [entry.key for entry in loader.entries()] == [r"train\a.png"]
+        assert loader.report.backslashes == 0

@@ -642,3 +642,24 @@ def test_the_real_packages(tmp_path: Path) -> None:
         assert named.setdefault((entry["object"], entry["tone"]), entry["code"]) == entry["code"]
     known = {pixels(e["path"]).tobytes() for e in found.values() if e["split"] == "train"}
     assert not any(pixels(e["path"]).tobytes() in known for e in found.values() if e["split"] != "train")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"[]", b"{}", b"7", b"[" * 100_000, b'[{"label": 3, "hexcode": "1F98A"}]']
+)
+def test_packages_that_hold_something_else_are_one_sentence(tmp_path: Path, damage: bytes) -> None:
+    for package in (*PACKAGES.values(), NAMES):
+        with tarfile.open(tmp_path / package.file, "w:gz") as tar:
+            for name in ("icons.json", "chars.json", "en/data.json", "meta/groups.json"):
+                entry = tarfile.TarInfo(f"package/{name}")
+                entry.size = len(damage)
+                tar.addfile(entry, io.BytesIO(damage))
+    with pytest.raises(InputError, match="hold something else than expected") as caught:
+        icon_packages.all_drawings(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [b"", b"RIFF", "<svg", '<svg xmlns="http://www.w3.org/2000/svg"/'])
+def test_a_damaged_drawing_is_one_sentence(source: str | bytes) -> None:
+    with pytest.raises(InputError, match="a drawing in a package"):
+        icon_packages.draw(source, 16)

@@ -439,11 +439,9 @@ def test_unknown_sampler() -> None:
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_eta_outside_its_range(eta: float) -> None:
     """Song et al. 2020, equation 16: beyond 1 there is more noise than the level has."""
-    for name in ("ddim", "tcd"):
-        with pytest.raises(InputError, match="eta must be from 0 to 1"):
+    for name in ("ddim", "DDIMScheduler", "tcd"):
+        with pytest.raises(InputError, match=r"eta must be (from 0 to 1|a finite number)"):
             walk(name, eta=eta)
-    with pytest.raises(InputError, match="eta must be from 0 to 1"):
-        walk("DDIMScheduler", eta=eta)
 
 
 def test_eta_by_another_name() -> None:

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from stable_diffusion import Guidance, InputError, SamplerConfig
 from stable_diffusion.cli.generate import Options
 from stable_diffusion.config import ModelConfig, documented
-from stable_diffusion.generation.request import FIELDS, REQUIRED, Request, parse
+from stable_diffusion.generation.request import FIELDS, REQUIRED, Request, parse, split_file
 from stable_diffusion.generation.strangers import FILES, LIMITS, check_stranger, named_files
 from tests.tiny import KL, TINY, UNCONDITIONAL
 
@@ -284,3 +284,22 @@ def test_the_commands_options_are_the_fields() -> None:
     assert options == FIELDS.keys() - {"prompt", "latents"}
     assert documented(Request).keys() == FIELDS.keys()
     assert all(documented(Request).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("style.safetensors", ("style.safetensors", None)),
+        ("style.safetensors:0.8", ("style.safetensors", "0.8")),
+        (r"C:\loras\style.safetensors", (r"C:\loras\style.safetensors", None)),
+        (r"C:\loras\style.safetensors:0.8", (r"C:\loras\style.safetensors", "0.8")),
+        ("d:/loras/style.safetensors:0.8", ("d:/loras/style.safetensors", "0.8")),
+        (r"\\server\share\style.safetensors:0.8", (r"\\server\share\style.safetensors", "0.8")),
+        (r"C:\embeddings\cat.pt:<cat/dog>", (r"C:\embeddings\cat.pt", "<cat/dog>")),
+        ("C:0.8", ("C", "0.8")),
+    ],
+)
+def test_a_drive_is_part_of_a_file_s_name(text: str, expected: tuple[str, str | None]) -> None:
+    assert split_file(text) == expected
+    if expected[1] in (None, "0.8"):
+        assert parse({"lora": [text]}) == {"lora": {expected[0]: float(expected[1] or 1)}}

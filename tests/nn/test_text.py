@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import stable_diffusion
 from stable_diffusion.config import BERT_BASE, CLIP_H, CLIP_L, CLIP_MINI, MINILM, TextEncoderConfig
+from stable_diffusion.errors import InputError
 from stable_diffusion.nn import text
 from stable_diffusion.nn.text import BERT_NAMES, PromptEmbeds, PromptEncoder, TextEncoder
 from stable_diffusion.nn.tokenizer import Tokenizer
@@ -287,3 +288,13 @@ def test_model_without_text() -> None:
     """Contract: no encoder gives tokens of no length, one row a prompt, and no mask."""
     embeds = PromptEncoder((), [], 16)(PROMPTS)
     assert embeds.tokens.shape[:2] == (3, 0) and embeds.pooled.shape == (3, 0) and embeds.mask is None
+
+
+def test_a_vocabulary_that_is_larger_than_the_encoder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\na\nfox\n")
+    config = replace(MINILM, vocab_size=6, num_hidden_layers=1, packaged=None)
+    encoder = PromptEncoder((config,), [Tokenizer(tmp_path, "bert", 8)], config.hidden_size)
+    assert encoder(["a"]).tokens.shape == (1, 8, config.hidden_size)
+    for encode in (encoder, functools.partial(encoder.encode, 0)):
+        with pytest.raises(InputError, match="the number 6, but the text encoder has 6 vectors"):
+            encode(["a fox"])

@@ -257,3 +257,44 @@ def test_vocabulary_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
     assert Tokenizer(tmp_path, "bert", 8)(["a b bc"]).input_ids[0, :6].tolist() == [2, 5, 8, 8, 9, 3]
     assert_equal("bert", tmp_path, 16)
+
+
+def small_clip(folder: Path, **changes: Any) -> Path:
+    """A folder whose files are whole, but for the changes."""
+    words = ["a", "a</w>", "aa</w>", "<|startoftext|>", "<|endoftext|>"]
+    files: dict[str, Any] = {"vocab.json": {word: number for number, word in enumerate(words)}}
+    files |= {"merges.txt": "#version: 0.2\na a</w>", "tokenizer_config.json": {"pad_token": "<|endoftext|>"}}
+    for name, content in (
+        files | {name.replace("_json", ".json"): value for name, value in changes.items()}
+    ).items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_json": {"a": 0, "a</w>": 1, "aa</w>": 2, "<|startoftext|>": 3}},
+        {"vocab_json": {"a": "x"}},
+        {"vocab_json": []},
+        {"tokenizer_config_json": 7},
+        {"tokenizer_config_json": {"pad_token": 7}},
+        {"tokenizer_config_json": {"bos_token": {"content": []}}},
+        {"tokenizer_config_json": {"added_tokens_decoder": [1]}},
+        {"tokenizer_config_json": "[" * 100_000},
+    ],
+)
+def test_a_damaged_vocabulary_or_its_settings_are_one_sentence(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert Tokenizer(small_clip(tmp_path), "clip", 8)(["a"]).input_ids[0, 0] == 3
+    with pytest.raises(InputError, match=f"the tokenizer in {tmp_path} is damaged") as caught:
+        Tokenizer(small_clip(tmp_path, **changes), "clip", 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_word_list_without_the_token_for_unknown_words(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[CLS]\n[SEP]\n[PAD]\na\n")
+    with pytest.raises(InputError, match="is damaged"):
+        Tokenizer(tmp_path, "bert", 8)

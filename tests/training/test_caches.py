@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_before_anything_is_removed(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(3_900_000_000))
     cache = ArrayCache(tmp_path, "rows", "key", (10**9,), "float32")
     with pytest.raises(
-        InputError, match=r"has 3\.90 GB free and rows-key\.npy needs 4\.00 GB there: make room"
+        InputError, match=r"has 3,900 MB free and rows-key\.npy needs 4,000 MB there: make room"
     ):
         fill(cache, np.ones(4))
     assert names(tmp_path) == {"rows-old.npy"}

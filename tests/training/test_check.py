@@ -39,7 +39,7 @@ def verdict(config: ModelConfig, rate: float, data: CocoImageLoader, folder: Pat
 
 @pytest.mark.slow
 def test_a_set_up_that_learns(tmp_path: Path, data: CocoImageLoader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(check.STEPS, "autoencoder", 1000)  # for the smallest autoencoder there is
+    monkeypatch.setitem(check.STEPS, "autoencoder", 2000)  # for the smallest autoencoder there is
     good = verdict(LEARNS, 3e-3, data, tmp_path)
     assert good.learns and good.right >= 7 and good.error < 30
     assert "the set-up learns" in str(good)

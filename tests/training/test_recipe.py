@@ -225,6 +225,15 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
+def test_a_recipe_of_a_windows_editor(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes("seed = 3\n".encode("utf-8-sig"))
+    assert read_recipe(path).seed == 3
+    path.write_bytes("seed = 3\n".encode("utf-16"))
+    with pytest.raises(InputError, match=r"mine\.toml is not TOML in UTF-8"):
+        read_recipe(path)
+
+
 def test_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     drawn = finished(open_source(Shapes(count=10, size=32), Path("datasets/mine"))).entries()

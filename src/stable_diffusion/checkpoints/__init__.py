@@ -45,7 +45,8 @@ def read(
         checkpoint = replace(checkpoint, config=config, text_encoders=[state], tokenizers=[tokenizer])
     if missing := checkpoint.missing:
         raise InputError(
-            f"{path} has no {' and no '.join(missing)}: add {' and '.join(ADD[part] for part in missing)}"
+            f"{path} has no {' and no '.join(missing)}: to generate or export add"
+            f" {' and '.join(ADD[part] for part in missing)}"
         )
     return checkpoint
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import tyro
-
 from stable_diffusion.cli import data, evaluate, export, generate, info, train
-from stable_diffusion.errors import InputError
+from stable_diffusion.cli.parse import parsed
+from stable_diffusion.cli.show import OUTPUT, printing, say, tell
+from stable_diffusion.errors import InputError, printable
 from stable_diffusion.files import lacks_memory
-from stable_diffusion.runtime import first_process, stop_signals
+from stable_diffusion.runtime import first_process, stop_signals, version
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate.generate,
@@ -27,51 +30,67 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"minisd: note: {message}", file=sys.stderr)
+    tell(f"minisd: note: {message}")
+
+
+def _prepare_streams() -> None:
+    """Gives standard streams where there is none, and makes every text go through them.
+
+    Undecodable bytes of a path go out as they came in; for characters that the encoding lacks there are escapes.
+    """
+
+    def escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+        try:
+            return codecs.lookup_error("surrogateescape")(error)
+        except UnicodeError:
+            return codecs.backslashreplace_errors(error)
+
+    codecs.register_error("minisd", escaped)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: until all three are open, files get their numbers
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="minisd")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. Input that cannot be used is one sentence on stderr and exit code 2."""
+    _prepare_streams()
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", "Image size")  # PIL's, of pictures that are refused
     arguments = sys.argv[1:] if arguments is None else [*arguments]
     try:
+        if arguments[:1] == ["--version"]:
+            return say(f"minisd {version()}")
+        with printing():
+            try:
+                command = parsed(COMMANDS, arguments)
+            except SystemExit:
+                if arguments[:1] == ["generate"]:
+                    print(*generate.examples(), sep="\n")  # which tyro has no place for in its help
+                raise
         with stop_signals(_stop):
-            tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
-                prog="minisd",
-                description="Pictures from words, on a machine of your own.",
-                args=arguments,
-            )
-            sys.stdout.flush()
-    except BrokenPipeError:  # who read this, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+            command()
+        say()
     except InputError as error:
-        print(f"minisd: {error.command}", file=sys.stderr)
+        tell(f"minisd: {printable(error.command)}")
         raise SystemExit(2) from None
     except OSError as error:  # a place that cannot be read or written, a full disk
         if error.errno is None:
             raise
+        if isinstance(error, BrokenPipeError) and error.filename == OUTPUT:
+            raise SystemExit(0) from None  # who read this, such as head, has seen enough
         place = f" {error.filename}" if error.filename else ""
-        print(f"minisd: cannot read or write{place}: {error.strerror}", file=sys.stderr)
+        tell(f"minisd: cannot read or write{place}: {error.strerror}")
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        print(
-            "minisd: there is too little memory: close other programs, or ask for less at once",
-            file=sys.stderr,
-        )
+        tell("minisd: there is too little memory: close other programs, or ask for less at once")
         raise SystemExit(2) from None
-    except SystemExit as end:
-        if end.code == 0 and list(arguments[:1]) == ["generate"]:
-            for line in generate.examples():  # which tyro has no place for
-                print(line)
-        raise
     except KeyboardInterrupt as stop:
         if first_process():
-            print(f"minisd: stopped{_how_to_continue(arguments)}", file=sys.stderr)
+            tell(f"minisd: stopped{_how_to_continue(arguments)}")
         raise SystemExit(128 + (stop.args or [signal.SIGINT])[0]) from None
 
 

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
-from stable_diffusion.cli.show import finished
+from stable_diffusion.cli.parse import deferred
+from stable_diffusion.cli.show import finished, say
 from stable_diffusion.config import MINI
 from stable_diffusion.data.sources import SOURCES, MadeConfig
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, printable
+from stable_diffusion.fields import Settings
 
 
 def _with_folder(settings: type[Any]) -> type[Any]:
     """A source's settings as options, and the folder to make."""
     out = ("out", Annotated[Path, tyro.conf.arg(help="The folder to make.")])
-    own = {"__doc__": settings.__doc__}
+    # Checked in `data`: tyro has a form of its own for what is refused as it builds.
+    own = {"__doc__": settings.__doc__, "__post_init__": lambda self: None}
     return make_dataclass(
         settings.__name__, [out], bases=(settings,), namespace=own, frozen=True, kw_only=True
     )
@@ -60,7 +63,8 @@ def check(
     found = check_set(
         splits, size=size, cut=lambda texts: tokenizer(texts).cut, context_length=text.context_length
     )
-    print(*finished(found), sep="\n")
+    for report in finished(found):
+        say(printable(report, kept="\n"))
 
 
 if TYPE_CHECKING:
@@ -72,12 +76,16 @@ else:
             for name, settings in SOURCES.items()
             if issubclass(settings, MadeConfig)
         ),
-        Annotated[Any, tyro.conf.subcommand("check", constructor=check)],
+        Annotated[Any, tyro.conf.subcommand("check", constructor=deferred(check))],
     ]
 
 
 def data(what: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[What]]) -> None:
     """Make a set of captioned images in COCO format, or check one."""
-    if what is not None:  # the check is done by now
-        finished(what.make(what.out))
-        print(what.out)
+    if not isinstance(what, MadeConfig):
+        what()  # the check
+    else:
+        Settings.__post_init__(what)
+        out: Path = vars(what)["out"]
+        finished(what.make(out))
+        say(out)

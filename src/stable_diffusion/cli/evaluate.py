@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from stable_diffusion.cli.show import finished
+from stable_diffusion.cli.show import finished, say, tell
 from stable_diffusion.files import slug
 
 
@@ -40,6 +40,7 @@ def evaluate(
     from stable_diffusion.evaluation.report import check_folder, write_report
     from stable_diffusion.evaluation.run import evaluate as evaluation
 
+    tell("minisd: reading the model and the set")
     loaded = DiffusionModel.from_pretrained(model).to(Config(device).DEVICE)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=1)
@@ -57,4 +58,4 @@ def evaluate(
         seed=seed,
     )
     for path in write_report(*finished(steps), folder):
-        print(path)
+        say(path)

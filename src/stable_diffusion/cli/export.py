@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from stable_diffusion.cli.show import say
+
 
 def export(
     model: tyro.conf.Positional[str],
@@ -46,4 +48,4 @@ def export(
     for note in loaded.notes:
         warnings.warn(note, stacklevel=1)
     loaded.export(out, format=format, dtype=torch.float16 if half else None)
-    print(out)
+    say(out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 import textwrap
 import time
 import warnings
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from stable_diffusion.cli.show import say, tell
 from stable_diffusion.config import ModelConfig, Styles, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.errors import InputError, shown
@@ -23,6 +23,7 @@ from stable_diffusion.generation.request import (
     DOCS,
     FIELDS,
     HINTS,
+    LARGEST_SEED,
     LOADING,
     PICTURES,
     SHORT,
@@ -120,8 +121,9 @@ def generate(
     if first is None:
         first = int.from_bytes(os.urandom(4), "big")
     for number, text in enumerate(text for text in prompt for _ in range(count)):
-        picture = _picture(model, text, {**settings, "seed": first + number})
-        print(save_png(picture, _path(output, text, first + number), picture.info["settings"]), flush=True)
+        seed = (first + number) % (LARGEST_SEED + 1) if number else first
+        picture = _picture(model, text, {**settings, "seed": seed})
+        say(save_png(picture, _path(output, text, seed), picture.info["settings"]))
 
 
 def _given(options: Any) -> dict[str, Any]:
@@ -172,12 +174,12 @@ def _stored(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 def _add(model: DiffusionModel, lora: Mapping[str, float], embedding: tuple[str, ...]) -> None:
     """Puts the files that the command names into the model, and says what was applied."""
     for file, weight in lora.items():
-        print(model.load_lora(file, weight, name=file), file=sys.stderr)
+        tell(model.load_lora(file, weight, name=file))
     if lora:
         model.fuse_lora(keep=False)  # one weight for all pictures
     for text in embedding:
         words = model.load_textual_inversion(*split_file(text))
-        print(f"prompts can have {', '.join(words)}", file=sys.stderr)
+        tell(f"prompts can have {', '.join(words)}")
 
 
 def _picture(model: DiffusionModel, prompt: str, settings: dict[str, Any]) -> Image.Image:
@@ -189,7 +191,7 @@ def _picture(model: DiffusionModel, prompt: str, settings: dict[str, Any]) -> Im
         steps += 1
 
     (picture,) = model.generate(prompt, **settings, callback=count)
-    print(f"{steps} steps, {steps / (time.perf_counter() - began):.1f} steps a second", file=sys.stderr)
+    tell(f"{steps} steps, {steps / (time.perf_counter() - began):.1f} steps a second")
     return picture
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import tyro
+
+from stable_diffusion.cli.show import say
+from stable_diffusion.errors import printable
 
 
 def info(path: tyro.conf.Positional[str | None] = None) -> None:
@@ -19,8 +23,7 @@ def info(path: tyro.conf.Positional[str | None] = None) -> None:
     from stable_diffusion.generation.metadata import read_settings
 
     if path is not None and Path(path).is_file() and not is_weights(Path(path)):
-        for key, value in read_settings(path).items():
-            print(f"{key}: {value}")
-        return
-    for line in describe(packaged("model") if path is None else path):
-        print(line)
+        lines: Iterable[str] = (f"{key}: {value}" for key, value in read_settings(path).items())
+    else:
+        lines = describe(packaged("model") if path is None else path)
+    say(*map(printable, lines))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from stable_diffusion.cli.show import finished
+from stable_diffusion.cli.show import finished, say, tell
 from stable_diffusion.data.sources import Coco, open_source
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import slug
@@ -75,6 +75,8 @@ def train(
         plan = Recipe(name=settings.name, data=source, config=settings)
     folder = Path("runs", slug(plan.config.name)) if output is None else output
     native.check_place(folder / "model")  # before a set is made, which takes its time too
+    if first_process():
+        tell("minisd: reading pictures and captions")
     data = finished(open_source(plan.data, Path("datasets") / plan.name))
     where = Config(device).DEVICE
     # Of the first weights: a recipe gives one model, and a run that was stopped finds them again.
@@ -89,6 +91,8 @@ def train(
     if loaded is not None:
         stages = tuple(stage for stage in stages if stage.kind != "autoencoder")
         _take_settings(loaded, plan.config)
+    if first_process():
+        tell("minisd: building the model, and measuring what a step takes unless the run goes on")
     model = (DiffusionModel(plan.config) if loaded is None else loaded).to(where)
     model.train(
         data,
@@ -103,7 +107,7 @@ def train(
         observers=[TensorBoard(folder / "tensorboard")] if tensorboard and first_process() else [],
         about={"data": to_dict(plan.data)},
     )
-    print(folder / "model")
+    say(folder / "model")
 
 
 def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:

@@ -81,13 +81,7 @@ class ArrayCache:
     def _is_whole(self) -> bool:
         try:
             rows = self.read()
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            SyntaxError,
-            TokenError,
-        ):  # none, or one that a crash or a full disk left
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # none, or what a crash left
             return False
         return rows.shape == self.shape and rows.dtype == self.dtype
 

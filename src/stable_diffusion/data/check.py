@@ -189,10 +189,10 @@ def _decode(split: Split) -> Generator[Progress, None, dict[str, _Look]]:
     looks: dict[str, _Look] = {}
     keys = [entry.key for entry in split.entries]
     for done, look in enumerate(ahead(partial(_look, split.source), keys)):
-        yield Progress(split.name, done, len(keys))
+        yield Progress(f"{split.name}: pictures", done, len(keys))
         if look is not None:
             looks[keys[done]] = look
-    yield Progress(split.name, len(keys), len(keys))
+    yield Progress(f"{split.name}: pictures", len(keys), len(keys))
     if not looks:
         raise InputError(f"none of the pictures in {split.name!r} can be decoded: fetch them again")
     return looks
@@ -206,7 +206,7 @@ def _lost(
     for start in range(0, len(texts), _CAPTIONS_TOGETHER):
         some = list(texts[start : start + _CAPTIONS_TOGETHER])
         lost |= {text: end for text, end in zip(some, cut(some), strict=True) if end}
-        yield Progress(f"{split.name}, captions", start + len(some), len(texts))
+        yield Progress(f"{split.name}: captions", start + len(some), len(texts))
     return lost
 
 

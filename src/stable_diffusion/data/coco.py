@@ -42,6 +42,8 @@ class CocoReport:
     """Names of files that have captions and are not pictures."""
     unusable_captions: tuple[str, ...] = ()
     """Names of the pictures of captions that are empty or not text, once for each such caption."""
+    backslashes: int = 0
+    """Names in the JSON file whose backslashes were taken as the separators of folders."""
 
     @property
     def left_out(self) -> dict[str, tuple[str, ...]]:
@@ -56,6 +58,8 @@ class CocoReport:
         lines = [f"{self.pictures} pictures with {self.captions} captions"]
         for reason, names in self.left_out.items():
             lines.append(f"  left out: {len(names)} {reason} ({three_of(names)})")
+        if self.backslashes:
+            lines.append(f"  backslashes taken as separators of folders: in {self.backslashes} names")
         return "\n".join(lines)
 
 
@@ -85,7 +89,7 @@ class CocoImageLoader:
         if not self.image_folder.is_dir():
             raise InputError(f"there is no folder of pictures {str(image_folder)!r}: check the path")
         images, annotations = _read(self.captions_file)
-        names = _names(images, self.captions_file)
+        names = _names(images, self.captions_file, self.image_folder)
         weights = _weights(images, names, self.captions_file)
         captions: dict[str, list[str]] = {name: [] for name in names.values()}
         orphans: dict[str, None] = {}  # a set that keeps the order
@@ -130,6 +134,9 @@ class CocoImageLoader:
             ),
             unreadable=tuple(name for name in usable if not sound[name]),
             unusable_captions=tuple(sorted(unusable)),
+            backslashes=sum(
+                "\\" in image["file_name"] and "\\" not in names[image["id"]] for image in images
+            ),
         )
         if not self._names:
             found = ", ".join(f"{len(v)} {reason} ({v[0]})" for reason, v in self.report.left_out.items())
@@ -137,7 +144,7 @@ class CocoImageLoader:
                 f"no picture in {str(image_folder)!r} has a caption in {str(captions_file)!r} "
                 f"({found or 'both are empty'}): check that the two belong together"
             )
-        if self.report.left_out:
+        if self.report.left_out or self.report.backslashes:
             warnings.warn(f"{self.captions_file.name}: {self.report}", stacklevel=2)
 
     def __len__(self) -> int:
@@ -213,12 +220,14 @@ def _read(path: Path) -> tuple[list[Any], list[Any]]:
     test_split = f" ({_TEST_SPLIT})" if "test20" in path.name else ""
     check_is_file(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(path.read_bytes())  # in UTF-8, UTF-16 or UTF-32
     except OSError as error:
         reason = f"{test_split}: {error.strerror}"
         raise InputError(f"cannot open the captions file {str(path)!r}{reason}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the captions file {str(path)!r} is not JSON ({error}): fetch it again") from error
+        raise InputError(
+            f"the captions file {str(path)!r} is not JSON in UTF-8 ({error}): fetch it again, or save it in UTF-8"
+        ) from error
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
         raise InputError(f"{str(path)!r} is not a COCO captions file, which lists 'images' and 'annotations'")
@@ -245,8 +254,11 @@ def _id(value: object) -> str | None:
     return number[1] if number else str(value)
 
 
-def _names(images: list[Any], captions_file: Path) -> dict[str, str]:
-    """File names by image id; entries of one file share a name. Raises InputError for names out of the folder."""
+def _names(images: list[Any], captions_file: Path, folder: Path) -> dict[str, str]:
+    """File names by image id; entries of one file share a name. Raises InputError for names out of the folder.
+
+    Backslashes are separators, as Windows writes them, unless a file has them in its name.
+    """
     names: dict[str, str] = {}
     for number, image in enumerate(images):
         entry = image if isinstance(image, dict) else {}
@@ -258,7 +270,8 @@ def _names(images: list[Any], captions_file: Path) -> dict[str, str]:
         anchor = PurePosixPath(file_name).anchor or PureWindowsPath(file_name).anchor
         if anchor or ".." in parts:
             raise InputError(f"{where} names a file outside the folder, {file_name!r}: use relative paths")
-        name = str(PurePosixPath(file_name))
+        own = "\\" in file_name and os.sep == "/" and os.path.lexists(folder / file_name)
+        name = str(PurePosixPath(file_name if own else file_name.replace("\\", "/")))
         image["id"] = key
         if names.setdefault(key, name) != name:
             raise InputError(f"{where} has the id {key} of another picture: give each picture its own")

@@ -29,7 +29,7 @@ class SourceConfig(Protocol):
         ...
 
 
-class MadeConfig(ABC):
+class MadeConfig(Settings, ABC):
     """Settings of a set in COCO's layout that is made here, by ``minisd data`` and before a training."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Coco(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes(Settings, MadeConfig):
+class Shapes(MadeConfig):
     """Draw coloured shapes."""
 
     size: Annotated[int, within(16, 4096)] = 128
@@ -77,7 +77,7 @@ class Shapes(Settings, MadeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Icons(Settings, MadeConfig):
+class Icons(MadeConfig):
     """Make 20,000 named drawings in eight styles, from npm packages."""
 
     size: Annotated[int, within(16, 1024)] = 128

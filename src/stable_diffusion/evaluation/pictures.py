@@ -83,4 +83,6 @@ def pictures(split: Split, size: int, rows: Sequence[int] | None = None) -> Iter
 
 
 def _hash(seed: int, *parts: str) -> int:
-    return int.from_bytes(hashlib.sha256("\n".join([str(seed), *parts]).encode()).digest(), "big")
+    return int.from_bytes(
+        hashlib.sha256("\n".join([str(seed), *parts]).encode(errors="backslashreplace")).digest(), "big"
+    )

@@ -108,7 +108,7 @@ def write_report(report: Report, shown: Shown, folder: Path) -> tuple[Path, Path
     scores, shown_page = check_folder(folder)
     write_json(scores, {**asdict(report), "rule": RULE})
     with replacing(shown_page) as building:
-        building.write_text(page(report, shown), encoding="utf-8")
+        building.write_text(page(report, shown), encoding="utf-8", errors="backslashreplace")
     return scores, shown_page
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -299,9 +300,10 @@ def _unknown(name: str) -> InputError:
 
 
 def split_file(text: str) -> tuple[str, str | None]:
-    """A file, and what follows its last colon; a colon that is part of the file's name stays there."""
-    file, colon, rest = text.rpartition(":")
-    return (text, None) if not colon or Path(text).exists() else (file, rest)
+    """A file, and what follows its last colon; a colon of the file's name, or after a drive's letter, stays there."""
+    drive = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
+    file, colon, rest = text[drive:].rpartition(":")
+    return (text, None) if not colon or Path(text).exists() else (text[:drive] + file, rest)
 
 
 def check_size(config: ModelConfig, width: int, height: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,18 @@ class PromptEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Each encoder's tokens of the texts, and what its context has no room for."""
-        return [tokenizer(texts) for tokenizer in self.tokenizers]
+        return [self._tokens(index, texts) for index in range(len(self.tokenizers))]
+
+    def _tokens(self, index: int, texts: list[str]) -> TokenBatch:
+        batch = self.tokenizers[index](texts)
+        table = cast(TextEncoder, self.encoders[index]).embeddings.token_embedding
+        known = table.num_embeddings + len(getattr(table, "added", ()))
+        if texts and (last := int(batch.input_ids.max())) >= known:
+            raise InputError(
+                f"the tokenizer in {self.tokenizers[index].folder} gives a word the number {last}, but the text encoder"
+                f" has {known} vectors: the two are of different models, copy or download them again"
+            )
+        return batch
 
     def embed(self, batches: list[TokenBatch], count: int) -> PromptEmbeds:
         """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
@@ -194,7 +205,7 @@ class PromptEncoder(nn.Module):
 
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """One encoder's states for the texts, before the projection: what training caches of a frozen encoder."""
-        batch = self.tokenizers[index](texts)
+        batch = self._tokens(index, texts)
         return self.read(index, batch.input_ids, batch.attention_mask)
 
     def read(

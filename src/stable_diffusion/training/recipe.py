@@ -37,13 +37,13 @@ def read_recipe(path: Path) -> Recipe:
     """
     check_is_file(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a recipe file, or --images and --captions") from None
     except OSError as error:
         raise InputError(f"cannot open {path}: {error.strerror}; give a recipe file") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
+        raise InputError(f"{path} is not TOML in UTF-8: {error}") from None
     data, model = (_table(content.pop(name, {}), f"[{name}]") for name in ("data", "model"))
     seed, tables = content.pop("seed", 0), content.pop("stage", None)
     for table in content:

@@ -7,7 +7,6 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from stable_diffusion.data.cache import digest
 from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import read_json, write_json
-from stable_diffusion.runtime import has_native_bf16
+from stable_diffusion.runtime import has_native_bf16, version
 from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.events import Event, Replan
 from stable_diffusion.training.loop import SAVE_SECONDS
@@ -218,10 +217,6 @@ def facts(
 
 def _machine(computer: Computer) -> dict[str, object]:
     """Where it is computed, and with what."""
-    try:
-        ours = version("mini-stable-diffusion")
-    except PackageNotFoundError:  # a folder of sources
-        ours = "not installed"
     info, device = Path("/proc/cpuinfo"), computer.device
     named = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8") if info.is_file() else "")
     versions = {"torch": torch.__version__, "python": platform.python_version()}
@@ -231,5 +226,5 @@ def _machine(computer: Computer) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "bf16": has_native_bf16(device),
         "number_format": computer.number_format,
-        "versions": {"mini-stable-diffusion": ours, **versions},
+        "versions": {"mini-stable-diffusion": version(), **versions},
     }

@@ -54,7 +54,8 @@ def read(folder: Path, *, variant: str | None = None) -> Checkpoint:
             variant.
     """
     aside = _left_aside(folder)
-    denoiser = folder / "unet" if (folder / "unet").is_dir() else folder
+    lone = is_file(folder / "config.json") and not (folder / "unet").is_dir()
+    denoiser = folder if lone else folder / "unet"
     unet_settings = _json(denoiser / "config.json", *settings.UNET_KEYS)
     unet = settings.unet_config(unet_settings)
     parts: dict[str, Any] = {"sampler": SD15.sampler}

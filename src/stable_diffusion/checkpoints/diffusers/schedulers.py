@@ -8,7 +8,7 @@ from typing import Any
 from stable_diffusion.checkpoints.diffusers.settings import VERSION
 from stable_diffusion.config import ModelConfig, SamplerConfig, ScheduleConfig, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SCHEDULERS, SPACINGS, sampler_name, spacing_named
-from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.errors import InputError, shown, unknown_name
 
 # With diffusers' own defaults, which hold where a file is silent and its class has no others.
 SCHEDULE_SAME: dict[str, Any] = {
@@ -73,7 +73,7 @@ def scheduler_notes(settings: dict[str, Any]) -> list[str]:
     if name == "ddpm":
         honoured["variance_type"] = "fixed_large"
     left = [
-        f"{key} {read[key]!r}"
+        f"{key} {shown(read[key])}"
         for key, default in SCHEDULERS[cls].items()
         if (key == "timestep_spacing" or key not in FORWARD)
         and read[key] not in _OURS.get(key, (default,))
