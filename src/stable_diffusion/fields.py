@@ -37,6 +37,9 @@ def within(low: float, high: float) -> Rule:
     return Rule(f"from {low} to {high}", lambda value: low <= value <= high)
 
 
+ABOVE_0 = Rule("above 0", lambda value: value > 0)
+
+
 def sized(low: int, high: int) -> Rule:
     """A list of `low` to `high` items."""
     return Rule(f"a list of {low} to {high} items", lambda value: low <= len(value) <= high)

@@ -202,14 +202,14 @@ class DiffusionModel(ModelParts):
         """
         if isinstance(data, bool):
             return super().train(data)
-        if not hasattr(data, "entries"):
-            raise InputError(
-                f"train takes captioned pictures, such as CocoImageLoader(images, captions), got {shown(data)}"
-            )
         from stable_diffusion.progress import show
         from stable_diffusion.training.run import train_model
 
         self._check_own_weights()
+        if not hasattr(data, "entries"):
+            raise InputError(
+                f"train takes captioned pictures, such as CocoImageLoader(images, captions), got {shown(data)}"
+            )
 
         folder = Path("runs", slug(self.config.name)) if output_dir is None else as_path(output_dir)
         native.check_place(folder / "model", sum(tensor.nbytes for tensor in self.state_dict().values()))

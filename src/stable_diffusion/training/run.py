@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from stable_diffusion.data.item import Entry, Source
 from stable_diffusion.errors import InputError, shown, unknown_name
-from stable_diffusion.fields import Rule, typed
+from stable_diffusion.fields import ABOVE_0, typed
 from stable_diffusion.training.compute import Compiler, Computer
 from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.events import Event, Plan
@@ -108,9 +108,8 @@ def _check_lengths(steps: int | None, minutes: float | None) -> None:
     """Raises InputError for a length that no run can have."""
     if steps is not None and minutes is not None:
         raise InputError(f"give steps or minutes, not both: got steps {steps} and minutes {minutes}")
-    above_0 = Rule("above 0", lambda value: value > 0)
-    typed(Annotated[int, above_0] | None, steps, "steps")
-    typed(Annotated[float, above_0] | None, minutes, "minutes")
+    typed(Annotated[int, ABOVE_0] | None, steps, "steps")
+    typed(Annotated[float, ABOVE_0] | None, minutes, "minutes")
 
 
 def _check(

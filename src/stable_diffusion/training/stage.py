@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_diffusion.errors import InputError, shown
-from stable_diffusion.fields import Rule, Settings, within
+from stable_diffusion.fields import ABOVE_0, Rule, Settings, within
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.training.draw import Draw
 from stable_diffusion.training.events import TrainStep
@@ -36,7 +36,7 @@ class OptimizerSettings(Settings):
     """Steps of linear warm-up, at most a tenth of all."""
     weight_decay: Annotated[float, within(0, 1000)] = 0.01
     """Of matrices and kernels; biases and norms have none."""
-    max_grad_norm: Annotated[float, within(1e-9, 10**9)] = 1.0
+    max_grad_norm: Annotated[float, ABOVE_0] = 1.0
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of a step."""
