@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stable_diffusion.checkpoints import files
 from stable_diffusion.errors import InputError
-from stable_diffusion.training import loop, state
+from stable_diffusion.training import loop
 from stable_diffusion.training.compute import Computer
 from stable_diffusion.training.draw import Draw, Samples
 from stable_diffusion.training.events import TrainStep
@@ -293,7 +295,8 @@ def test_resuming_is_exact(tmp_path: Path, stopped: int) -> None:
     kinds = Counter(name.split(".")[0] for name in load_file(tmp_path / "a"))
     assert kinds == {"weights": 2, "average": 2, "optimizer": 6}, "moments and step counts are kept"
     with safe_open(tmp_path / "a", "pt") as a, safe_open(tmp_path / "b", "pt") as b:
-        assert a.metadata() == b.metadata() == {"step": "20", "skipped": "1", "scale": "1.0"}
+        counts = {"step": "20", "skipped": "1", "scale": "1.0"}
+        assert a.metadata() == b.metadata() == {"format": "pt", **counts}
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path: Path) -> None:
@@ -328,10 +331,10 @@ def test_a_save_that_is_interrupted_leaves_the_old_checkpoint(
     def half(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
         assert Path(file) != path, "it must not write into the checkpoint itself"
         Path(file).write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(state, "save_file", half)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(files, "save_file", half)
+    with pytest.raises(InputError, match="no space"):
         list(train(Toy(), path, total=20))
     assert path.read_bytes() == old
     monkeypatch.undo()
