@@ -277,10 +277,10 @@ def _abandon(path: Path, writer: Callable[[Path], Any]) -> None:
 
 @posix
 @pytest.mark.parametrize(
-    "writer", [replacing, replacing_folder, check_place_within := files._workshop], ids=str
+    "writer", [replacing, replacing_folder, files._workshop], ids=["file", "folder", "workshop"]
 )
 def test_what_a_killed_process_left_goes_at_the_next_write(writer: Any, tmp_path: Path) -> None:
-    start = (lambda path: writer(path, tmp_path)) if writer is check_place_within else writer
+    start = (lambda path: writer(path, tmp_path)) if writer is files._workshop else writer
     _abandon(tmp_path / "a [1]*.json", start)
     _abandon(tmp_path / "b", start)
     assert len(names(tmp_path)) == 2 and all(name.startswith(".") for name in names(tmp_path))
