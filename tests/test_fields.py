@@ -381,7 +381,7 @@ def test_what_does_not_fit_is_said(change: dict[str, Any], message: str) -> None
 
 
 def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_said() -> None:
-    with pytest.raises(InputError, match="vocab_size must be at least the tokenizer's 49408, got 100"):
+    with pytest.raises(InputError, match="needs a vocab_size of 49408, but the text encoder has 100"):
         tiny_model(SMALL)
 
 

@@ -389,7 +389,7 @@ def test_too_little_memory_is_called_that(tmp_path: Path) -> None:
     for verb, work in {
         "open": lambda: read_weights(tmp_path / "large.safetensors"),
         "write": lambda: write_tensors(
-            tmp_path / "small.safetensors", {"a": torch.zeros(1).expand(50_000_000)}, torch.float16
+            tmp_path / "small.safetensors", {"a": torch.zeros(1).expand(500_000_000)}, torch.float16
         ),
     }.items():
         sentence = refusal(with_limit(resource.RLIMIT_AS, limit, work))

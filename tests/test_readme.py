@@ -69,7 +69,8 @@ def test_streaming_snippet_runs(here: Path, capsys: pytest.CaptureFixture[str]) 
     """The steps are printed, and the last preview is a picture."""
     exec(snippet("model.stream("), {})
     assert capsys.readouterr().out.splitlines() == [f"step {i} of 4" for i in (1, 2, 3, 4)]
-    assert Image.open("preview.png").size == (128, 128)
+    with Image.open("preview.png") as preview:
+        assert preview.size == (128, 128)
 
 
 def test_every_snippet_is_run() -> None:

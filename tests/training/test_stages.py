@@ -142,7 +142,8 @@ def test_the_example_has_the_shapes_of_a_batch() -> None:
         (replace(TEXT, trainable=True),),
         (replace(TEXT, trainable=True), replace(TEXT, trainable=True)),
     ):
-        stage = stage_of(replace(TINY, text_encoders=encoders))
+        unet = replace(TINY.unet, pooled_projection_dim=sum(encoder.hidden_size for encoder in encoders))
+        stage = stage_of(replace(TINY, text_encoders=encoders, unet=unet))
         batch, example = stage.batch(draw()), stage.example(BATCH)
         assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
             (x.shape, x.dtype, x.stride()) for x in example
@@ -207,9 +208,9 @@ def test_a_dropped_caption_is_samplings_unconditional_one(
 
     prepare = UNetNetwork.prepare
 
-    def preparing(self: UNetNetwork, embeds: PromptEmbeds, timesteps: Any) -> Any:
+    def preparing(self: UNetNetwork, embeds: PromptEmbeds, *others: Any) -> Any:
         seen.append(tuple(embeds))
-        return prepare(self, embeds, timesteps)
+        return prepare(self, embeds, *others)
 
     # A cached caption has no words to read: find the rows of the empty one by their pooled vector.
     stage.unet.register_forward_pre_hook(spy)

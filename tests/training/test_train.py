@@ -359,7 +359,7 @@ def test_measuring_is_about_right(tmp_path: Path, data: CocoImageLoader) -> None
         ({"steps": 5, "minutes": 1.0}, r"steps or minutes, not both: got steps 5 and minutes 1.0"),
         ({"steps": 0}, r"steps must be above 0, got 0"),
         ({"minutes": -1}, r"minutes must be above 0, got -1"),
-        ({"minutes": float("nan")}, r"minutes must be above 0, got nan"),
+        ({"minutes": float("nan")}, r"minutes must be a finite number, got nan"),
     ],
 )
 def test_lengths_that_are_none(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,8 @@ class PromptEncoder(nn.Module):
         for config, tokenizer in zip(configs, tokenizers, strict=True):
             if config.vocab_size < tokenizer.size:
                 raise InputError(
-                    f"vocab_size must be at least the tokenizer's {tokenizer.size}, got {config.vocab_size}"
+                    f"the tokenizer in {tokenizer.folder} needs a vocab_size of {tokenizer.size}, but the text encoder"
+                    f" has {config.vocab_size}: the two are of different models, copy or download them again"
                 )
         self.configs = configs
         self.tokenizers = tokenizers
@@ -181,18 +182,7 @@ class PromptEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Each encoder's tokens of the texts, and what its context has no room for."""
-        return [self._tokens(index, texts) for index in range(len(self.tokenizers))]
-
-    def _tokens(self, index: int, texts: list[str]) -> TokenBatch:
-        batch = self.tokenizers[index](texts)
-        table = cast(TextEncoder, self.encoders[index]).embeddings.token_embedding
-        known = table.num_embeddings + len(getattr(table, "added", ()))
-        if texts and (last := int(batch.input_ids.max())) >= known:
-            raise InputError(
-                f"the tokenizer in {self.tokenizers[index].folder} gives a word the number {last}, but the text encoder"
-                f" has {known} vectors: the two are of different models, copy or download them again"
-            )
-        return batch
+        return [tokenizer(texts) for tokenizer in self.tokenizers]
 
     def embed(self, batches: list[TokenBatch], count: int) -> PromptEmbeds:
         """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
@@ -205,7 +195,7 @@ class PromptEncoder(nn.Module):
 
     def encode(self, index: int, texts: list[str]) -> PromptEmbeds:
         """One encoder's states for the texts, before the projection: what training caches of a frozen encoder."""
-        batch = self._tokens(index, texts)
+        batch = self.tokenizers[index](texts)
         return self.read(index, batch.input_ids, batch.attention_mask)
 
     def read(

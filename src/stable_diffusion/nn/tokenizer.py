@@ -87,8 +87,8 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Tokens of the vocabulary, without words that were added to it."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+        """Rows that a table of embeddings needs for it: one more than its largest number."""
+        return 1 + max(self._tokenizer.get_vocab().values())
 
     def __call__(self, texts: list[str]) -> TokenBatch:
         """The texts' tokens. A text that is too long keeps its begin and end tokens."""
