@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from stable_diffusion.diffusion.schedule import Level, Schedule
+from stable_diffusion.diffusion.schedule import FLOAT64, Level, Schedule
 from stable_diffusion.errors import InputError, unknown_name
 
 Scalar = Tensor | float
@@ -106,7 +106,7 @@ def loss_weight(
     if name not in LOSS_WEIGHTS:
         raise unknown_name("loss weight", name, LOSS_WEIGHTS)
     if name == "simple":
-        return torch.ones(len(timesteps), dtype=torch.float64, device="cpu")
+        return torch.ones(len(timesteps), **FLOAT64)
     alpha, sigma = schedule.alpha_sigma(timesteps)
     snr = (alpha / sigma) ** 2
     if name == "min_snr":

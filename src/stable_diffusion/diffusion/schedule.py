@@ -9,6 +9,7 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
@@ -17,6 +18,9 @@ from torch import Tensor
 from stable_diffusion.config import ScheduleConfig
 from stable_diffusion.diffusion.names import FLOW_SPACING, LCM_STEPS, Grid, spacing_named
 from stable_diffusion.errors import InputError
+
+FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+"""How schedules compute, whatever torch's defaults are set to."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,18 @@ CLEAN = Level(-1.0, 1.0, 0.0)
 
 def linear_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
     """Ho et al. 2020, section 4: from 1e-4 to 0.02 there."""
-    return torch.linspace(
-        config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float64, device="cpu"
-    )
+    return torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, **FLOAT64)
 
 
 def scaled_linear_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
     """Rombach et al. 2022 (their "linear"): linear in the square root of beta."""
     ends = math.sqrt(config.beta_start), math.sqrt(config.beta_end)
-    return torch.linspace(*ends, config.num_train_timesteps, dtype=torch.float64, device="cpu") ** 2
+    return torch.linspace(*ends, config.num_train_timesteps, **FLOAT64) ** 2
 
 
 def cosine_betas(config: ScheduleConfig) -> Float[Tensor, " t"]:
     """Nichol & Dhariwal 2021, equation 17, with beta at most 0.999."""
-    time = (
-        torch.arange(config.num_train_timesteps + 1, dtype=torch.float64, device="cpu")
-        / config.num_train_timesteps
-    )
+    time = torch.arange(config.num_train_timesteps + 1, **FLOAT64) / config.num_train_timesteps
     alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
@@ -73,7 +72,7 @@ class Schedule:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
         self.num_train_timesteps = config.num_train_timesteps
-        self.alphas_cumprod = torch.empty(0, dtype=torch.float64, device="cpu")
+        self.alphas_cumprod = torch.empty(0, **FLOAT64)
         if config.kind != "flow":
             self.alphas_cumprod = torch.cumprod(1 - BETAS[config.kind](config), dim=0)
             if config.rescale_betas_zero_snr:
@@ -125,9 +124,7 @@ class Schedule:
                 raise InputError(
                     f"spacing {spacing!r} is for the DDPM family; use {FLOW_SPACING!r} for a rectified flow"
                 )
-            sigmas = self._shift(
-                torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")[:-1]
-            )
+            sigmas = self._shift(torch.linspace(1, 0, num_inference_steps + 1, **FLOAT64)[:-1])
             return [*(self.level(sigma * self.num_train_timesteps) for sigma in sigmas.tolist()), CLEAN]
         left_out = grid == "intervals" or row.leaves_first
         most = row.most_steps or self.num_train_timesteps - left_out
@@ -168,9 +165,7 @@ class Schedule:
         if not bool(((times >= 0) & (times <= last)).all()):
             raise InputError(f"timesteps must be from 0 to {last}, got {times.tolist()}")
         levels = [self.level(t) for t in times.tolist()]
-        table = torch.tensor(
-            [(level.alpha, level.sigma) for level in levels], dtype=torch.float64, device="cpu"
-        )
+        table = torch.tensor([(level.alpha, level.sigma) for level in levels], **FLOAT64)
         return table[:, 0], table[:, 1]
 
     def training_timesteps(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -235,9 +230,7 @@ def sgm_uniform(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 
 
 def _even(schedule: Schedule, steps: int, points: int, *, rounded: bool) -> list[Level]:
-    times = torch.linspace(schedule.num_train_timesteps - 1, 0, points, dtype=torch.float64, device="cpu")[
-        :steps
-    ]
+    times = torch.linspace(schedule.num_train_timesteps - 1, 0, points, **FLOAT64)[:steps]
     return [schedule.level(t) for t in (times.round() if rounded else times).tolist()]
 
 
@@ -256,7 +249,7 @@ def lcm(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 def karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     """Karras et al. 2022, equation 5, with rho = 7."""
     low, high = schedule.ratio_range()
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
+    ramp = torch.linspace(0, 1, steps, **FLOAT64)
     ratios = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     return _at_ratios(schedule, ratios, grid)
 
@@ -264,14 +257,14 @@ def karras(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 def exponential(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     """Equal steps of log(sigma / alpha) (Lu et al. 2022, DPM-Solver, section 3.4)."""
     low, high = schedule.ratio_range()
-    ratios = torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64, device="cpu").exp()
+    ratios = torch.linspace(math.log(high), math.log(low), steps, **FLOAT64).exp()
     return _at_ratios(schedule, ratios, grid, cut=True)
 
 
 def beta(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     """Quantiles of the distribution Beta(0.6, 0.6), dense at both ends (Lee et al. 2024)."""
     low, high = schedule.ratio_range()
-    quantiles = _beta_quantiles(torch.linspace(1, 0, steps, dtype=torch.float64, device="cpu"))
+    quantiles = _beta_quantiles(torch.linspace(1, 0, steps, **FLOAT64))
     return _at_ratios(schedule, low + quantiles * (high - low), grid, cut=True)
 
 
@@ -281,7 +274,7 @@ def _beta_quantiles(mass: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     Up to 1/2 the function is its power series (Abramowitz & Stegun, 26.5.4), scaled to give 1/2 there, and the other
     half mirrors it.
     """
-    powers = torch.arange(60, dtype=torch.float64, device="cpu")
+    powers = torch.arange(60, **FLOAT64)
     terms = torch.cumprod(torch.cat([powers.new_ones(1), (powers[1:] - 0.6) / powers[1:]]), 0) / (
         powers + 0.6
     )
@@ -306,10 +299,8 @@ def align_your_steps(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
     """The ten steps that Sabour et al. 2024 found for Stable Diffusion 1.5; other numbers interpolate log(sigma)."""
     last = schedule.num_train_timesteps - 1
     levels = [schedule.level(t * last / ALIGNED[0]) for t in ALIGNED]
-    knots = torch.tensor(
-        [level.sigma / level.alpha for level in levels], dtype=torch.float64, device="cpu"
-    ).log()
-    places = torch.linspace(0, len(ALIGNED) - 1, steps + 1, dtype=torch.float64, device="cpu")[:steps]
+    knots = torch.tensor([level.sigma / level.alpha for level in levels], **FLOAT64).log()
+    places = torch.linspace(0, len(ALIGNED) - 1, steps + 1, **FLOAT64)[:steps]
     lower = places.long()
     ratios = torch.lerp(knots[lower], knots[lower + 1], places - lower).exp()
     return _at_ratios(schedule, ratios, grid)

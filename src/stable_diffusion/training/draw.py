@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from stable_diffusion.diffusion.schedule import FLOAT64
 from stable_diffusion.fields import within
 
 SEED = Annotated[int, within(0, 2**63 - 1)]
@@ -29,15 +30,15 @@ class Samples:
 
     def __init__(self, count: int, weights: Sequence[float] | None = None) -> None:
         self.count = count
-        self._ends = torch.tensor(weights or (1.0,) * count, dtype=torch.float64, device="cpu").cumsum(0)
+        self._ends = torch.tensor(weights or (1.0,) * count, **FLOAT64).cumsum(0)
         self.order = lru_cache(maxsize=4)(self._order)
         """Of an epoch, by seed, stage and the epoch's number."""
 
     def _order(self, seed: int, stage: str, epoch: int) -> list[int]:
         """Systematic sampling (Madow 1949): equal steps through the summed weights from a random start, shuffled."""
         generator = torch.Generator().manual_seed(_seed(seed, stage, "order", epoch))
-        start = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
-        places = torch.arange(self.count, dtype=torch.float64, device="cpu")
+        start = torch.rand((), generator=generator, **FLOAT64)
+        places = torch.arange(self.count, **FLOAT64)
         marks = (places + start) * self._ends[-1] / self.count
         chosen = torch.searchsorted(self._ends, marks, right=True).clamp(max=self.count - 1)
         return chosen[torch.randperm(self.count, generator=generator, device="cpu")].tolist()

@@ -14,6 +14,7 @@ from torch import Tensor
 from stable_diffusion.config import Part
 from stable_diffusion.data.cache import Array
 from stable_diffusion.diffusion.objective import loss_weight, target
+from stable_diffusion.diffusion.schedule import FLOAT64
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.training.draw import FLOAT32, Draw, Samples
 from stable_diffusion.training.events import TrainStep
@@ -72,9 +73,7 @@ class DenoiserStage(Stage):
         noise = draw.share(
             torch.randn(draw.batch_size, *self.latents.shape[1:], generator=generator, **FLOAT32)
         )
-        lots = draw.share(
-            torch.rand(draw.batch_size, 3, generator=generator, dtype=torch.float64, device="cpu")
-        )
+        lots = draw.share(torch.rand(draw.batch_size, 3, generator=generator, **FLOAT64))
         uniform, dropped, chosen = lots.unbind(dim=1)
         captions = [
             self.captions_of[index][int(lot * len(self.captions_of[index]))] if keep else 0
