@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import lacks_memory
 
 ZIP, PICKLE = STARTS = (b"PK\x03\x04", b"\x80")
 """How files of PyTorch begin: a zip archive, or a pickle by itself."""
@@ -33,25 +34,17 @@ MOST_STEPS = 1_000_000
 MOST_AXES = 8
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-"""With what files begin that are no zip archives (torch/serialization.py)."""
+"""How files that are not zip archives begin (torch/serialization.py)."""
 
+STORAGES = {
+    **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16},
+    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8},
+    **{"Byte": torch.uint8, "Bool": torch.bool},
+}
 DTYPES = {
-    f"torch {name}Storage": dtype
-    for name, dtype in {
-        "Double": torch.float64,
-        "Float": torch.float32,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
-} | {
-    "torch.storage UntypedStorage": torch.uint8,
+    **{f"torch {name}Storage": dtype for name, dtype in STORAGES.items()},
     **{f"torch {name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    "torch.storage UntypedStorage": torch.uint8,
 }
 
 FOREIGN = {
@@ -66,7 +59,7 @@ FOREIGN = {
     "numpy ndarray",
     "torch device",
 }
-"""What stands for nothing in what is read, as no weights need it."""
+"""Read as stand-ins without content: weights do not need them."""
 
 VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -109,11 +102,9 @@ def read(path: Path) -> dict[str, Any]:
                 root = (_read_archive if start == ZIP else _read_legacy)(path, content)
         except InputError:
             raise
-        except (
-            Exception
-        ) as error:  # damage makes the parsers of zip archives and pickles raise almost anything
-            if isinstance(error, MemoryError) or "allocate memory" in str(error):
-                raise InputError(f"{path} asks for more memory than there is: is it damaged?") from None
+        except Exception as error:  # damaged archives and pickles make their parsers raise almost anything
+            if lacks_memory(error):  # the caller says it
+                raise
             raise InputError(f"{path} {DAMAGED}") from None
     if isinstance(root, Tensor):
         return {"": root}
