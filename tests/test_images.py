@@ -168,7 +168,7 @@ def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    assert "No such file" in reason(tmp_path / "none.png")
+    assert "does not exist" in reason(tmp_path / "none.png")
     reason(tmp_path)
 
 

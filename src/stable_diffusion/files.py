@@ -45,11 +45,11 @@ def slug(text: str, default: str = "unnamed") -> str:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that there is too little memory: Python's, or PyTorch's for any device."""
-    said = (
-        re.search(r"(allocate|enough|out of) memory", str(error)) if isinstance(error, RuntimeError) else None
+    """Whether an error says that there is too little memory: Python's, the system's, or PyTorch's for any device."""
+    said = isinstance(error, (OSError, RuntimeError)) and re.search(
+        r"(allocate|enough|out of) memory", str(error)
     )
-    return isinstance(error, MemoryError) or said is not None
+    return isinstance(error, MemoryError) or bool(said)
 
 
 @contextmanager
@@ -289,21 +289,23 @@ def _mode(path: Path) -> int:
         except ValueError:  # a zero byte
             return 0
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
             return 0
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content. Raises InputError where the system refuses it."""
+    """A file's content. Raises InputError as ``check_is_file`` does, and where the system refuses it."""
+    check_is_file(path)
     with reading(path):
         return path.read_bytes()
 
 
 def check_is_file(path: Path) -> None:
-    """Raises InputError for folders, and for pipes and devices, whose reading may never end."""
-    if exists(path) and not is_file(path):
-        raise InputError(f"{path} is not a file: check the path")
+    """Raises InputError where nothing is, and for folders, pipes and devices, whose reading may never end."""
+    if not is_file(path):
+        problem = "is not a file" if exists(path) else "does not exist"
+        raise InputError(f"{path} {problem}: check the path")
 
 
 def as_path(path: object) -> Path:
@@ -315,19 +317,19 @@ def as_path(path: object) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none, or something else."""
-    check_is_file(path)
+    return json_object(path, read_bytes(path))
+
+
+def json_object(place: object, text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text is, in UTF-8, UTF-16 or UTF-32. Raises InputError, which names `place`, otherwise."""
     try:
-        content = json.loads(read_bytes(path))  # in UTF-8, UTF-16 or UTF-32
-    except InputError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise InputError(f"{path} does not exist: check the path") from None
-        raise
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): copy or download it again") from None
+        raise InputError(f"{place} is not JSON ({error}): copy or download it again") from None
     if _nested(content, NESTING):
-        raise InputError(f"{path} nests lists and objects more than {NESTING} deep: it holds no settings")
+        raise InputError(f"{place} nests lists and objects more than {NESTING} deep: it holds no settings")
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+        raise InputError(f"{place} must hold a JSON object, got a {type(content).__name__}")
     return content
 
 

@@ -221,7 +221,7 @@ def test_an_older_recipe_of_another_preset_has_the_older_lengths(tmp_path: Path)
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.toml does not exist: give a recipe file"):
+    with pytest.raises(InputError, match=r"none\.toml does not exist: check the path"):
         read_recipe(tmp_path / "none.toml")
 
 

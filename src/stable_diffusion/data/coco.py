@@ -18,7 +18,7 @@ from PIL import Image
 
 from stable_diffusion.data.item import Entry, Item, Split, ahead
 from stable_diffusion.errors import InputError, three_of
-from stable_diffusion.files import check_is_file, exists, reading
+from stable_diffusion.files import exists, read_bytes, reading
 from stable_diffusion.images import check_header, open_image, opened
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -218,12 +218,10 @@ def coco_splits(folder: str | Path) -> list[Split]:
 def _read(path: Path) -> tuple[list[Any], list[Any]]:
     """The file's lists of images and of annotations. Raises InputError if it has not the form that COCO's have."""
     test_split = f" ({_TEST_SPLIT})" if "test20" in path.name else ""
-    check_is_file(path)
     try:
-        data = json.loads(path.read_bytes())  # in UTF-8, UTF-16 or UTF-32
-    except OSError as error:
-        reason = f"{test_split}: {error.strerror}"
-        raise InputError(f"cannot open the captions file {str(path)!r}{reason}") from error
+        data = json.loads(read_bytes(path))  # in UTF-8, UTF-16 or UTF-32
+    except InputError as error:
+        raise InputError(f"{error}{test_split}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"the captions file {str(path)!r} is not JSON in UTF-8 ({error}): fetch it again, or save it in UTF-8"

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES, SPACINGS
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import create
+from stable_diffusion.files import create, json_object
 from stable_diffusion.generation.request import split_file
 from stable_diffusion.images import opened
 
@@ -45,12 +45,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             f"{path} holds no settings of mini-stable-diffusion: give a PNG that it wrote and no program changed"
         )
     try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f"the settings in {path} are damaged: give a PNG that no program changed")
-    return settings
+        return json_object("the text", text)
+    except InputError as error:
+        said = f"the settings in {path} are damaged ({error}): give a PNG that no program changed"
+        raise InputError(said) from None
 
 
 def parameters(settings: dict[str, Any]) -> str:

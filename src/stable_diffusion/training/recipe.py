@@ -12,7 +12,7 @@ from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.data.sources import SourceConfig, source_config
 from stable_diffusion.errors import InputError, shown, unknown_name
 from stable_diffusion.fields import from_dict, typed
-from stable_diffusion.files import check_is_file
+from stable_diffusion.files import read_bytes
 from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.stage import OptimizerSettings, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
@@ -35,13 +35,9 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InputError: no such file, not TOML, or a setting that does not exist.
     """
-    check_is_file(path)
+    text = read_bytes(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give a recipe file, or --images and --captions") from None
-    except OSError as error:
-        raise InputError(f"cannot open {path}: {error.strerror}; give a recipe file") from None
+        content = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML in UTF-8: {error}") from None
     data, model = (_table(content.pop(name, {}), f"[{name}]") for name in ("data", "model"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +14,11 @@ from stable_diffusion.checkpoints.checkpoint import Checkpoint, packaged
 from stable_diffusion.checkpoints.families import CLIP, EMA, OPEN_CLIP, UNET, VAE
 from stable_diffusion.checkpoints.files import State, building, count, mismatch, read_weights
 from stable_diffusion.checkpoints.single_file import names
-from stable_diffusion.checkpoints.single_file.infer import (
-    File,
-    has_gaps,
-    model_config,
-    vae_config,
-)
+from stable_diffusion.checkpoints.single_file.infer import File, has_gaps, model_config, vae_config
 from stable_diffusion.checkpoints.single_file.write import CONFIG, check_fits
 from stable_diffusion.config import AutoencoderKLConfig, ModelConfig, TextEncoderConfig, UNetConfig, from_dict
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import json_object
 from stable_diffusion.nn.text import TextEncoder
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import AutoencoderKL
@@ -99,8 +94,8 @@ def _stored_config(file: File) -> ModelConfig | None:
     if CONFIG not in file.metadata:
         return None
     try:
-        config = from_dict(ModelConfig, json.loads(file.metadata[CONFIG]))
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        config = from_dict(ModelConfig, json_object("the text", file.metadata[CONFIG]))
+    except InputError as error:
         raise InputError(f"the metadata {CONFIG} of {file.path} is damaged ({error})") from None
     vae, text = check_fits(config)
     blocks = config.unet.layers_per_block + vae.layers_per_block + text.num_hidden_layers
