@@ -88,9 +88,11 @@ class UNetConfig(Settings):
         _same_length(self, "block_out_channels", "attention_levels", "num_attention_heads")
         widths = self.block_out_channels
         _divides("norm_num_groups", self.norm_num_groups, widths, "block_out_channels")
-        _divides(
-            "2", 2, widths[:1], "the first of block_out_channels, which timesteps become sines and cosines of"
-        )
+        if widths[0] % 2:
+            raise InputError(
+                f"the first of block_out_channels must be even, since timesteps become that many sines and cosines,"
+                f" got {widths[0]}"
+            )
         for i, heads in enumerate(self.num_attention_heads):
             # Below the last is the middle, which has attention.
             if self.attention_levels[i] or (self.mid_block_type and i == len(widths) - 1):
@@ -280,17 +282,13 @@ class ModelConfig(Settings):
     def check(self) -> None:
         """Raises InputError where the parts do not fit together."""
         unet, vae, latents = self.unet, self.vae, self.vae.latent_channels
+        pooled = unet.pooled_projection_dim
         texts = sum(text.hidden_size for text in self.text_encoders)
         for name, value, choices, of in (
             ("vae.in_channels", vae.in_channels, (3,), "the pictures, which are RGB"),
             ("unet.in_channels", unet.in_channels, (latents, 2 * latents + 1), "vae.latent_channels"),
             ("unet.out_channels", unet.out_channels, (latents,), "vae.latent_channels"),
-            (
-                "unet.pooled_projection_dim",
-                unet.pooled_projection_dim,
-                (None, texts or None),
-                "the hidden_size of the text_encoders",
-            ),
+            ("unet.pooled_projection_dim", pooled, (None, texts or None), "the text_encoders' hidden_size"),
         ):
             if value not in choices:
                 said = " or ".join(dict.fromkeys(str(choice) for choice in choices))

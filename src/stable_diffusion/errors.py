@@ -47,6 +47,11 @@ def shown(value: object, most: int = 80) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists without end
         text = f"a {type(value).__name__} that is too large to show"
+    return shortened(text, most)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text, or its first `most` characters and a mark that there are more."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -89,7 +89,7 @@ def test_single_files_and_files_of_one_part(single: Path, tmp_path: Path) -> Non
         assert ("  no text encoder: add --text-encoder FOLDER" in found) == (name == "unet")
         assert f"  {name}: " in found
         assert "  licence: CC0-1.0" in found
-        assert f"  training: {'x' * 100} …" in found
+        assert f"  training: {'x' * 100}…" in found
 
 
 def test_loras_and_embeddings(tmp_path: Path) -> None:

@@ -551,7 +551,7 @@ def test_other_folders_are_not_touched(packages: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="something else than a set of icons"):
         make(tmp_path, packages)
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match="Not a directory"):
         make(tmp_path / "mine.txt", packages)
     with pytest.raises(InputError, match="size must be from 16 to 1024, got 8"):
         make(tmp_path / "set", packages, size=8)

@@ -271,7 +271,7 @@ def test_other_folders_are_not_touched(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="something else"):
         write_shapes(tmp_path, count=4, size=32)
     assert content(tmp_path) == {str(Path("train", "mine.png")): b"mine"}
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match="Not a directory"):
         write_shapes(tmp_path / "train" / "mine.png")
     with pytest.raises(InputError, match="cannot write"):
         write_shapes(tmp_path / "train" / "mine.png" / "deeper")

@@ -83,7 +83,7 @@ def read_tensors(path: Path) -> State:
     content, _ = read_weights(path)
     if strange := sorted(name for name, value in content.items() if not isinstance(value, Tensor)):
         raise InputError(
-            f"{path} holds other things than tensors ({', '.join(strange[:3])}): these are not the weights of a part"
+            f"{path} holds other things than tensors ({three_of(strange)}): these are not the weights of a part"
         )
     return content
 

@@ -15,6 +15,7 @@ from stable_diffusion.checkpoints.diffusers import is_diffusers
 from stable_diffusion.checkpoints.families import OTHER_ADAPTERS, WIDTHS, kind, long_name, lora_widths, misfit
 from stable_diffusion.checkpoints.files import State, count, read_weights
 from stable_diffusion.config import ModelConfig, Styles
+from stable_diffusion.errors import shortened
 
 UNSAID = ("format", "mini_stable_diffusion.config")
 LONGEST = 100
@@ -51,7 +52,7 @@ def describe(path: str | Path) -> Iterator[str]:
     for key, value in sorted(metadata.items()):
         if key not in UNSAID:
             label = "licence" if key in ("license", "modelspec.license") else key
-            yield f"  {label}: {value if len(value) <= LONGEST else value[:LONGEST] + ' …'}"
+            yield f"  {label}: {shortened(value, LONGEST)}"
 
 
 def _flat(content: dict[Any, Any], inner: bool = True) -> Iterator[tuple[str, Tensor]]:

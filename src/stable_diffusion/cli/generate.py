@@ -145,9 +145,7 @@ def _stored(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
     stored = {name: value for name, value in read_settings(path).items() if name not in given}
     for name, text in named_files(stored):
-        if re.match(
-            r"[\\/]{2}", text
-        ):  # before anything looks for it, which Windows would ask that server for
+        if re.match(r"[\\/]{2}", text):  # before a look for it, with which Windows would ask that server
             raise InputError(
                 f"{path} names the {name} {shown(text)}, which is on another machine: give --{SHORT.get(name, name)}"
             )

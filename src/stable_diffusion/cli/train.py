@@ -74,6 +74,7 @@ def train(
         source = Coco(images=str(images), captions=str(captions))
         plan = Recipe(name=settings.name, data=source, config=settings)
     folder = Path("runs", slug(plan.config.name)) if output is None else output
+    folder = folder.with_name(f"{folder.name}-check") if check else folder
     native.check_place(folder / "model")  # before a set is made, which takes its time too
     if first_process():
         tell("minisd: reading pictures and captions")
@@ -83,7 +84,6 @@ def train(
     torch.manual_seed(plan.seed)
     if check:
         model = DiffusionModel(plan.config).to(where)
-        folder = folder.with_name(f"{folder.name}-check")
         if not model.check(data, plan.stages, output_dir=folder, autocast=autocast):
             raise SystemExit(1)
         return

@@ -14,7 +14,7 @@ from PIL import Image
 from stable_diffusion import images
 from stable_diffusion.data.coco import CocoReport
 from stable_diffusion.data.item import Files, Progress, Source, Split, ahead
-from stable_diffusion.errors import InputError, three_of
+from stable_diffusion.errors import InputError, shortened, three_of
 
 _CAPTIONS_TOGETHER = 4096
 
@@ -68,7 +68,7 @@ class SplitReport:
             text, lost = self.cut_captions[0]
             lines.append(
                 f"captions longer than {tokens}: {len(self.cut_captions)};"
-                f" the longest, {_shortened(text)!r}, loses {_shortened(lost)!r}"
+                f" the longest, {shortened(text, 120)!r}, loses {shortened(lost, 120)!r}"
             )
         smallest, median, largest = (f"{width}x{height}" for width, height in self.sizes)
         spread = f"smallest {smallest}, median {median}, largest {largest}"
@@ -241,7 +241,3 @@ def _digest(picture: Image.Image) -> bytes:
     hasher = hashlib.sha256(repr(picture.size).encode())
     hasher.update(picture.tobytes())
     return hasher.digest()
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 120 else f"{text[:120]} …"

@@ -36,11 +36,9 @@ def make_set(
     Raises:
         InputError: the folder is a file, holds something else, or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{str(folder)!r} is a file: give a folder")
     there: dict[str, Any] = {}
     with writing(folder):
-        taken = folder.is_dir() and any(folder.iterdir())
+        taken = folder.exists() and any(folder.iterdir())
     if taken:
         there = _info(folder / records[0])
         if not str(there.get("description")).startswith(f"mini-stable-diffusion {kind}"):

@@ -81,9 +81,8 @@ SAMPLERS = {
 
 ALIASES = {
     alias: name
-    for name, row in reversed(
-        SAMPLERS.items()
-    )  # of several rows of one scheduler class, the first has its name
+    # Of several rows of one scheduler class, the first has its name.
+    for name, row in reversed(SAMPLERS.items())
     for alias in (row.webui.lower(), row.diffusers.lower(), *row.aliases)
     if alias not in SAMPLERS
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from stable_diffusion.errors import three_of
+from stable_diffusion.errors import shortened, three_of
 
 INSTRUCTION = re.compile(
     r"""
@@ -34,7 +34,7 @@ def note_of(texts: Iterable[str]) -> str | None:
     found = list(dict.fromkeys(match[0] for text in texts for match in INSTRUCTION.finditer(text)))
     if not found:
         return None
-    parts = three_of([repr(part if len(part) <= 40 else f"{part[:40]}…") for part in found])
+    parts = three_of([repr(shortened(part, 40)) for part in found])
     named = any(part.startswith(("<", "embedding:")) for part in found)
     where = "; files of weights are not named in the prompt, but in `lora` and `embedding`" if named else ""
     return f"{parts}: other programs read this as an instruction, here it is text like any other{where}"

@@ -187,9 +187,8 @@ class PromptEncoder(nn.Module):
     def embed(self, batches: list[TokenBatch], count: int) -> PromptEmbeds:
         """The embeddings of `count` texts that ``tokenize`` gave the tokens of."""
         if not self.encoders:  # a model without text: tokens of no length
-            return PromptEmbeds(
-                torch.empty(count, 0, 0, device="cpu"), None, torch.empty(count, 0, device="cpu")
-            )
+            tokens = torch.empty(count, 0, 0, device="cpu")
+            return PromptEmbeds(tokens, None, tokens.flatten(1))
         read = [self.read(i, batch.input_ids, batch.attention_mask) for i, batch in enumerate(batches)]
         return self.join(read)
 

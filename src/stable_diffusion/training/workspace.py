@@ -18,7 +18,7 @@ from torch import Tensor
 from stable_diffusion.config import ModelConfig, TextEncoderConfig, to_dict
 from stable_diffusion.data.cache import Array, ArrayCache, digest
 from stable_diffusion.data.item import Entry, Source, squares
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, three_of
 from stable_diffusion.files import read_json, write_json, writing
 from stable_diffusion.generation.pipeline import Parts
 from stable_diffusion.nn.blocks import weight_bytes
@@ -130,9 +130,10 @@ class Workspace:
                 cache.path.unlink(missing_ok=True)  # nobody knows which of its rows are blank
         pictures = yield from _filled(cache, blocks(), "reading pictures", np.arange(count + 1))
         if damaged := _rows(record, count):
-            names = ", ".join(self.entries[i].key for i in damaged[:3])
-            said = f"{len(damaged)} pictures cannot be decoded and are left out: {names}"
-            warnings.warn(said, stacklevel=2)
+            names = three_of([self.entries[i].key for i in damaged])
+            warnings.warn(
+                f"{len(damaged)} pictures cannot be decoded and are left out: {names}", stacklevel=2
+            )
             kept = sorted(set(range(count)) - set(damaged))
             if not kept:
                 raise InputError(f"none of the {count} pictures can be decoded: check the image folder")
@@ -182,11 +183,7 @@ class Workspace:
             for chunk in chunks:
                 embeds = encoder.encode(i, chunk)
                 tokens, pooled = embeds.tokens.cpu(), embeds.pooled.cpu()
-                mask = (
-                    torch.ones(tokens.shape[:2], dtype=torch.bool, device="cpu")
-                    if embeds.mask is None
-                    else embeds.mask.cpu()
-                )
+                mask = tokens.new_ones(tokens.shape[:2]).bool() if embeds.mask is None else embeds.mask.cpu()
                 for said, real, whole in zip(tokens, mask, pooled, strict=True):
                     yield torch.cat([said[real], whole[None]]).numpy()
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stable_diffusion.checkpoints.files import State, read_tensors
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, three_of
 from stable_diffusion.files import read_json
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -58,7 +58,7 @@ def read_part(folder: Path, stem: str, variant: str | None) -> State:
         state |= read_tensors(folder / file)
     if absent := sorted(places.keys() - state.keys()):
         raise InputError(
-            f"{folder}: {len(absent)} of {len(places)} tensors are in no shard ({', '.join(absent[:3])}):"
+            f"{folder}: {len(absent)} of {len(places)} tensors are in no shard ({three_of(absent)}):"
             " copy or download it again"
         )
     return state
