@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -30,6 +29,9 @@ from stable_diffusion.files import (
     tidy,
     write_json,
 )
+
+if sys.platform != "win32":
+    import resource
 
 posix = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 

@@ -106,7 +106,7 @@ def shapes(folder: Path, count: int = 10, size: int = 32, split: str = "train") 
 
 
 def coco_test2017(folder: Path, count: int = 10, size: int = 32) -> None:
-    """Drawn pictures under the names that the sample in the issue reads: ``test2017`` and its captions file."""
+    """Drawn pictures under the names that the README's training sample reads: ``test2017`` and its captions file."""
     list(Shapes(count=count, size=size).make(folder / "shapes"))
     (folder / "shapes" / "train").rename(folder / "test2017")
     (folder / "annotations").mkdir()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +29,9 @@ from stable_diffusion.training.workspace import TextCache, Workspace
 from tests.test_files import refusal, with_limit
 from tests.tiny import STAGES, TEXT, TINY, shapes, tiny_model
 from tests.training.record import Record
+
+if sys.platform != "win32":
+    import resource
 
 
 def file(data: CocoImageLoader, index: int) -> Path:
