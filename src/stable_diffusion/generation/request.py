@@ -98,20 +98,14 @@ class Request:
         object.__setattr__(self, "lora", _weights(self.lora))
         _ = self.guidance, self.sampler_config  # which check their own ranges
         if self.mask_image is not None:
-            self._check_mask(self.mask_image)
-
-    def _check_mask(self, mask: Image.Image) -> None:
-        from stable_diffusion import images
-
-        if self.image is None:
-            raise InputError("mask_image needs the image that it masks: give image as well")
-        (width, height), sides = mask.size, self.image.size
-        if abs(width * sides[1] - height * sides[0]) > max(sides):  # a pixel of rounding
-            raise InputError(
-                f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: give a mask of the"
-                " image's shape"
-            )
-        images.binary_mask(mask, self.width, self.height)
+            if self.image is None:
+                raise InputError("mask_image needs the image that it masks: give image as well")
+            (width, height), sides = self.mask_image.size, self.image.size
+            if abs(width * sides[1] - height * sides[0]) > max(sides):  # a pixel of rounding
+                raise InputError(
+                    f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: give a mask of the"
+                    " image's shape"
+                )
 
     @classmethod
     def of(cls, config: ModelConfig, **given: Any) -> Request:
@@ -154,6 +148,10 @@ class Request:
         if not config.text_encoders and any(self.prompt):
             raise InputError(f"the model {config.name!r} has no text encoder: only an empty prompt fits")
         check_size(config, self.width, self.height)
+        if self.mask_image is not None:
+            from stable_diffusion import images  # with numpy, which help has no need of
+
+            images.binary_mask(self.mask_image, self.width, self.height)
         if config.reads_mask and self.mask_image is None:
             raise InputError(
                 f"the model {config.name!r} repaints parts of pictures: give image and mask_image"
@@ -359,7 +357,7 @@ def _size(config: ModelConfig, picture: Image.Image | None) -> dict[str, int]:
 
 def _opened(values: dict[str, Any]) -> dict[str, Any]:
     """The values with pictures in place of their paths, which the pictures remember."""
-    from stable_diffusion import images  # with numpy, which help has no need of
+    from stable_diffusion import images  # with numpy, likewise
 
     pictures: dict[str, Image.Image] = {}
     for name in PICTURES:
