@@ -59,7 +59,9 @@ def train(
     from stable_diffusion.config import preset, to_dict
     from stable_diffusion.training.observers import TensorBoard
     from stable_diffusion.training.recipe import Recipe, read_recipe
+    from stable_diffusion.training.run import check_lengths
 
+    check_lengths(steps, minutes)  # before a set is made
     if check and start is not None:
         raise InputError("give --check or --start, not both: the check begins with random weights")
     loaded = None if start is None else DiffusionModel.from_pretrained(start)

@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal
 
 from PIL import Image
 
-from stable_diffusion.config import Guidance, Interval, ModelConfig, Part, SamplerConfig, SamplerName
+from stable_diffusion.config import (
+    Guidance,
+    Interval,
+    ModelConfig,
+    Part,
+    SamplerConfig,
+    SamplerName,
+    SpacingName,
+)
 from stable_diffusion.errors import InputError, shown, unknown_name
 from stable_diffusion.fields import Rule, documented, to_dict, typed, within
 
@@ -48,7 +56,7 @@ class Request:
     """Against overexposed pictures: how far to restore the contrast of the unguided prediction, 0 to 1."""
     sampler: SamplerName
     """How to get from noise to picture, by our name or another program's."""
-    spacing: str | None
+    spacing: SpacingName | None
     """How the noise levels are spread; by default the sampler's own."""
     eta: Part | None
     """How much noise DDIM and TCD add, from 0, deterministic, to 1; by default their own, 0 and 0.3."""

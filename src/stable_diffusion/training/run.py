@@ -48,7 +48,7 @@ def train_model(
     """
     stages, entries = DEFAULT if stages is None else stages, data.entries()
     processes = PartialState(cpu=parts.unet.device.type == "cpu")
-    _check_lengths(steps, minutes)
+    check_lengths(steps, minutes)
     typed(SEED, seed, "seed")
     _check(parts, entries, stages, processes.num_processes)
     for module in (parts.vae, parts.unet):
@@ -104,7 +104,7 @@ def _fitting(settings: StageSettings, pictures: int, processes: int) -> StageSet
     return replace(settings, batch_size=min(settings.batch_size, max(pictures, least)))
 
 
-def _check_lengths(steps: int | None, minutes: float | None) -> None:
+def check_lengths(steps: int | None, minutes: float | None) -> None:
     """Raises InputError for a length that no run can have."""
     if steps is not None and minutes is not None:
         raise InputError(f"give steps or minutes, not both: got steps {steps} and minutes {minutes}")
