@@ -27,8 +27,11 @@ Vocabulary = Annotated[int, within(1, 2**20)]
 """Vectors of a table."""
 Part = Annotated[float, within(0, 1)]
 Beta = Annotated[float, within(1e-8, 0.999)]
+"""Variance that a step of the forward process adds."""
 Widths = Annotated[tuple[Width, ...], sized(1, 8)]
+"""Of each level."""
 Blocks = tuple[Annotated[int, within(0, 32)], ...]
+"""Of each level, some of which may have none."""
 SamplerName = Annotated[str, Rule("a sampler", lambda name: bool(sampler_name(name)))]
 SpacingName = Annotated[str, Rule("a spacing", lambda name: bool(spacing_named(name)))]
 Interval = Annotated[

@@ -36,7 +36,7 @@ _DAY = 86400  # seconds after which another computer's process is taken for dead
 def slug(text: str, default: str = "unnamed") -> str:
     """A text as one part of a path that every system takes, at most 60 letters and 180 bytes.
 
-    Text from a file or a prompt is never a path: it may have slashes, dots, and more bytes than a name can.
+    Text from a file or a prompt is never a path: it may hold slashes, dots, and more bytes than a name can have.
     """
     name = re.sub(r"[^\w.]+", "-", text)[:60].encode("utf-8", "ignore")[:180].decode("utf-8", "ignore")
     name = name.strip("-.")
@@ -71,7 +71,7 @@ def _refusals(verb: str, path: str | Path, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as error:
-        if _PART.search(str(path)):  # a file in a folder that is being written, which names itself
+        if _PART.search(str(path)):  # in a folder that is being written: the error names that folder
             raise
         if lacks_memory(error):
             raise InputError(
@@ -268,12 +268,12 @@ def _computer() -> str:
 
 @functools.cache
 def _process() -> str:
-    """The mark of this process: a container's next one may have its number."""
+    """A mark of this process, since the next one in a container may have the same number."""
     return uuid.uuid4().hex[:8]
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something. Raises InputError where the system does not let one see, which is no "no"."""
+    """Whether something is there. Raises InputError where the system does not let us look, which is not a no."""
     return _mode(path) != 0
 
 

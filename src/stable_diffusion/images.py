@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
 
 MAX_SCANS = 500
-"""Of a JPEG: a progressive one goes over its pixels about ten times, but may say that it does so 100,000 times."""
+"""Scans of a JPEG: a progressive one has about ten, but a file may declare 100,000."""
 MAX_PIXELS = 8192 * 8192
 """Of a picture that is read, and of all that are decoded at the same time: decoding takes up to 24 bytes for each."""
 

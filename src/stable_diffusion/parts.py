@@ -129,7 +129,7 @@ class ModelParts(nn.Module):
             reading[name] = None if given is None else str(given)
         with files.reading(source):
             model = cls._from_checkpoint(checkpoints.read(source, **reading), dtype)
-        model.origin = {"model": None if path is None else hub.as_path(path), **reading}
+        model.origin = {"model": None if path is None else hub.stored_name(path), **reading}
         return model
 
     @classmethod

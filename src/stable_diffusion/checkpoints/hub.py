@@ -35,8 +35,8 @@ def find(path: str | Path, *, variant: str | None = None) -> Path:
     return fetch(path, variant=variant)
 
 
-def as_path(path: str | Path) -> str:
-    """A text that is `path` wherever it is read, also where it could be a hub name and is a path here."""
+def stored_name(path: str | Path) -> str:
+    """The text to store for `path`: with ``./`` where something is here that could be taken for a hub name."""
     return f"./{path}" if NAME.fullmatch(str(path)) and Path(path).exists() else str(path)
 
 

@@ -72,8 +72,8 @@ def read(
 def advice(path: Path, metadata: dict[str, str]) -> str:
     """How a published few-step LoRA (Hyper-SD, LCM, TCD) is to be used, as the end of a sentence; empty for others.
 
-    The settings are those of its card, which no tensor tells: the names do that the file, or its folder where it has
-    diffusers' own, and its metadata have.
+    The settings are those of its card. No tensor tells them; the file's name does (its folder's, where the file has
+    diffusers' own name), or a name in its metadata.
     """
     said = path.parent.name if path.stem == "pytorch_lora_weights" else path.stem
     name = " ".join([said, *(metadata.get(key, "") for key in ("ss_output_name", "modelspec.title"))]).lower()

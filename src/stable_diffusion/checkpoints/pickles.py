@@ -286,7 +286,7 @@ class _Machine:
         return self.calls[name]
 
     def _key(self, key: Any) -> Any:
-        """A key, which can be compared at once: tuples in tuples take time without end."""
+        """A key that is hashed at once: tuples in tuples may take for ever, or overflow the stack."""
         if not isinstance(key, (str, bytes, int, float, _Foreign, type(None))):
             raise InputError(
                 f"{self.path} has a {type(key).__name__} as a key, which no weights need: refused"
@@ -294,7 +294,7 @@ class _Machine:
         return key
 
     def _spend(self, items: Any) -> Any:
-        """What is copied, of which all together can't be more than the pickle, unless the same is copied again."""
+        """Counts what is copied: in all it exceeds the pickle's length only where the same is copied over and over."""
         self.room -= len(items)
         if self.room < 0:
             raise InputError(

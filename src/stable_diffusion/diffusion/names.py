@@ -201,5 +201,5 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
         "variance_type": None,
     },
 }
-"""What each scheduler class in diffusers reads beside the forward process, with its defaults. It passes by what it does
-not read: files keep that when their class is changed."""
+"""What each scheduler class in diffusers reads beside the forward process, with its defaults. A file may hold other
+settings, left from before its class was changed; they have no effect."""

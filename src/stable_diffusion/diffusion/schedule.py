@@ -309,7 +309,10 @@ def align_your_steps(schedule: Schedule, steps: int, grid: Grid) -> list[Level]:
 def _at_ratios(
     schedule: Schedule, ratios: Float[Tensor, " n"], grid: Grid, *, cut: bool = False
 ) -> list[Level]:
-    """Levels of those sigma / alpha; on whole timesteps they are told the nearest, or the one below if it is cut."""
+    """Levels of these sigma / alpha.
+
+    On the grid of intervals the network is given the nearest whole timestep, or with `cut` the one below.
+    """
     times = [schedule.time(ratio) for ratio in ratios.tolist()]
     if grid == "intervals":
         times = [float(math.floor(t + 1e-6) if cut else round(t)) for t in times]

@@ -152,7 +152,7 @@ def _spacing_settings(sampler: SamplerConfig) -> dict[str, Any]:
         return {}
     spacing = spacing_named(sampler.spacing)
     if spacing.leaves_first and row.grid == "intervals":
-        spacing = SPACINGS["linspace"]  # which that is there
+        spacing = SPACINGS["linspace"]  # whose timesteps are these in that class
     known = FORWARD | SCHEDULERS[row.diffusers]
     return {key: value for key, value in spacing.diffusers.items() if key in known}
 
