@@ -192,7 +192,7 @@ def test_seeds_begin_again_after_the_last(minisd: Any, model: str) -> None:
 def test_files_on_a_drive_are_named_whole(minisd: Any, model: str) -> None:
     for option in ("--lora", "--embedding"):
         result = minisd("generate", "a", "--model", model, option, r"C:\files\cat.safetensors")
-        assert result.code == 2 and r"C:\files\cat.safetensors is not a file" in result.err
+        assert result.code == 2 and r"C:\files\cat.safetensors does not exist" in result.err
 
 
 def test_a_size_is_a_side_or_two(minisd: Any, model: str) -> None:

@@ -727,8 +727,8 @@ def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--lora", "nowhere.safetensors"), "nowhere.safetensors is not a file"),
-        (("--lora", "nowhere.safetensors:0.5"), "nowhere.safetensors is not a file"),
+        (("--lora", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
+        (("--lora", "nowhere.safetensors:0.5"), "nowhere.safetensors does not exist"),
         (("--lora", "a.safetensors:much"), "NAME:WEIGHT such as a.safetensors:0.8, got 'much'"),
         (("--lora", "a.safetensors:nan"), "must be a finite number, got nan"),
         (("--lora", "a.safetensors"), "none of 5 modules"),

@@ -287,7 +287,7 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "a.ckpt")
     refused(None, "holds a list")
     with pytest.raises(InputError, match="is not a file"):
-        pickles.read(tmp_path)
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

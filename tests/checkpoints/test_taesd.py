@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
         tmp_path / "text.safetensors": "not a whole safetensors file",
         tmp_path / "x.safetensors": "none of Stable Diffusion",
         tmp_path / "empty": "has no autoencoder",
-        tmp_path / "nowhere": "is not a file",
+        tmp_path / "nowhere": "does not exist",
     }.items():
         with pytest.raises(InputError, match=message) as caught:
             model.load_vae(path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stable_diffusion.checkpoints import pickles
 from stable_diffusion.errors import InputError, three_of
-from stable_diffusion.files import is_file, lacks_memory, reading, replacing
+from stable_diffusion.files import check_is_file, is_file, lacks_memory, reading, replacing
 
 State = dict[str, Tensor]
 
@@ -49,8 +49,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         InputError: the file is missing, damaged, or asks to run something.
     """
     with reading(path):
-        if not is_file(path):
-            raise InputError(f"{path} is not a file: give a .safetensors, .ckpt, .pt or .bin file")
+        check_is_file(path)
         kind = sniff(path)
         if kind == "pickle" or (kind is None and path.suffix in PICKLED):
             root: dict[Any, Any] = pickles.read(path)

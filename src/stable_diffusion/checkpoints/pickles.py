@@ -84,11 +84,10 @@ def read(path: Path) -> dict[str, Any]:
     """What a pickle of PyTorch holds, with stand-ins for the foreign objects; a bare tensor gets the name "".
 
     Raises:
-        InputError: the file is missing, empty, truncated, not a pickle of PyTorch or a zip bomb, holds no
-            dictionary, or asks to run anything else, which is named and not run.
+        OSError: the system refuses the file.
+        InputError: it is empty, truncated, not a pickle of PyTorch or a zip bomb, holds no dictionary, or asks to run
+            anything else, which is named and not run.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is not a file: give a .ckpt, .pt or .bin file")
     with path.open("rb") as file:
         start = file.read(4)
         if not start:
