@@ -121,7 +121,7 @@ def generate(
     if first is None:
         first = int.from_bytes(os.urandom(4), "big")
     for number, text in enumerate(text for text in prompt for _ in range(count)):
-        seed = (first + number) % (LARGEST_SEED + 1) if number else first
+        seed = (first + number) % (LARGEST_SEED + 1)
         picture = _picture(model, text, {**settings, "seed": seed})
         say(save_png(picture, _path(output, text, seed), picture.info["settings"]))
 
