@@ -126,7 +126,7 @@ def test_the_default_stages_are_the_mini_presets() -> None:
     autoencoder, denoiser = DEFAULT
     assert isinstance(autoencoder, AutoencoderSettings) and isinstance(denoiser, DenoiserSettings)
     found = [(s.batch_size, s.learning_rate, s.epochs, s.min_steps, s.ema_decay) for s in DEFAULT]
-    assert found == [(32, 1e-3, 6.0, 300, 0.995), (64, 8e-4, 30.0, 400, 0.999)]
+    assert found == [(32, 1e-3, 6.0, 200, 0.995), (64, 8e-4, 30.0, 300, 0.999)]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

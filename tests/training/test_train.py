@@ -308,13 +308,13 @@ def test_a_batch_is_no_larger_than_the_set(
 
 
 def test_a_first_training_takes_minutes(tmp_path: Path) -> None:
-    """On 16 pictures without a recipe: 11,200 pictures through the networks, which two cores do in four minutes."""
+    """On 16 pictures without a recipe: 8,000 pictures through the networks, which two cores do in four minutes."""
     record = Record("reading pictures", 0)
     tiny_model().train(shapes(tmp_path / "shapes", count=17), output_dir=tmp_path, observers=[record])
     said = json.loads((tmp_path / "run.json").read_text())["recipe"]["stage"]
     batches = {stage["name"]: stage["batch_size"] for stage in said}
     assert record.plan.pictures == 16 and batches == {"autoencoder": 16, "denoiser": 16}
-    assert sum(record.plan.steps[name] * batch for name, batch in batches.items()) == 11_200
+    assert sum(record.plan.steps[name] * batch for name, batch in batches.items()) == 8_000
 
 
 def test_a_short_trial_is_not_the_whole_training(tmp_path: Path, data: CocoImageLoader) -> None:

@@ -43,14 +43,14 @@ def read(folder: Path) -> Checkpoint:
     states, tokenizers = [], []
     for i, text_config in enumerate(config.text_encoders):
         path = folder / _numbered("text_encoder", i)
-        written = (path / "model.safetensors").is_file()
+        written = is_file(path / "model.safetensors")
         tokenizer = folder / _numbered("tokenizer", i)
         states.append(read_text_encoder(path, text_config) if written else packaged_text_encoder(text_config))
         if not states[-1]:
             raise InputError(f"{path / 'model.safetensors'} does not exist: the model folder is incomplete")
         carried = text_config.packaged is not None and not tokenizer.is_dir()
         tokenizers.append(packaged(str(text_config.packaged)) if carried else tokenizer)
-    projections = read_tensors(folder / PROJECTION) if (folder / PROJECTION).is_file() else {}
+    projections = read_tensors(folder / PROJECTION) if is_file(folder / PROJECTION) else {}
     vae, unet = read_tensors(folder / VAE), read_tensors(folder / UNET)
     return Checkpoint(config, vae, unet, states, tokenizers, projections)
 
@@ -63,7 +63,7 @@ def read_text_encoder(folder: Path, config: TextEncoderConfig) -> State:
 def packaged_text_encoder(config: TextEncoderConfig) -> State:
     """The tensors of the text encoder that the package carries under that name; none where it is a tokenizer."""
     folder = packaged(str(config.packaged))
-    return read_text_encoder(folder, config) if (folder / "model.safetensors").is_file() else {}
+    return read_text_encoder(folder, config) if is_file(folder / "model.safetensors") else {}
 
 
 def _is_carried(state: State, config: TextEncoderConfig) -> bool:

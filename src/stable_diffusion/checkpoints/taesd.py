@@ -15,7 +15,7 @@ from stable_diffusion.checkpoints.families import kind
 from stable_diffusion.checkpoints.files import State, assign, building, read_weights
 from stable_diffusion.config import SD15, TAESD, AutoencoderKLConfig, AutoencoderTinyConfig, ModelConfig
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import read_json, reading
+from stable_diffusion.files import is_file, read_json, reading
 from stable_diffusion.nn.blocks import Placed
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny, autoencoder
 
@@ -36,7 +36,7 @@ def read_vae(path: Path) -> tuple[AutoencoderKLConfig | AutoencoderTinyConfig, S
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         for name in (*WEIGHTS, *PAIRS):
-            if (folder / name).is_file():
+            if is_file(folder / name):
                 return read_vae(folder / name)
         raise InputError(f"{path} has no autoencoder: it needs {WEIGHTS[0]} or {PAIRS[0]}")
     tensors = _tensors(path)
@@ -58,7 +58,7 @@ def _pair(path: Path) -> State:
         name = path.name.replace("encoder", part).replace("decoder", part)
         if part not in name:
             raise InputError(f"{path} is one of TAESD's two files: name them taesd_encoder and taesd_decoder")
-        if not path.with_name(name).is_file():
+        if not is_file(path.with_name(name)):
             raise InputError(f"{path} is one of TAESD's two files: {name} must lie beside it")
         for key, tensor in _tensors(path.with_name(name)).items():
             number, _, rest = key.partition(".")
@@ -72,7 +72,7 @@ def _tensors(path: Path) -> State:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings in a file beside the weights; empty where that file does not exist or is another part's."""
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_json(path) if is_file(path) else {}
     return settings if str(settings.get("_class_name", "")).startswith("Autoencoder") else {}
 
 

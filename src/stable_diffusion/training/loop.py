@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stable_diffusion.data.item import ahead
 from stable_diffusion.errors import InputError
+from stable_diffusion.files import is_file
 from stable_diffusion.training.compute import Computer, summed
 from stable_diffusion.training.draw import Draw
 from stable_diffusion.training.events import Replan, TrainStep
@@ -42,7 +43,7 @@ def train_stage(
     settings, count = stage.settings, stage.settings.batch_size
     process, processes = computer.process, computer.processes
     state = TrainState(stage.players(), computer.dtype)
-    if path.is_file():
+    if is_file(path):
         state.load(path)
     if (change := pace.begin(state.step)) is not None:
         yield change

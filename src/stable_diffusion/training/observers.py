@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import replacing, writing
+from stable_diffusion.files import is_file, replacing, writing
 from stable_diffusion.training.events import TrainStep
 
 LINE = {"stage": str, "step": int, "losses": dict, "skipped": int, "elapsed": float}  # what is read of one
@@ -48,7 +48,7 @@ class JsonLines:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The steps so far; what is no such line, as where the run was killed within one, is left out."""
-        if self.path.is_file():
+        if is_file(self.path):
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     step = json.loads(line)

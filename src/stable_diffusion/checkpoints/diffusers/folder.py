@@ -137,7 +137,7 @@ def read_text_encoder(folder: Path, variant: str | None = None) -> tuple[TextEnc
     if found is not whole and config.hidden_size == CLIP_H.hidden_size:
         config = replace(config, skip_last_layers=CLIP_H.skip_last_layers)  # where 2.x reads it
     state = text_state(weights.read_part(part, weights.WEIGHTS["text_encoder"], variant), config)
-    own = [part] * any((part / name).is_file() for name in TOKENIZERS)
+    own = [part] * any(is_file(part / name) for name in TOKENIZERS)
     tokenizers = [folder / "tokenizer", *own, part.parent / "tokenizer"]
     if config.vocab_size == CLIP_L.vocab_size:
         tokenizers.append(packaged("clip-tokenizer-2" if config.hidden_act == "gelu" else "clip-tokenizer"))
@@ -146,7 +146,7 @@ def read_text_encoder(folder: Path, variant: str | None = None) -> tuple[TextEnc
 
 def _left_aside(folder: Path) -> list[str]:
     """The parts that are not read. Raises InputError for pipelines of other families."""
-    index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = _json(folder / "model_index.json") if is_file(folder / "model_index.json") else {}
     name = str(index.get("_class_name", PIPELINES[0]))
     for prefix, family in families.OTHER_PIPELINES.items():
         if name.startswith(prefix):

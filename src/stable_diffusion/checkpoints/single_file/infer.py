@@ -27,6 +27,7 @@ from stable_diffusion.config import (
     UNetConfig,
 )
 from stable_diffusion.errors import InputError, unknown_name
+from stable_diffusion.files import is_file
 
 PREDICTIONS: dict[str, Literal["epsilon", "v_prediction"]] = {
     **{"epsilon": "epsilon", "eps": "epsilon"},
@@ -91,7 +92,7 @@ def prediction_type(file: File, asked: str | None, heuristic: bool, openclip: bo
     if "v_pred" in file.tensors:
         return "v", "it holds a tensor named v_pred"
     for ending in (".yaml", ".yml"):
-        if (sibling := file.path.with_suffix(ending)).is_file():
+        if is_file(sibling := file.path.with_suffix(ending)):
             text = sibling.read_text(encoding="utf-8", errors="replace")
             line = re.search(r"""^\s*parameterization:\s*["']?(\w+)""", text, re.MULTILINE)
             if line is None or line[1] in PREDICTIONS:

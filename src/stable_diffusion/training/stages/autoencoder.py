@@ -28,7 +28,7 @@ class AutoencoderSettings(StageSettings):
     kind: str = "autoencoder"
     batch_size: int = 32
     epochs: float = 6.0
-    min_steps: int = 300
+    min_steps: int = 200
     ema_decay: float = 0.995
 
 

@@ -30,7 +30,7 @@ class DenoiserSettings(StageSettings):
     kind: str = "denoiser"
     learning_rate: float = 8e-4
     epochs: float = 30.0
-    min_steps: int = 400
+    min_steps: int = 300
     caption_dropout: Part = 0.1
     """Part of the captions that training replaces by the empty one, which guidance needs."""
     loss_weight: Literal["simple", "min_snr", "bound"] = "simple"
