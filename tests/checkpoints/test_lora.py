@@ -733,7 +733,7 @@ def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path
         (("--lora", "a.safetensors:nan"), "must be a finite number, got nan"),
         (("--lora", "a.safetensors"), "none of 5 modules"),
         (("--embedding", "a.safetensors"), "not a textual inversion"),
-        (("--vae", "a.safetensors"), "a LoRA: use --lora"),
+        (("--vae", "a.safetensors"), "a LoRA: use load_lora, or --lora"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(

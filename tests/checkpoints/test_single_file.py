@@ -454,9 +454,9 @@ OTHERS = {
     "unCLIP": {"embedder.model.visual.proj": ONE},
     "the x4 upscaler": {"low_scale_model.betas": ONE},
     "ControlNet": {"control_model.input_blocks.0.0.weight": ONE},
-    "a LoRA: use --lora": {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": ONE},
+    "a LoRA: use load_lora, or --lora": {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": ONE},
     "a LoRA": {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": ONE},
-    "a textual inversion: use --embedding": {"<cat>": torch.zeros(2, 768)},
+    "a textual inversion: use load_textual_inversion, or --embedding": {"<cat>": torch.zeros(2, 768)},
     "a textual inversion": {"emb_params": torch.zeros(2, 768)},
     "diffusers' layout": {"down_blocks.0.resnets.0.norm1.weight": ONE},
     "none of Stable Diffusion": {"bert.encoder.weight": torch.zeros(1, 1, 1)},
@@ -476,7 +476,7 @@ def test_a_textual_inversion_of_the_first_kind_is_named(tmp_path: Path) -> None:
     torch.save(
         {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(1, 768)}}, tmp_path / "a.pt"
     )
-    with pytest.raises(InputError, match="a textual inversion: use --embedding"):
+    with pytest.raises(InputError, match="a textual inversion: use load_textual_inversion, or --embedding"):
         single_file.read(tmp_path / "a.pt")
 
 

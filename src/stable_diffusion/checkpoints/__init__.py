@@ -44,15 +44,16 @@ def read(
         config = replace(config, text_encoders=(text,))
         checkpoint = replace(checkpoint, config=config, text_encoders=[state], tokenizers=[tokenizer])
     if missing := checkpoint.missing:
+        said = f"{path} has no {' and no '.join(missing)}: to generate or export add"
         raise InputError(
-            f"{path} has no {' and no '.join(missing)}: to generate or export add"
-            f" {' and '.join(ADD[part] for part in missing)}"
+            f"{said} {' and '.join(ADD[part][0] for part in missing)}",
+            f"{said} {' and '.join(ADD[part][1] for part in missing)}",
         )
     return checkpoint
 
 
-ADD = {"autoencoder": "--vae FILE", "text encoder": "--text-encoder FOLDER"}
-"""What a model without such a part needs, as an option of the command."""
+ADD = {"autoencoder": ("vae", "--vae FILE"), "text encoder": ("text_encoder", "--text-encoder FOLDER")}
+"""What a model without such a part needs: the argument in Python, and the command's option."""
 
 
 def found(

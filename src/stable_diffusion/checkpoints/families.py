@@ -64,9 +64,12 @@ KINDS = {
     # Patterns of a tensor's name, and what to say to those who wanted another kind; the first that fits holds.
     "lora": (
         "|".join([*(re.escape(end) + "$" for end in ENDINGS), NAMED, *OTHER_ADAPTERS]),
-        "a LoRA: use --lora",
+        "a LoRA: use load_lora, or --lora",
     ),
-    "embedding": (r"^(emb_params|string_to_param|clip_[lg])$", "a textual inversion: use --embedding"),
+    "embedding": (
+        r"^(emb_params|string_to_param|clip_[lg])$",
+        "a textual inversion: use load_textual_inversion, or --embedding",
+    ),
     "sdxl": (r"^conditioner\.embedders\.1\.model\.", "Stable Diffusion XL"),
     "sd3": (r"joint_blocks\.", "Stable Diffusion 3"),
     "flux": (r"double_blocks\.", "Flux"),
@@ -76,7 +79,7 @@ KINDS = {
     "controlnet": (r"^control_model\.", "a ControlNet"),
     "diffusers vae": (r"^(encoder\.down_blocks|decoder\.up_blocks)\.", DIFFUSERS_PART),
     "diffusers part": (r"^(down_blocks|up_blocks)\.", DIFFUSERS_PART),
-    "taesd": (TAESD, "a light autoencoder (TAESD): use --vae"),
+    "taesd": (TAESD, "a light autoencoder (TAESD): use load_vae, or --vae"),
 }
 OTHER_PIPELINES = {
     **{"StableDiffusionXL": "SDXL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "Flux"},

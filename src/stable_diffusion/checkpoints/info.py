@@ -75,7 +75,7 @@ def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
     for i, state in enumerate(filter(None, checkpoint.text_encoders)):
         yield _part(f"text encoder {i + 1}", state)
     for part in checkpoint.missing:
-        yield f"  no {part}: add {checkpoints.ADD[part]}"
+        yield f"  no {part}: add {checkpoints.ADD[part][1]}"
     for note in checkpoint.notes:
         yield f"  {note}"
     steps = f"{config.num_inference_steps} steps of {config.sampler.name}"
