@@ -70,7 +70,7 @@ def test_a_set_with_fields_gives_every_score_beside_its_controls(
     models: Path, drawings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, lines, _ = run(capsys, models / "tiny", "--data", drawings, "--count", 6)
-    folder = Path("runs/evaluation/tiny")
+    folder = Path("runs/evaluation/tiny-drawings")
     assert code == 0
     assert [Path(line) for line in lines] == [folder / "scores.json", folder / "index.html"]
     found = scores(folder)
@@ -158,12 +158,14 @@ def test_text_in_files_is_never_a_path(
     content = file.read_text()
     assert content.count('"part": "no sister"') > 1
     file.write_text(content.replace('"part": "no sister"', '"part": "../../../*"'))
-    Path("runs/evaluation/x/cache").mkdir(parents=True)
-    Path("runs/evaluation/x/cache/generated-test_style-mine-x.npy").touch()
+    Path("runs/evaluation/x-set-test_style/cache").mkdir(parents=True)
+    Path("runs/evaluation/x-set-test_style/cache/generated-test_style-mine-x.npy").touch()
     code, lines, _ = run(capsys, "tiny", "--data", "set", "--count", 2, "--splits", "test_style")
-    assert (code, Path(lines[0])) == (0, Path("runs/evaluation/x/scores.json"))
+    assert (code, Path(lines[0])) == (0, Path("runs/evaluation/x-set-test_style/scores.json"))
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "set", "tiny"}
-    cache = sorted(path.name.rpartition("-")[0] for path in Path("runs/evaluation/x/cache").iterdir())
+    cache = sorted(
+        path.name.rpartition("-")[0] for path in Path("runs/evaluation/x-set-test_style/cache").iterdir()
+    )
     assert cache == ["generated-test_style", "generated-test_style-mine", "generated-test_style-sister"]
 
 
@@ -176,6 +178,18 @@ def test_a_page_of_another_kind_is_not_replaced(
         assert (code, lines) == (2, []) and f"{name} is not of an evaluation" in error
         assert {path.name: path.read_text() for path in Path().iterdir()} == {name: text}
         Path(name).unlink()
+
+
+def test_the_scores_of_another_set_are_not_replaced(
+    models: Path, drawings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (models / "tiny", "--count", 2, "--splits", "val", "--out", "out", "--data")
+    assert run(capsys, *command, drawings)[0] == 0
+    before = Path("out/scores.json").read_bytes()
+    shutil.copytree(drawings, "others")
+    code, lines, error = run(capsys, *command, "others")
+    assert (code, lines) == (2, []) and "has the scores on the set 'drawings'" in error
+    assert Path("out/scores.json").read_bytes() == before
 
 
 def test_a_model_without_text(models: Path, drawings: Path, capsys: pytest.CaptureFixture[str]) -> None:

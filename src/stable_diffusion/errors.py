@@ -60,4 +60,5 @@ def unknown_name(kind: str, name: object, choices: Iterable[str]) -> InputError:
     choices = sorted(choices)
     close = get_close_matches(name[:80], choices, n=1) if isinstance(name, str) else ()
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return InputError(f"unknown {kind} {shown(name)}: {hint}choose one of {', '.join(choices)}")
+    accepted = f"choose one of {', '.join(choices)}" if choices else "there is none"
+    return InputError(f"unknown {kind} {shown(name)}: {hint}{accepted}")

@@ -28,7 +28,8 @@ def evaluate(
         model: A model folder, a single file or a hub name (owner/name). By default the model that the package carries.
         data: The set: annotations/captions_NAME.json, and the pictures in NAME. What it says of objects and styles,
             as the icons do, is scored too.
-        out: Folder for scores.json and index.html; by default runs/evaluation/ and the model's name.
+        out: Folder for scores.json and index.html; by default runs/evaluation/ and the names of the model, the set and
+            the splits.
         count: Pictures to generate of each part of the set.
         splits: Parts of the set, such as val test_style; by default all.
         seed: Decides on pictures, captions and noise: the same for every model.
@@ -44,12 +45,15 @@ def evaluate(
     loaded = DiffusionModel.from_pretrained(model).to(Config(device).DEVICE)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=1)
-    folder = Path("runs/evaluation", slug(loaded.config.name)) if out is None else out
-    check_folder(folder)
+    name = data.resolve().name
+    folder = (
+        Path("runs/evaluation", slug("-".join([loaded.config.name, name, *splits]))) if out is None else out
+    )
+    check_folder(folder, name)
     steps = evaluation(
         loaded,
         lambda captions, first: loaded.generate(captions, seed=first),
-        data.resolve().name,
+        name,
         coco_splits(data),
         out=folder,
         cache=cache,

@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 from stable_diffusion.data.cache import Array
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
 from stable_diffusion.evaluation.pictures import RULE
 from stable_diffusion.evaluation.scores import Scores
-from stable_diffusion.files import check_place, is_file, read_bytes, replacing, write_json
+from stable_diffusion.files import check_place, is_file, read_bytes, read_json, replacing, write_json
 
 THUMBNAIL = 160  # pixels, at most
 GENERATOR = '<meta name="generator" content="minisd evaluate">'
@@ -105,20 +105,27 @@ def write_report(report: Report, shown: Shown, folder: Path) -> tuple[Path, Path
     Raises:
         InputError: as ``check_folder`` does.
     """
-    scores, shown_page = check_folder(folder)
+    scores, shown_page = check_folder(folder, report.data)
     write_json(scores, {**asdict(report), "rule": RULE})
     with replacing(shown_page) as building:
         building.write_text(page(report, shown), encoding="utf-8", errors="backslashreplace")
     return scores, shown_page
 
 
-def check_folder(folder: Path) -> tuple[Path, Path]:
-    """The files of a report in the folder. Raises InputError where they cannot be written, or are of something else."""
+def check_folder(folder: Path, data: str) -> tuple[Path, Path]:
+    """The files of a report in the folder, on the set of that name.
+
+    Raises InputError where they cannot be written, or are of something else, such as another set.
+    """
     paths = folder / "scores.json", folder / "index.html"
     for path, mark in zip(paths, (b'"rule": "Pictures are taken', GENERATOR.encode()), strict=True):
         check_place(path)
         if is_file(path) and mark not in read_bytes(path):
             raise InputError(f"{path} is not of an evaluation, and would be replaced: choose another --out")
+    if is_file(paths[0]) and (other := read_json(paths[0]).get("data")) != data:
+        raise InputError(
+            f"{paths[0]} has the scores on the set {shown(other)}, and would be replaced: choose another --out"
+        )
     return paths
 
 

@@ -27,6 +27,9 @@ from stable_diffusion.training.stage import Stage
 
 FORMAT = 2  # grows when runs of older versions can no longer go on
 PAYS = {"cpu": 600.0, "cuda": 150.0}  # seconds of a stage from which compiling pays, which takes 150, or 60
+LONG = (
+    500  # steps: where fewer take so many seconds, the machine may just have been busy as they were measured
+)
 DAMAGED = "whose run.json is damaged or gone"
 
 
@@ -113,7 +116,7 @@ class RunRecord:
                 if minutes is not None:
                     length = max(1, int(60 * minutes * _part(stage, self.stages) / seconds))
                 length = steps or length
-                pays = length * seconds >= PAYS.get(self.computer.device.type, 600.0)
+                pays = length >= LONG and length * seconds >= PAYS.get(self.computer.device.type, 600.0)
                 plan[settings.name] = {"steps": length, "seconds": seconds, "compiled": pays}
             self.content["asked"] = asked
         if self.computer.compiler is not None:
