@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
-from stable_diffusion import DiffusionModel, cli
+from stable_diffusion import DiffusionModel, InputError, cli
 from stable_diffusion.checkpoints import hub
 from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import Styles
@@ -824,3 +826,46 @@ def test_a_reader_that_leaves_early() -> None:
         command = [sys.executable, "-m", "stable_diffusion", "info"]
         done = subprocess.run(command, env=environment, stdout=pipe, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+# Stopped
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_signal_that_comes_within_an_import_is_not_swallowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n"
+        "except KeyboardInterrupt:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def command(path: str) -> None:
+        __import__("swallows")
+        time.sleep(5)
+
+    monkeypatch.setitem(cli.COMMANDS, "info", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["info", "--path", "a"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "minisd: stopped\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_signal_that_became_another_error_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(path: str) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise InputError("the file is damaged") from None
+
+    monkeypatch.setitem(cli.COMMANDS, "info", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["info", "--path", "a"])
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "minisd: stopped\n"

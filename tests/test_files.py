@@ -19,6 +19,7 @@ import torch
 from stable_diffusion import InputError, files
 from stable_diffusion.checkpoints.files import read_weights, write_tensors
 from stable_diffusion.files import (
+    as_path,
     check_place,
     create,
     is_file,
@@ -405,6 +406,59 @@ def test_a_place_is_tried_before_the_work(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot write .*(too long|Not a directory|Is a directory)"):
         check_place(tmp_path / name)
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_link_is_followed_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to(tmp_path / "file/folder")
+    with pytest.raises(InputError, match=r"cannot write .*lost: Not a directory"):
+        check_place(tmp_path / "lost", is_folder=True)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match=r"cannot write .*loop: Too many"):
+        check_place(tmp_path / "loop", is_folder=True)
+    with (
+        pytest.raises(InputError, match=r"cannot write .*loop: Too many"),
+        replacing_folder(tmp_path / "loop"),
+    ):
+        pass
+    assert names(tmp_path) == ["file", "loop", "lost"]
+
+
+@posix
+def test_a_mounted_disk_is_filled_and_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    replace = Path.replace
+
+    def apart(self: Path, target: Path) -> Path:
+        if (tmp_path / "disk" in (self, target)) or target.parent == tmp_path / "disk":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return replace(self, target)
+
+    def rename(old: str | Path, new: str | Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "replace", apart)
+    monkeypatch.setattr(os, "rename", rename)
+    with replacing_folder(tmp_path / "disk") as building:
+        (building / "a").mkdir()
+        (building / "a/b").write_text("1")
+    assert content(tmp_path) == {"disk/a/b": "1"}
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "disk")
+    with pytest.raises(InputError, match=r"cannot write .*disk: .*busy"):
+        check_place(tmp_path / "disk", is_folder=True)
+
+
+def test_a_second_name_has_room_too(tmp_path: Path) -> None:
+    path = tmp_path / f"{'🦊' * 62}abc.png"
+    made = {create(path, lambda building: building.write_text("1")) for _ in range(12)}
+    assert len(made) == 12 == len(names(tmp_path))
+    assert all(each.suffix == ".png" for each in made)
+
+
+@pytest.mark.parametrize("path", [5, None, b"a", "a\0b", "a\ud800"])
+def test_what_is_no_path(path: object) -> None:
+    with pytest.raises(InputError, match="a path must be a text or a Path"):
+        as_path(path)
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:

@@ -110,6 +110,12 @@ def test_train_and_eval_with_a_bool_are_those_of_a_module(model: DiffusionModel)
 # Words that do not fit
 
 
+def test_a_prompt_that_is_far_too_long_does_not_flood_the_terminal(model: DiffusionModel) -> None:
+    with pytest.warns(UserWarning, match="words are left out") as caught:
+        model.encode_prompt("word " * 10_000)
+    assert len(str(caught[0].message)) < 1500
+
+
 def test_a_prompt_that_is_too_long_warns_once_and_names_the_cut_words(model: DiffusionModel) -> None:
     long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen Fifteen sixteen"
     calls: list[Callable[[], object]] = [

@@ -47,6 +47,7 @@ WRONG: list[tuple[str, Callable[[Any, Path], Any]]] = [
     ("latents must be floats of the shape", lambda model, folder: model.decode(torch.zeros(1, 3, 8, 8))),
     ("latents must be floats of the shape", lambda model, folder: model.decode(torch.zeros(1, 4, 0, 8))),
     ("latents must be floats of the shape", lambda model, folder: model.decode(np.zeros((1, 4, 8, 8)))),
+    ("encode_prompt takes a text or a list of texts, got none", lambda model, folder: model.encode_prompt([])),
     ("texts must be of type", lambda model, folder: model.encode_prompt(5)),
     ("texts must be of type str, got 5", lambda model, folder: model.encode_prompt(["a", 5])),
     ("prompt must be a text", lambda model, folder: model.generate(5)),

@@ -30,6 +30,7 @@ NESTING = 32
 
 _PART = re.compile(r"\.(\w*)-(\d{1,9})-(\w+)-\w+\.part")
 """How the name of a hidden folder ends: the computer, the process and its mark, random letters."""
+_LONGEST = 255  # bytes of a name on every system's disks
 _DAY = 86400  # seconds after which another computer's process is taken for dead
 
 
@@ -120,7 +121,10 @@ def create(path: Path, write: Callable[[Path], object]) -> Path:
             with contextlib.suppress(FileExistsError):
                 _put(building, free)
                 break
-            free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+            stem, end = path.stem, f"-{number}{path.suffix}"
+            while len(stem) > 1 and len(os.fsencode(stem + end)) > _LONGEST:
+                stem = stem[:-1]
+            free = path.with_name(stem + end)
     return free
 
 
@@ -149,7 +153,7 @@ def replacing_folder(folder: Path, ours: Callable[[str], object] = lambda name: 
     Raises:
         InputError: what the system refuses, or a new file has the name of one that is not ours.
     """
-    named, folder = folder, folder.resolve()
+    named, folder = folder, _target(folder)
     with writing(named), _workshop(folder, folder.parent) as workshop:
         building, aside = workshop / "new", workshop / "old"
         building.mkdir()
@@ -158,7 +162,7 @@ def replacing_folder(folder: Path, ours: Callable[[str], object] = lambda name: 
             building.replace(folder)
         elif not any(folder.iterdir()):  # perhaps the one that the user is in
             for path in building.iterdir():
-                path.replace(folder / path.name)
+                shutil.move(path, folder / path.name)  # which may be on another disk, mounted there
         else:
             _keep(folder, building, ours)
             folder.replace(aside)
@@ -167,6 +171,15 @@ def replacing_folder(folder: Path, ours: Callable[[str], object] = lambda name: 
             except BaseException:
                 aside.replace(folder)
                 raise
+
+
+def _target(folder: Path) -> Path:
+    """Where a folder is, or what a link to one leads to. Raises InputError for a link that leads to itself."""
+    with writing(folder):
+        try:
+            return folder.resolve()
+        except RuntimeError:  # so Python says it before 3.13
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder)) from None
 
 
 def _keep(old: Path, new: Path, ours: Callable[[str], object]) -> None:
@@ -198,9 +211,12 @@ def check_place(path: Path, *, is_folder: bool = False, size: int = 0) -> None:
     Raises:
         InputError: it cannot be.
     """
-    with writing(path):
+    named, path = path, _target(path) if is_folder else path
+    with writing(named):
         if not is_folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if path.is_mount() and any(path.iterdir()):  # where another disk is, no folder can be put in place
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
         for part in filter(Path.is_dir, (path, *path.rglob("*"))):
             if not os.access(part, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(part))
@@ -310,9 +326,12 @@ def check_is_file(path: Path) -> None:
 
 def as_path(path: object) -> Path:
     """The path that a caller gave. Raises InputError where it is none."""
-    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
-        raise InputError(f"a path must be a text or a Path, got {shown(path)}")
-    return Path(path)
+    try:
+        if isinstance(path, (str, os.PathLike)) and b"\0" not in os.fsencode(path):
+            return Path(path)
+    except (UnicodeError, TypeError):  # letters that no name can have, or a path of bytes
+        pass
+    raise InputError(f"a path must be a text or a Path, got {shown(path)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

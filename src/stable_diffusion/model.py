@@ -86,6 +86,8 @@ class DiffusionModel(ModelParts):
         self._check_weights()
         notes: list[str] = []
         texts = [texts] if isinstance(texts, str) else list(typed(tuple[str, ...], texts, "texts"))
+        if not texts:
+            raise InputError("encode_prompt takes a text or a list of texts, got none")
         embeds = pipeline.encode_texts(self.text_encoder, texts, notes)
         for note in notes:
             warnings.warn(note, stacklevel=3)  # of no_grad's wrapper the caller

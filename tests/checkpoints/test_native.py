@@ -202,15 +202,31 @@ def test_what_a_user_put_into_a_model_folder_stays(tmp_path: Path) -> None:
         "unet/notes.txt": b"mine",
         ".git/HEAD": b"mine",
         "text_encoder_2/a": b"mine",
+        "tokenizer/notes/a.txt": b"mine",
+        "tokenizer_2/README.md": b"mine",
     }
     for name, text in mine.items():
-        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "model" / name).write_bytes(text)
     newer = model(TINY, seed=5)
     newer.save_pretrained(tmp_path / "model")
     newer.save_pretrained(tmp_path / "fresh")
     assert files(tmp_path / "model") == files(tmp_path / "fresh") | mine
     assert same(newer, DiffusionModel.from_pretrained(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+@pytest.mark.parametrize("link", [False, True])
+def test_what_would_be_in_the_way_is_found_before_the_work(name: str, link: bool, tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "model")
+    part = tmp_path / "model" / name
+    part.rename(tmp_path / "elsewhere")
+    if link:
+        part.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    else:
+        part.write_text("mine")
+    with pytest.raises(InputError, match=f"{name} is no folder of this project and would be in the way"):
+        native.check_place(tmp_path / "model")
 
 
 def test_a_model_whose_writer_was_killed_between_two_moves_is_found(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from stable_diffusion.data.shapes import COLOURS, PLACES, SHAPES, SIZES
 from stable_diffusion.data.sources import Shapes
 from stable_diffusion.errors import InputError
 from stable_diffusion.images import open_image
+from tests.test_files import posix, refusal, without_rights
 
 
 def write_shapes(out: Path, **settings: int) -> Path:
@@ -232,12 +233,34 @@ def test_what_a_user_put_into_a_set_stays(tmp_path: Path) -> None:
 def test_captions_that_a_user_changed_past_reading_are_theirs(tmp_path: Path) -> None:
     out = write_shapes(tmp_path / "set", count=10, size=32)
     file = out / "annotations" / "captions_val.json"
-    for text in ("[1]", "{"):
+    for text in ("[1]", "{", '{"info": {}}'):
         file.write_text(text)
         before = content(out)
         with pytest.raises(InputError, match="there is another file"):
             write_shapes(out, count=5, size=32)
         assert content(out) == before
+
+
+@pytest.mark.parametrize("images", [5, "ab", {"a": 1}, None, [1, None, {"file_name": [1]}]])
+def test_a_list_of_pictures_that_is_none_names_no_file(images: object, tmp_path: Path) -> None:
+    out = write_shapes(tmp_path / "set", count=10, size=32)
+    file = out / "annotations" / "captions_train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"images": images}))
+    before = content(out)
+    with pytest.raises(InputError, match="there is another file"):
+        write_shapes(out, count=12, size=32)
+    assert content(out) == before
+
+
+@posix
+def test_missing_rights_to_captions_are_called_that(tmp_path: Path) -> None:
+    out = write_shapes(tmp_path / "set", count=10, size=32)
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    (out / "annotations" / "captions_train.json").chmod(0)
+    assert "captions_train.json: Permission denied" in refusal(
+        without_rights(lambda: write_shapes(out, count=12, size=32))
+    )
 
 
 def test_the_set_is_that_of_version_1(tmp_path: Path) -> None:

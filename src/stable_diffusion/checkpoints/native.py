@@ -22,14 +22,19 @@ from stable_diffusion.checkpoints.files import State, read_tensors, write_tensor
 from stable_diffusion.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import is_file, read_bytes, read_json, replacing_folder, write_json
+from stable_diffusion.nn.tokenizer import FILES, SETTINGS
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 PROJECTION = "text_projection/model.safetensors"
+TOKENIZER_FILES = (*(name for names in FILES.values() for name in names), "tokenizer.json", *SETTINGS)
 OURS = re.compile(
-    rf"config\.json|{UNET}|{VAE}|{PROJECTION}|text_encoder(_\d+)?/model\.safetensors|tokenizer(_\d+)?/.+"
+    rf"config\.json|{UNET}|{VAE}|{PROJECTION}|text_encoder(_\d+)?/model\.safetensors"
+    rf"|tokenizer(_\d+)?/({'|'.join(map(re.escape, TOKENIZER_FILES))})"
 )
 """The files of a model: what replacing one may remove."""
+PART = re.compile(r"unet|vae|text_projection|(text_encoder|tokenizer)(_\d+)?")
+"""The folders that they are in."""
 
 
 def is_native(folder: Path) -> bool:
@@ -110,6 +115,11 @@ def check_place(folder: Path, size: int = 0) -> None:
             raise InputError(
                 f"{folder} exists and is not a model folder of this project: choose another name"
             )
+        for path in folder.iterdir() if folder.exists() else ():
+            if PART.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+                raise InputError(
+                    f"{path} is no folder of this project and would be in the way: choose another name"
+                )
     files.check_place(folder, is_folder=True, size=size)
 
 

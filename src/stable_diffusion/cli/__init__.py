@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from stable_diffusion.cli import data, evaluate, export, generate, info, train
@@ -69,8 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if arguments[:1] == ["generate"]:
                     print(*generate.examples(), sep="\n")  # which tyro has no place for in its help
                 raise
+        _caught.clear()
         with stop_signals(_stop):
-            command()
+            try:
+                command()
+            except Exception:
+                if _caught:  # what was raised for it, code in C has made an error of its own
+                    raise KeyboardInterrupt(_caught[0]) from None
+                raise
         say()
     except InputError as error:
         tell(f"minisd: {printable(error.command)}")
@@ -94,9 +101,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(128 + (stop.args or [signal.SIGINT])[0]) from None
 
 
-def _stop(number: int, _: object) -> None:
-    """Whatever the signal, what was begun is tidied up as after Ctrl-C."""
+_caught: list[int] = []
+"""The signals for which the command was interrupted."""
+
+
+def _stop(number: int, frame: FrameType | None, waits: int = 100) -> None:
+    """Whatever the signal, what was begun is tidied up as after Ctrl-C.
+
+    An import is waited for, up to five seconds: modules such as torch may swallow what is raised in theirs.
+    """
+    if waits and hasattr(signal, "setitimer") and _in_import(frame):
+        signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame, waits - 1))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        return
+    _caught.append(number)
     raise KeyboardInterrupt(number)
+
+
+def _in_import(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _how_to_continue(arguments: Sequence[str]) -> str:

@@ -55,7 +55,9 @@ def _info(record: Path) -> dict[str, Any]:
     """What a JSON file says that it was made of; nothing where it is something else."""
     try:
         return dict(read_json(record)["info"])
-    except (InputError, KeyError, TypeError, ValueError):
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
         return {}
 
 
@@ -64,7 +66,8 @@ def _files(folder: Path, info: dict[str, Any]) -> Iterator[str]:
     for path in folder.glob("annotations/captions_*.json"):
         if info.items() <= _info(path).items():
             images = read_json(path).get("images")
-            names = [image.get("file_name") for image in images or [] if isinstance(image, dict)]
+            listed = images if isinstance(images, list) else []
+            names = [image.get("file_name") for image in listed if isinstance(image, dict)]
             yield path.relative_to(folder).as_posix()
             yield from (f"{path.stem.removeprefix('captions_')}/{name}" for name in names)
 

@@ -18,7 +18,7 @@ from stable_diffusion import images
 from stable_diffusion.config import ModelConfig, Styles
 from stable_diffusion.diffusion.samplers import Step, initial_scale, sample, sampling_levels
 from stable_diffusion.diffusion.schedule import Level, Schedule
-from stable_diffusion.errors import InputError, shortened
+from stable_diffusion.errors import InputError, shortened, shown
 from stable_diffusion.generation import syntax
 from stable_diffusion.generation.denoise import Codec, Known, Network, denoiser
 from stable_diffusion.generation.request import Request
@@ -178,7 +178,7 @@ def encode_texts(text_encoder: PromptEncoder, texts: list[str], notes: list[str]
             if cut:
                 notes.append(
                     f"the prompt {shortened(text, 40)!r} is longer than the {tokenizer.context_length} tokens that the"
-                    f" model reads; these words are left out: {cut!r}"
+                    f" model reads; these words are left out: {shown(cut, 1000)}"
                 )
     return text_encoder.embed(batches, len(texts))
 

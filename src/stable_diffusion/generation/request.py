@@ -166,10 +166,17 @@ class Request:
             )
         factor = config.vae.factor
         shape = (len(self.prompts), config.vae.latent_channels, self.height // factor, self.width // factor)
-        found = getattr(self.latents, "shape", None)
-        if self.latents is not None and found != shape:
-            given = shown(self.latents) if found is None else tuple(found)
-            raise InputError(f"latents must be a tensor of the shape {shape}, got {given}")
+        if self.latents is not None:
+            from torch import Tensor  # which the command's help has no need of
+
+            given: Any = (
+                tuple(self.latents.shape) if isinstance(self.latents, Tensor) else shown(self.latents)
+            )
+            if given != shape:
+                raise InputError(f"latents must be a tensor of the shape {shape}, got {given}")
+            if self.latents.is_complex() or self.latents.is_meta:
+                kind = "complex numbers" if self.latents.is_complex() else "the meta device, which holds none"
+                raise InputError(f"latents must be a tensor of numbers, got {kind}")
 
     # One entry a picture.
 
@@ -302,7 +309,7 @@ def _unknown(name: str) -> InputError:
     for field_name, short in SHORT.items():
         if name == short:
             return InputError(f"unknown setting {name!r}: here it is called {field_name!r}")
-    return unknown_name("setting", name, FIELDS)
+    return unknown_name("setting", name, FIELDS.keys() - {"latents"})
 
 
 def split_file(text: str) -> tuple[str, str | None]:
@@ -374,6 +381,8 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
             pictures[name] = images.open_mask(value) if name == "mask_image" else images.open_image(value)
             pictures[name].info = {_PATH: str(value)}  # type: ignore[dict-item]
         elif isinstance(value, Image.Image):
+            if not all(value.size):
+                raise InputError(f"{name} must have pixels, got {value.width}x{value.height} of them")
             pictures[name] = value if name == "mask_image" else images.to_rgb(value)
         elif value is not None:
             raise InputError(f"{name} must be a picture or the path of one, got {shown(value)}")

@@ -25,6 +25,8 @@ SPECIAL = {  # begin, end, padding, and others that a text may contain
     "clip": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "bert": ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"),
 }
+FILES = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",)}
+"""A vocabulary; ``tokenizer.json`` may stand for it."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 """The second takes precedence: in it 2.x pads with "!"."""
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -56,7 +58,7 @@ class Tokenizer:
         self.folder = folder
         self.context_length = context_length
         build = {"clip": _clip, "bert": _bert}[architecture]
-        files = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",)}[architecture]
+        files = FILES[architecture]
         shared = folder.parent / f"{architecture}-tokenizer"  # packaged: only the special tokens are its own
         own = any((folder / name).is_file() for name in (*files, "tokenizer.json"))
         words = shared if shared.is_dir() and not own else folder
