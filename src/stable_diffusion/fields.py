@@ -7,6 +7,7 @@ A class that derives from ``Settings`` holds what its annotations say, however i
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -15,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -164,9 +166,12 @@ def typed(hint: Any, value: Any, key: str, base: Any = None) -> Any:
         if isinstance(value, str) and value in inner:
             return value
         raise unknown_name(key, value, inner)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if abs(value) < 1e300:
-            return float(value)
+    if hint is int and isinstance(value, Integral) and not isinstance(value, bool):  # numpy's too
+        return int(value)
+    if hint is float and isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # of an int of hundreds of digits
+            if abs(number := float(value)) < 1e300:
+                return number
         raise InputError(f"{key} must be a finite number, got {shown(value)}")
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value

@@ -238,11 +238,13 @@ def test_eta_is_for_the_call() -> None:
     assert unsaid(SamplerConfig(name="tcd")) == [f"{asked}0.3."]
     assert unsaid(SamplerConfig(name="ddim", eta=0.5)) == [f"{asked}0.5."]
     for quiet in (
-        SamplerConfig(name="tcd", eta=0.0),
         SamplerConfig(name="ddim"),
         SamplerConfig(name="euler_a", eta=0.5),
     ):
         assert unsaid(quiet) == []
+    assert unsaid(SamplerConfig(name="tcd", eta=0.0)) == [
+        "A diffusers folder says nothing of eta: read here, the model has eta 0.3 again."
+    ]
 
 
 def test_the_documented_example_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

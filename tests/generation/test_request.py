@@ -182,6 +182,12 @@ def test_what_cannot_be_shown_is_refused_all_the_same(field: str) -> None:
         assert len(str(caught.value)) < 300
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    request = Request.of(CONFIG, prompt="a", seed=np.int64(3), guidance_scale=np.float32(2))
+    assert (request.seed, request.guidance_scale) == (3, 2.0)
+    assert json.loads(json.dumps(request.to_dict()))["seed"] == 3
+
+
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_stranger_may_ask_for_less_than_the_user_and_nobody_for_what_no_memory_holds(name: str) -> None:
     most = LIMITS[name]
@@ -196,6 +202,9 @@ def test_a_stranger_may_ask_for_less_than_the_user_and_nobody_for_what_no_memory
 def test_prompts_of_a_stranger_are_pictures() -> None:
     with pytest.raises(InputError, match="num_images_per_prompt may be at most 16 there, got 18"):
         check_stranger({"prompt": ("a",) * 9, "num_images_per_prompt": 2})
+    check_stranger({"prompt": ("a" * 6_000,), "negative_prompt": ("b" * 4_000,)})
+    with pytest.raises(InputError, match="the prompts may have at most 10,000 letters there, got 10,001"):
+        check_stranger({"prompt": ("a" * 6_001,), "negative_prompt": ("b" * 4_000,)})
 
 
 def test_every_field_that_names_files_is_known_as_one() -> None:

@@ -119,7 +119,10 @@ def test_no_weight_ever_changes_and_nothing_is_left(network: nn.Sequential) -> N
     assert adapters.fused == {"b": -0.3}
     assert list(holder.state_dict()) == names
     assert any(not torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(InputError, match="LoRAs fused into the weights: unfuse them"):
+        network.load_state_dict(before)
     adapters.unfuse()
+    network.load_state_dict(before)
     adapters.weights["a"] = 0.1
     network(x)
     adapters.remove("a")

@@ -11,6 +11,9 @@ from stable_diffusion.generation.request import LOADING, PICTURES
 LIMITS = {"num_inference_steps": 150, "width": 2048, "height": 2048, "num_images_per_prompt": 16}
 """The most that they may ask for; each of several prompts is a picture. What the user chooses has no such limit."""
 
+LONGEST = 10_000
+"""Letters of their prompts together; to read words by the million takes half a minute."""
+
 FILES = (*(name for name in LOADING if name not in ("prediction_type", "variant", "ema")), "lora", *PICTURES)
 """Fields that name files."""
 
@@ -21,6 +24,10 @@ def check_stranger(fields: Mapping[str, Any]) -> None:
     for name, value in {**fields, "num_images_per_prompt": pictures}.items():
         if name in LIMITS and value > LIMITS[name]:
             raise InputError(f"{name} may be at most {LIMITS[name]} there, got {shown(value)}")
+    if (
+        letters := sum(len(text) for key in ("prompt", "negative_prompt") for text in fields.get(key, ()))
+    ) > LONGEST:
+        raise InputError(f"the prompts may have at most {LONGEST:,} letters there, got {letters:,}")
 
 
 def named_files(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

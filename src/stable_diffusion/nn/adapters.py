@@ -162,6 +162,7 @@ class Adapters(nn.Module):
         self.fused: dict[str, float] = {}
         self.places = nn.ModuleList()
         self._hooks: list[RemovableHandle] = []
+        self._guards: list[RemovableHandle] = []
 
     def add(self, name: str, loras: Mapping[Layer, LoRA], weight: float = 1.0) -> None:
         """Adds an adapter: what acts on each layer. Raises InputError where there is one of that name."""
@@ -235,6 +236,8 @@ class Adapters(nn.Module):
             weight = place.layers[0].weight
             place.own = weight.detach() if keep else None
             weight.data = tensor  # not written in place: the old one may be a file's pages
+            guard = place.layers[0].register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+            self._guards.append(guard)
         self.fused = {name: weight for name, weight in chosen.items() if weight != 0}
 
     def unfuse(self) -> None:
@@ -249,6 +252,8 @@ class Adapters(nn.Module):
         for place in kept:
             assert place.own is not None
             place.layers[0].weight.data, place.own = place.own, None
+        while self._guards:
+            self._guards.pop().remove()
         self.fused = {}
 
     def note(self) -> str | None:
@@ -274,6 +279,11 @@ class Adapters(nn.Module):
             if name not in self.weights:
                 raise unknown_name("LoRA", name, self.weights)
         return {name: checked(name, weight) for name, weight in weights.items()}
+
+
+def _refuse(*_: object) -> None:
+    """Keeps other weights out of a layer, whose LoRAs they would end and whose own ones would come back over them."""
+    raise InputError("there are LoRAs fused into the weights: unfuse them before you load others")
 
 
 def checked(name: str, weight: object) -> float:

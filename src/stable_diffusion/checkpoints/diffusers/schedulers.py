@@ -142,6 +142,10 @@ def unsaid(sampler: SamplerConfig) -> list[str]:
     eta = row.gamma if sampler.eta is None else sampler.eta
     if eta and (row.gamma is not None or "eta" in row.settings):
         notes.append(f"Diffusers' pipeline asks for eta with each call: give it eta={eta}.")
+    if row.gamma and eta == 0:  # as the pipeline has it by itself
+        notes.append(
+            f"A diffusers folder says nothing of eta: read here, the model has eta {row.gamma} again."
+        )
     return notes
 
 
