@@ -191,10 +191,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed must be from 0 to 9223372036854775807"),
     ({"seed": 1.0}, "seed must be of type int, got 1.0"),
     ({"mask_image": picture()}, "mask_image needs the image that it masks"),
-    ({"image": "nowhere.png"}, "cannot open nowhere.png"),
+    ({"image": "nowhere.png"}, "nowhere.png does not exist"),
     ({"image": Path(__file__)}, "is not a picture"),
     ({"image": 3}, "image must be a picture or the path of one, got 3"),
-    ({"image": picture(), "mask_image": "nowhere.png"}, "cannot open nowhere.png"),
+    ({"image": picture(), "mask_image": "nowhere.png"}, "nowhere.png does not exist"),
     (
         {"latents": torch.zeros(1, 4, 8, 9)},
         r"latents must be a tensor of the shape \(1, 4, 8, 8\), got \(1, 4, 8, 9\)",

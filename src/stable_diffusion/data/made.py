@@ -45,8 +45,8 @@ def make_set(
             raise InputError(f"{str(folder)!r} holds something else than a set of {kind}: give a new folder")
         if there == info:
             return
-    check_place(folder, is_folder=True)
     own = {*records, *_files(folder, there)}
+    check_place(folder, is_folder=True)
     with replacing_folder(folder, own.__contains__) as building:
         yield from fill(building)
 
