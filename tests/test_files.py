@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,13 @@ def refusal(work: Callable[[], object]) -> str:
         text = pipe.read()
     assert code == 0, text
     return text
+
+
+def reachable(folder: Path) -> None:
+    """Lets everyone into a temporary folder, below whatever folders of pytest's it is."""
+    for path in (folder, *folder.parents):
+        if Path(tempfile.gettempdir()) in path.parents:
+            path.chmod(path.stat().st_mode | 0o755)
 
 
 def without_rights(work: Callable[[], object]) -> Callable[[], object]:
@@ -334,8 +342,7 @@ def test_the_next_process_of_a_container_may_have_the_same_number(tmp_path: Path
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[Path]:
     """A folder that nobody but root may see into or write to, with a file in it that nobody may read."""
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
+    reachable(tmp_path)
     folder = tmp_path / "locked"
     (folder / "sub").mkdir(parents=True)
     write_tensors(folder / "sub/a.safetensors", {"a": torch.zeros(3)})

@@ -23,7 +23,7 @@ from stable_diffusion.checkpoints.checkpoint import packaged
 from stable_diffusion.config import MINILM, PRESETS, ModelConfig, TextEncoderConfig, from_dict, to_dict
 from stable_diffusion.files import _computer
 from tests.lively import lively
-from tests.test_files import refusal, without_rights
+from tests.test_files import reachable, refusal, without_rights
 from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
 
 TRAINED = replace(TINY, text_encoders=(replace(TEXT, trainable=True),))
@@ -274,7 +274,8 @@ def test_missing_rights_are_called_that(part: str, tmp_path: Path) -> None:
     """Where a model is read, and where one is replaced, which is known before the training."""
     folder, network = tmp_path / "model", model(TRAINED)
     network.save_pretrained(folder)
-    for path in (*tmp_path.parents[:2], tmp_path, *tmp_path.rglob("*")):
+    reachable(tmp_path)
+    for path in (tmp_path, *tmp_path.rglob("*")):
         path.chmod(0o777 if path.is_dir() else 0o666)
     (folder / part).chmod(0)
     read = refusal(without_rights(lambda: DiffusionModel.from_pretrained(folder)))

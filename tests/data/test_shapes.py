@@ -18,7 +18,7 @@ from stable_diffusion.data.shapes import COLOURS, PLACES, SHAPES, SIZES
 from stable_diffusion.data.sources import Shapes
 from stable_diffusion.errors import InputError
 from stable_diffusion.images import open_image
-from tests.test_files import posix, refusal, without_rights
+from tests.test_files import posix, reachable, refusal, without_rights
 
 
 def write_shapes(out: Path, **settings: int) -> Path:
@@ -255,8 +255,7 @@ def test_a_list_of_pictures_that_is_none_names_no_file(images: object, tmp_path:
 @posix
 def test_missing_rights_to_captions_are_called_that(tmp_path: Path) -> None:
     out = write_shapes(tmp_path / "set", count=10, size=32)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
+    reachable(tmp_path)
     (out / "annotations" / "captions_train.json").chmod(0)
     assert "captions_train.json: Permission denied" in refusal(
         without_rights(lambda: write_shapes(out, count=12, size=32))
