@@ -55,9 +55,8 @@ def show(
                 stops = [observer(last) is True for observer in observers]
                 if callback is not None and isinstance(last, TrainStep):
                     stops.append(callback(last) is True)
-                stop = (
-                    caught[0] if caught else any(stops) - 1
-                )  # the signal, 0 where someone here asks to stop, or -1
+                # The signal, 0 where someone here asks to stop, or -1.
+                stop = caught[0] if caught else any(stops) - 1
                 if isinstance(last, TrainStep) and last.loss is not None:
                     stop = agreed(stop)
                 if stop >= 0:
