@@ -63,15 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["--version"]:
             return say(f"minisd {version()}")
-        with printing():
-            try:
-                command = parsed(COMMANDS, arguments)
-            except SystemExit:
-                if arguments[:1] == ["generate"]:
-                    print(*generate.examples(), sep="\n")  # which tyro has no place for in its help
-                raise
         _caught.clear()
         with stop_signals(_stop):
+            with printing():
+                try:
+                    command = parsed(COMMANDS, arguments)
+                except SystemExit:
+                    if arguments[:1] == ["generate"]:
+                        print(*generate.examples(), sep="\n")  # which tyro has no place for in its help
+                    raise
             try:
                 command()
             except Exception:
