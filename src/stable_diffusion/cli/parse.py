@@ -48,11 +48,9 @@ def parsed(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> 
         if not end.code:
             raise
     lines = [line.strip("│ ") for line in told.getvalue().splitlines()]
-    lines = lines[
-        2 if "".join(lines[1:2]).startswith("---") else 1 :
-    ]  # after the title, of a box in ASCII or not
+    title = 2 if "".join(lines[1:2]).startswith("---") else 1  # of a box in ASCII, or not
     command = next((word for word in words if word in commands), "")
-    raise InputError(f"{_problem(lines, command)}; see minisd {command} --help".replace("  ", " "))
+    raise InputError(f"{_problem(lines[title:], command)}; see minisd {command} --help".replace("  ", " "))
 
 
 def _problem(lines: list[str], command: str) -> str:
