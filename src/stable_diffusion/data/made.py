@@ -40,7 +40,7 @@ def make_set(
     with writing(folder):
         taken = folder.exists() and any(folder.iterdir())
     if taken:
-        there = _info(folder / records[0])
+        there = _info(_content(folder / records[0]))
         if not str(there.get("description")).startswith(f"mini-stable-diffusion {kind}"):
             raise InputError(f"{str(folder)!r} holds something else than a set of {kind}: give a new folder")
         if there == info:
@@ -51,21 +51,28 @@ def make_set(
         yield from fill(building)
 
 
-def _info(record: Path) -> dict[str, Any]:
-    """What a JSON file says that it was made of; nothing where it is something else."""
+def _content(record: Path) -> dict[str, Any]:
+    """The JSON object in a file; nothing where it is something else."""
     try:
-        return dict(read_json(record)["info"])
-    except (InputError, KeyError, TypeError, ValueError) as error:
+        return read_json(record)
+    except InputError as error:
         if isinstance(error.__cause__, PermissionError):
             raise
         return {}
 
 
+def _info(content: dict[str, Any]) -> dict[str, Any]:
+    """What a file of a set says that it was made of."""
+    info = content.get("info")
+    return info if isinstance(info, dict) else {}
+
+
 def _files(folder: Path, info: dict[str, Any]) -> Iterator[str]:
     """The captions and the pictures of the set that was made of this."""
     for path in folder.glob("annotations/captions_*.json"):
-        if info.items() <= _info(path).items():
-            images = read_json(path).get("images")
+        content = _content(path)
+        if info.items() <= _info(content).items():
+            images = content.get("images")
             listed = images if isinstance(images, list) else []
             names = [image.get("file_name") for image in listed if isinstance(image, dict)]
             yield path.relative_to(folder).as_posix()
