@@ -59,14 +59,18 @@ def groups(split: Split, seed: int) -> list[Group]:
 
     A split is one part, unless the field ``part`` of all its entries says to which they belong.
     """
-    entries, parts = split.entries, split.field("part")
-    order = sorted(range(len(entries)), key=lambda row: _hash(seed, entries[row].key))
+    order, parts = in_hash_order(split, seed), split.field("part")
     if parts is None:
         return [Group(split.name, split, order)]
     return [
         Group(f"{split.name}, {part}", split, [row for row in order if parts[row] == part])
         for part in sorted(set(parts))
     ]
+
+
+def in_hash_order(split: Split, seed: int) -> list[int]:
+    """The numbers of the split's entries in the order that the seed gives."""
+    return sorted(range(len(split.entries)), key=lambda row: _hash(seed, split.entries[row].key))
 
 
 def pictures(split: Split, size: int, rows: Sequence[int] | None = None) -> Iterator[Array]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw
 
 from stable_diffusion.data.cache import Array
 from stable_diffusion.errors import InputError, shown
+from stable_diffusion.evaluation.benchmark import Benchmark, Seen, Share
 from stable_diffusion.evaluation.pictures import RULE
 from stable_diffusion.evaluation.scores import Scores
 from stable_diffusion.files import check_place, is_file, read_bytes, read_json, replacing, write_json
@@ -65,6 +67,8 @@ class Report:
     left_out: tuple[str, ...]
     """Scores that the set does not allow, and why."""
     groups: tuple[GroupScores, ...]
+    benchmark: Benchmark | None
+    """None for a set without scenes."""
     codec: Codec | None
 
 
@@ -77,6 +81,16 @@ class Example:
     real: Array
     rank: int | None
     """Objects that are nearer than the asked one."""
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """A generated picture of a task's prompt beside the real scene, and what the detector sees in both."""
+
+    caption: str
+    right: bool
+    generated: tuple[Array, list[Seen]]
+    real: tuple[Array, list[Seen]]
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class Shown:
     neighbours: list[Neighbour]
     codec: list[list[Array]]
     """Real, round trip, and the linear code's, if there is one."""
+    tasks: dict[str, list[Boxed]] = field(default_factory=dict)
 
 
 def write_report(report: Report, shown: Shown, folder: Path) -> tuple[Path, Path]:
@@ -136,7 +151,8 @@ def page(report: Report, shown: Shown) -> str:
         f"<p>{report.size} pixels, {report.num_inference_steps} steps of {escape(report.sampler['name'])}, guidance"
         f" {report.guidance['scale']:g}, seed {report.seed}; at most {report.count} pictures of each part of the set."
         f" Weights {report.weights}.</p>",
-        _summary(report.groups),
+        *([] if report.benchmark is None else _benchmark(report.benchmark, shown.tasks)),
+        *([_summary(report.groups)] if report.groups else []),
         *(f"<p><b>Left out</b> – {escape(reason)}.</p>" for reason in report.left_out),
     ]
     for group in report.groups:
@@ -162,6 +178,58 @@ def page(report: Report, shown: Shown) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{GENERATOR}\n'
         f"<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
     )
+
+
+def _benchmark(benchmark: Benchmark, examples: dict[str, list[Boxed]]) -> list[str]:
+    """The tasks' scores, what is right in the pictures of each, and pictures with what the detector sees."""
+    rows = {"overall": benchmark.overall} | {
+        task.task: {kind: scores["right"] for kind, scores in task.scores.items()} for task in benchmark.tasks
+    }
+    columns = {kind: [_interval(row[kind]) for row in rows.values()] for kind in benchmark.overall}
+    ceiling = [row["generated"].value / max(row["real"].value, 1e-9) for row in rows.values()]
+    parts = [
+        "<h2>Tasks</h2>",
+        _table(list(rows), {**columns, "Of the ceiling": [f"{value:.2f}" for value in ceiling]}),
+        f"<p>Share of the pictures that show what the prompt asks for, {benchmark.seeds} of each prompt; small: 95 %"
+        " intervals over prompts. Real scenes are the ceiling. docs/benchmark.md says how each task is judged.</p>",
+    ]
+    for task in benchmark.tasks:
+        details = {
+            title: [_interval(scores[title]) for scores in task.scores.values()]
+            for title in task.scores["real"]
+        }
+        parts += [f"<h3>{escape(task.task)}</h3>", f"<p>{task.prompts} prompts.</p>"]
+        parts.append(_table(list(task.scores), details))
+        parts.append(
+            _figures(
+                [
+                    (
+                        [_boxed(*one.generated), _boxed(*one.real)],
+                        f"{'✓' if one.right else '✗'} {one.caption} · {_names(one)}",
+                    )
+                    for one in examples.get(task.task, [])
+                ]
+            )
+        )
+    return parts
+
+
+def _interval(share: Share) -> str:
+    return f"{share.value:.2f} <small>{share.low:.2f} to {share.high:.2f}</small>"
+
+
+def _names(example: Boxed) -> str:
+    """What the detector sees in the generated picture, from the largest thing to the smallest."""
+    return ", ".join(f"{thing.colour} {thing.found.names[0]}" for thing in example.generated[1]) or "nothing"
+
+
+def _boxed(pixels: Array, seen: Sequence[Seen]) -> Array:
+    """The picture, twice as large, with the boxes of what is seen."""
+    image = Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]))
+    pen = ImageDraw.Draw(image)
+    for thing in seen:
+        pen.rectangle([2 * side for side in thing.found.box], outline="#e0007a", width=2)
+    return np.asarray(image)
 
 
 def _caption(example: Example) -> str:
