@@ -24,7 +24,7 @@ from PIL import Image
 from stable_diffusion.data.icon_captions import TONES, Thing, plain_code, read_things, slugs
 from stable_diffusion.data.item import Progress
 from stable_diffusion.errors import InputError
-from stable_diffusion.images import decoded, opened
+from stable_diffusion.images import opened
 
 
 class Package(NamedTuple):
@@ -261,19 +261,19 @@ def _svg(icon: dict[str, Any], body: str) -> str:
 
 
 def draw(source: str | bytes, size: int) -> Image.Image:
-    """The drawing as RGB on white, fitted into a square. Raises InputError where it is damaged."""
+    """The drawing as RGBA, fitted into a square. Raises InputError where it is damaged."""
     if isinstance(source, bytes):
         with opened("a drawing in a package", io.BytesIO(source)) as image:
-            return decoded(image).resize((size, size), Image.Resampling.LANCZOS)
+            return image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
     import resvg_py
 
     svg = source.replace("{size}", str(size), 2)
     try:
-        png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
+        png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
     except ValueError as error:
         raise InputError(f"a drawing in a package is damaged ({error}): delete the packages") from error
     with Image.open(io.BytesIO(png)) as image:
-        return image.convert("RGB")
+        return image.convert("RGBA")
 
 
 _TONE_POINTS = {f"{0x1F3FB + number:x}" for number in range(len(TONES))}

@@ -8,28 +8,48 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from stable_diffusion.data.icon_captions import STYLES, Thing, captions, slug, style_words
+from stable_diffusion.data.icon_captions import STYLES, Thing, captions, chance, slug, style_words
 from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, all_drawings, draw, fetch
+from stable_diffusion.data.icon_phrases import WORDS_RULE, held_out, more_captions
 from stable_diffusion.data.icon_splits import HASH_RULE, PARTED, SPLITS, sisters, split_pictures
+from stable_diffusion.data.icon_studio import TEST_SCENES, write_scenes
 from stable_diffusion.data.item import Progress
 from stable_diffusion.data.made import Captioned, make_set, write_captions
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import write_json
+from stable_diffusion.images import to_rgb
 
 SIGN_WEIGHT = 0.3  # of flags, letters and numbers, which are a quarter of the things and no use in pictures
 
+ALL_SPLITS = {**SPLITS, "test_words": WORDS_RULE}
+"""The splits of drawings and their rules."""
+
+
+class Row(NamedTuple):
+    """A picture of the set."""
+
+    style: str
+    thing: Thing
+    split: str
+    sister: bool
+    """Whether training holds a sister of it."""
+
+
 _DESCRIPTION = "mini-stable-diffusion icons"
-_VERSION = 3  # grows with every change of pictures, captions, fields, splits or weights
+_VERSION = 4  # grows with every change of pictures, captions, fields, splits or weights
 
 
-def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progress, None, None]:
+def write_icons(
+    out: Path, size: int, packages: Path | None, scenes: int = 0
+) -> Generator[Progress, None, None]:
     """Makes ``{split}/``, ``annotations/captions_{split}.json``, README.md and dataset.json, as it is consumed.
 
     The same bytes every time; closed early, it leaves nothing. In the JSON files each image also has ``style``,
@@ -43,23 +63,24 @@ def write_icons(out: Path, size: int, packages: Path | None) -> Generator[Progre
         size: side of the pictures in pixels.
         packages: a folder where the packages' archives are kept; those that are not there yet are fetched into
             it. None keeps none.
+        scenes: how many to compose for training; where there are any, up to ``TEST_SCENES`` of each split of scenes.
 
     Raises:
         InputError: npm or resvg-py is missing, a package cannot be had or read, or ``out`` holds something else or
             cannot be written.
     """
-    info = _info(size)
+    info = _info(size, scenes)
 
     def fill(root: Path) -> Iterator[Progress]:
         with tempfile.TemporaryDirectory(dir=root) as workshop:
             archives = Path(workshop, "packages") if packages is None else packages
             yield from fetch(archives)
-            yield from _make(root, Path(workshop), archives, size, info)
+            yield from _make(root, Path(workshop), archives, size, scenes, info)
 
     yield from make_set(out, "icons", info, ("dataset.json", "README.md"), fill)
 
 
-def _info(size: int) -> dict[str, Any]:
+def _info(size: int, scenes: int) -> dict[str, Any]:
     """What a set is made of. Raises InputError if what draws it is missing."""
     try:
         import resvg_py
@@ -71,23 +92,31 @@ def _info(size: int) -> dict[str, Any]:
         "description": _DESCRIPTION,
         "version": _VERSION,
         "size": size,
+        "scenes": scenes,
         "packages": {package.name: package.version for package in (*PACKAGES.values(), NAMES)},
         "drawn_with": {"resvg-py": resvg_py.__version__, "pillow": version("pillow")},
     }
 
 
-def _make(out: Path, drawn: Path, archives: Path, size: int, info: dict[str, Any]) -> Iterator[Progress]:
+def _make(
+    out: Path, drawn: Path, archives: Path, size: int, scenes: int, info: dict[str, Any]
+) -> Iterator[Progress]:
     """Draws everything, sorts it into splits, and writes the set."""
     found, left_out = all_drawings(archives)
     alike: dict[tuple[str, str], list[Drawing]] = defaultdict(list)  # by style and pixels
+    boxes: dict[str, list[int]] = {}
     for number, drawing in enumerate(found):
         if number % 50 == 0:
             yield Progress("drawing", number, len(found))
-        image = draw(drawing.source, size)
+        transparent = draw(drawing.source, size)
+        image = to_rgb(transparent)
         if image.getextrema() == ((255, 255),) * 3:
             left_out["blank"] += 1
             continue
-        image.save(drawn / _file(drawing.style, drawing.thing), "PNG", compress_level=6)
+        name = _file(drawing.style, drawing.thing)
+        image.save(drawn / name, "PNG", compress_level=6)
+        left, top, right, bottom = transparent.getchannel("A").getbbox() or (0, 0, size, size)
+        boxes[name] = [left, top, right - left, bottom - top]
         alike[drawing.style, hashlib.sha256(image.tobytes()).hexdigest()].append(drawing)
     yield Progress("drawing", len(found), len(found))
 
@@ -96,17 +125,36 @@ def _make(out: Path, drawn: Path, archives: Path, size: int, info: dict[str, Any
     splits = split_pictures(pictures)
     known = {pixels[picture] for picture, split in zip(pictures, splits, strict=True) if split == "train"}
     kept = [
-        (*picture, split, sister)
+        Row(*picture, split, sister)
         for picture, split, sister in zip(pictures, splits, sisters(pictures, splits), strict=True)
         if split == "train" or pixels[picture] not in known
     ]
     left_out["drawn as another thing of the same style"] = sum(map(len, alike.values())) - len(pictures)
     left_out["held out, but equal to a training picture"] = len(pictures) - len(kept)
-    yield Progress("writing", 0, len(SPLITS))
-    for done, split in enumerate(SPLITS, 1):
-        _write_split(out, drawn, split, [row for row in enumerate(kept) if row[1][2] == split], size, info)
-        yield Progress("writing", done, len(SPLITS))
+    rows = {split: [row for row in enumerate(kept) if row[1].split == split] for split in SPLITS}
+    rows["test_words"] = _in_other_words(rows["train"])
+    yield Progress("writing", 0, len(rows))
+    weight = 0.0
+    for done, (split, some) in enumerate(rows.items(), 1):
+        written = _write_split(out, drawn, split, some, boxes, size, info)
+        weight += written if split == "train" else 0.0
+        yield Progress("writing", done, len(rows))
+    if scenes:
+        sources = [
+            (row.style, row.thing, alike[row.style, pixels[row[:2]]][0].source) for _, row in rows["train"]
+        ]
+        yield from write_scenes(out, drawn / "sprites", sources, scenes, size, weight, info)
     _describe(out, kept, info, left_out, archives)
+
+
+def _in_other_words(rows: Sequence[tuple[int, Row]]) -> list[tuple[int, Row]]:
+    """Training drawings whose object has words that training never says, one of each, up to ``TEST_SCENES``."""
+    chosen: dict[str, tuple[int, Row]] = {}
+    for number, row in sorted(rows, key=lambda one: chance("test_words", one[1].style, one[1].thing.code)):
+        if row.thing.nameable and row.thing.tone is None and held_out(row.thing.object):
+            chosen.setdefault(row.thing.object, (number, row._replace(split="test_words")))
+    among = sorted(chosen, key=lambda name: chance("test_words", "object", name))[:TEST_SCENES]
+    return [chosen[name] for name in among]
 
 
 def merged(things: Sequence[Thing]) -> Thing:
@@ -124,20 +172,29 @@ def _file(style: str, thing: Thing) -> str:
     return f"{style}-{slug(thing.object)[:40].strip('-') or 'sign'}-{slug(thing.code)}.png"
 
 
-Row = tuple[str, Thing, str, bool]
-"""A picture's style, thing and split, and whether training holds a sister of it."""
-
-
 def _write_split(
-    out: Path, drawn: Path, split: str, rows: Sequence[tuple[int, Row]], size: int, info: dict[str, Any]
-) -> None:
+    out: Path,
+    drawn: Path,
+    split: str,
+    rows: Sequence[tuple[int, Row]],
+    boxes: Mapping[str, list[int]],
+    size: int,
+    info: dict[str, Any],
+) -> float:
+    """Writes pictures and captions; returns the sum of their weights."""
     (out / split).mkdir()
     licences = {package.licence: package.url for package in PACKAGES.values()}
     roles = Counter(thing.role for _, (_, thing, _, _) in rows)
     pictures: Captioned = []
+    total = 0.0
     for number, (style, thing, _, sister) in rows:
-        name = _file(style, thing)
-        (drawn / name).replace(out / split / name)
+        name, weight = _file(style, thing), round(_weight(thing, roles[thing.role]), 4)
+        if split == "test_words":
+            shutil.copy(out / "train" / name, out / split / name)
+            said = more_captions(thing, style, others=True)
+        else:
+            (drawn / name).replace(out / split / name)
+            said = [*captions(thing, style), *more_captions(thing, style)]
         image = {
             "id": number,
             "file_name": name,
@@ -148,12 +205,16 @@ def _write_split(
             "style_words": list(style_words(style)),
             **{key: getattr(thing, key) for key in ("object", "role", "group", "tone", "gender", "code")},
             "sister": sister,
+            "task": "synonym" if split == "test_words" else "single",
+            "things": [{"object": thing.object, "colour": None, "box": boxes[name]}],
             **({"part": "sister" if sister else "no sister"} if split == PARTED else {}),
-            "weight": round(_weight(thing, roles[thing.role]), 4),
+            "weight": weight,
         }
-        pictures.append((image, captions(thing, style)))
+        pictures.append((image, said))
+        total += weight
     named = [{"id": i, "name": name, "url": url} for i, (name, url) in enumerate(licences.items(), 1)]
-    write_captions(out, split, info | {"split": split, "rule": SPLITS[split]}, pictures, licenses=named)
+    write_captions(out, split, info | {"split": split, "rule": ALL_SPLITS[split]}, pictures, licenses=named)
+    return total
 
 
 def _weight(thing: Thing, drawings: int) -> float:

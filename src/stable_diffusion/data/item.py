@@ -76,6 +76,24 @@ class Streams(Source, Protocol):
         ...
 
 
+class Joined:
+    """Sources one after the other, whose keys differ."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._entries = [source.entries() for source in sources]
+        self._sources = {
+            entry.key: source for source, some in zip(sources, self._entries, strict=True) for entry in some
+        }
+
+    def entries(self) -> Sequence[Entry]:
+        """Those of the first source, then those of the next."""
+        return [entry for some in self._entries for entry in some]
+
+    def image(self, key: str) -> Image.Image:
+        """The picture of an entry. Raises InputError if it cannot be decoded."""
+        return self._sources[key].image(key)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """A named part of a set."""

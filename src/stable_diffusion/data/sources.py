@@ -78,10 +78,12 @@ class Shapes(MadeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Icons(MadeConfig):
-    """Make 20,000 named drawings in eight styles, from npm packages."""
+    """Make 20,000 named drawings in eight styles from npm packages, and scenes of them."""
 
     size: Annotated[int, within(16, 1024)] = 128
     """Side of the pictures in pixels."""
+    scenes: Annotated[int, within(0, 10_000_000)] = 60_000
+    """Scenes of several things, counts, colours and places to learn from, and up to 500 of each kind to test with."""
     packages: FilePath | None = None
     """A folder to keep the npm packages in; by default they are not kept."""
 
@@ -89,7 +91,17 @@ class Icons(MadeConfig):
         """See ``write_icons``."""
         from stable_diffusion.data.icons import write_icons
 
-        yield from write_icons(folder, self.size, None if self.packages is None else Path(self.packages))
+        packages = None if self.packages is None else Path(self.packages)
+        yield from write_icons(folder, self.size, packages, self.scenes)
+
+    def open(self, folder: Path) -> Source:
+        """The drawings to learn from, and the scenes."""
+        from stable_diffusion.data.item import Joined
+
+        drawings, file = super().open(folder), folder / "annotations" / "captions_train_scenes.json"
+        if not self.scenes:
+            return drawings
+        return Joined([drawings, Coco(images=str(folder / "train_scenes"), captions=str(file)).open(folder)])
 
 
 SOURCES: dict[str, type[SourceConfig]] = {"coco": Coco, "shapes": Shapes, "icons": Icons}
