@@ -82,9 +82,9 @@ def asked_of(entry: Entry) -> Asked:
         things = [Thing(name=thing["object"], colour=thing.get("colour")) for thing in fields["things"]]
     except (KeyError, TypeError, AttributeError):
         things = []
-    asked = Asked(task=task, things=tuple(things), relation=fields.get("relation"))
-    needed = {None: 1, "between": 3}.get(asked.relation, 2)
-    known = task in TASKS and (task != "position" or asked.relation in RELATIONS)
+    asked = Asked(task=str(task), things=tuple(things), relation=fields.get("relation"))
+    needed = 3 if asked.relation == "between" else 2 if task in ("two", "position", "binding") else 1
+    known = asked.task in TASKS and (asked.task != "position" or asked.relation in RELATIONS)
     if not known or len(things) < needed:
         raise InputError(
             f"{entry.key}: its task, things and relation must be as docs/benchmark.md says, got {shown(fields)}"
@@ -222,7 +222,7 @@ def _towards(a: Box, b: Box) -> tuple[float, float]:
 
 def _between(boxes: Sequence[Box]) -> bool:
     """From the first thing, the two others lie in directions more than 120 degrees apart."""
-    middle, *others = (((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in boxes)
+    middle, *others = (((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in boxes[:3])
     a, b = (np.subtract(other, middle) for other in others)
     return bool(a @ b < -DIRECTION * np.linalg.norm(a) * np.linalg.norm(b))
 

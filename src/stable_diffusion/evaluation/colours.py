@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 
 from stable_diffusion.data.cache import Array
+from stable_diffusion.evaluation.ground import TOLERANCE
 from stable_diffusion.evaluation.ground import colours as ground_colours
-from stable_diffusion.evaluation.ground import ground
 
 EXAMPLES = {
     "red": "ff0000 e0242b dd2e44 b71c1c c62828 f44336 a01010",
@@ -25,16 +25,16 @@ EXAMPLES = {
     "pink": "ffc0cb ff69b4 f4abba ec407a f48fb1 ff77bb e91e90",
     "brown": "8b4513 795548 5d4037 a0522d 8d5a3b 662113 a47551",
     "black": "000000 1a1a1a 292f33 303030",
-    "white": "ffffff f2f2f2 e9ecee",
-    "grey": "808080 9aaab4 66757f b0bec5 c4c4c4 616161 999999",
+    "white": "ffffff f2f2f2 e0e0e0",
+    "grey": "808080 9aaab4 66757f b0b4b8 616161 999999",
 }
 """Of each name, in sRGB."""
 COLOURS = tuple(EXAMPLES)
 GREYS = ("black", "white", "grey")
 
-LIGHTNESS = 0.6
+LIGHTNESS = 0.5
 """Weight of lightness against the two other axes: shadow and light change it most."""
-ENOUGH = 0.25
+ENOUGH = 0.45
 """Part of a thing's pixels that colours need together to win over black, white and grey."""
 _LEVELS = 32  # of each channel, in the table of names
 
@@ -68,8 +68,7 @@ def thing_colours(picture: Array, boxes: Sequence[tuple[float, float, float, flo
     name wins, but black, white and grey only where other colours have less than ``ENOUGH`` of the pixels together:
     outlines, eyes and lights are no colour of a thing that has one.
     """
-    colour = ground_colours(picture[None])
-    things = ~ground(picture[None], colour)[0]
+    things = np.abs(picture.astype(np.int16) - ground_colours(picture[None])[0]).max(2) > TOLERANCE
     inner = things.copy()
     for axis in (0, 1):
         for shift in (1, -1):

@@ -6,8 +6,9 @@ import numpy as np
 
 from stable_diffusion.data.cache import Array
 
-TOLERANCE = 24
-"""Levels of 255 by which a channel may differ from the ground's colour."""
+TOLERANCE = 5
+"""Levels of 255 by which a channel of the ground may differ from its colour: after an autoencoder's round trip it hardly
+does more, and the shades of a white thing on white do."""
 
 
 def colours(pictures: Array) -> Array:
@@ -16,7 +17,7 @@ def colours(pictures: Array) -> Array:
     return np.median(np.concatenate(edges, axis=1), axis=1).round().astype(np.uint8)
 
 
-def ground(pictures: Array, colour: Array, tolerance: int = TOLERANCE) -> Array:
+def ground(pictures: Array, colour: Array) -> Array:
     """Where uint8 pictures ``n h w 3`` show ground: pixels of its colour that others of them join to the border.
 
     So the white of an eye is not ground, nor is a white belly inside its outline.
@@ -24,10 +25,9 @@ def ground(pictures: Array, colour: Array, tolerance: int = TOLERANCE) -> Array:
     Args:
         pictures: of one size.
         colour: of each picture's ground, ``n 3``.
-        tolerance: how far a channel may be from it.
     """
     apart = np.abs(pictures.astype(np.int16) - colour[:, None, None]).max(3)
-    near: Array = apart <= tolerance
+    near: Array = apart <= TOLERANCE
     reached = np.zeros_like(near)
     for edge in (np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]):
         reached[edge] = near[edge]

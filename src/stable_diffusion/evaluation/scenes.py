@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -51,7 +52,7 @@ def cut_out(pictures: Iterable[Array], labels: Sequence[int]) -> list[Sprite]:
         if len(batch) == TOGETHER or number == len(labels):
             together = np.stack(batch)
             white = np.full((len(batch), 3), 255, dtype=np.uint8)
-            alphas = np.where(ground(together, white, tolerance=6), 0, 255).astype(np.uint8)
+            alphas = np.where(ground(together, white), 0, 255).astype(np.uint8)
             own = labels[number - len(batch) : number]
             for pixels, alpha, label in zip(together, alphas, own, strict=True):
                 rows, columns = (np.flatnonzero(alpha.any(axis)) for axis in (1, 0))
@@ -107,12 +108,12 @@ class Composer:
     def _ground(self, random: np.random.Generator) -> tuple[Array, bool]:
         """White, one colour, or one that fades into another; and whether things are multiplied with it."""
         canvas = np.full((self.size, self.size, 3), 255, dtype=np.float32)
-        if (kind := random.random()) < 0.6:
+        if (kind := random.random()) < 0.7:
             return canvas, False
-        first, second = random.uniform(0 if kind > 0.9 else 150, 255, (2, 3)).astype(np.float32)
+        first, second = random.uniform(0 if kind > 0.93 else 150, 255, (2, 3)).astype(np.float32)
         fade = np.linspace(0, random.random() < 0.3, self.size, dtype=np.float32)[:, None, None]
         canvas[:] = first + (second - first) * fade
-        return canvas, bool(random.random() < 0.4 and kind < 0.9)
+        return canvas, bool(random.random() < 0.4 and kind < 0.93)
 
 
 def _resized(pixels: Array, side: float, random: np.random.Generator) -> Array:
@@ -125,27 +126,38 @@ def _resized(pixels: Array, side: float, random: np.random.Generator) -> Array:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
 
 
-def _recolouring(random: np.random.Generator) -> tuple[Array, Array]:
-    """A matrix and an offset for the pixels: as they are, turned in hue, or in shades of one colour."""
-    kind = random.random()
-    gain, offset = random.uniform(0.85, 1.1), random.uniform(-15, 15)
+class Recolouring(NamedTuple):
+    """A linear change of pixels, and of which of them."""
+
+    matrix: Array
+    offset: float
+    part: str
+    """``all``, ``coloured`` without black, grey and white, or ``light`` without outlines and eyes."""
+
+
+def _recolouring(random: np.random.Generator) -> Recolouring:
+    """None to speak of, a turn in hue, or shades of one colour."""
+    kind, offset = random.random(), random.uniform(-15, 15)
     matrix: Array = np.eye(3, dtype=np.float32)
-    if 0.4 < kind < 0.7:  # the hue
+    if 0.4 < kind < 0.65:
         angle, saturation = random.uniform(0, 2 * np.pi), random.uniform(0.5, 1.4)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=np.float32)
-        grey = np.full((3, 3), 1 / 3, dtype=np.float32)
-        matrix = grey + saturation * _CHROMA @ turn @ _CHROMA.T
-    elif kind >= 0.7:  # one colour, whose dark shades go to black and whose light ones to it, or to white
-        colour = random.uniform(0, 255, 3).astype(np.float32)
-        mixed = random.uniform(0.5, 1)
-        shades = np.outer(_LUMINANCE, colour / 255 * random.uniform(1, 1.4))
+        matrix = np.full((3, 3), 1 / 3, dtype=np.float32) + saturation * _CHROMA @ turn @ _CHROMA.T
+    elif kind >= 0.65:
+        colour, mixed = random.uniform(0, 1, 3).astype(np.float32), random.uniform(0.5, 1)
+        shades = np.outer(_LUMINANCE, colour * random.uniform(1, 1.4))
         matrix = (1 - mixed) * matrix + mixed * shades
         offset += random.uniform(0, 60) * (random.random() < 0.3)
-    return (matrix * gain).astype(np.float32), np.full(3, offset, dtype=np.float32)
+    part = "all" if kind <= 0.4 else str(random.choice(["all", "coloured", "light"]))
+    return Recolouring((matrix * random.uniform(0.85, 1.1)).astype(np.float32), offset, part)
 
 
-def _paste(place: Array, thing: Array, colour: tuple[Array, Array], multiplied: bool) -> None:
-    matrix, offset = colour
-    alpha = thing[..., 3:] / 255
-    pixels = (thing[..., :3] @ matrix + offset).clip(0, 255)
-    place[:] = alpha * (pixels * place / 255 if multiplied else pixels) + (1 - alpha) * place
+def _paste(place: Array, thing: Array, colour: Recolouring, multiplied: bool) -> None:
+    """Blends the thing into the canvas."""
+    alpha, old = thing[..., 3:] / 255, thing[..., :3]
+    new = (old @ colour.matrix + colour.offset).clip(0, 255)
+    if colour.part != "all":
+        lightest = old.max(2, keepdims=True)
+        amount = lightest - old.min(2, keepdims=True) if colour.part == "coloured" else lightest - 40
+        new = old + (amount / 40).clip(0, 1) * (new - old)
+    place[:] = alpha * (new * place / 255 if multiplied else new) + (1 - alpha) * place
