@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import stable_diffusion
 from benchmarks import loading, startup
 from stable_diffusion import config, images
-from tests.evaluation.drawings import write_drawings
+from tests.evaluation.drawings import OBJECTS, UNSEEN, write_drawings
 from tests.tiny import TINY, shapes, tiny_model
-from tools import board, make_text_weights
+from tools import board, make_text_weights, train_detector
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = Path(stable_diffusion.__file__).parent / "weights"
@@ -30,7 +30,8 @@ def test_every_script_is_here() -> None:
     """One that is added has to be run below, too."""
     found = {path.stem for folder in ("benchmarks", "tools") for path in (ROOT / folder).glob("*.py")}
     assert found == {
-        module.__name__.split(".")[-1] for module in (loading, startup, board, make_text_weights)
+        module.__name__.split(".")[-1]
+        for module in (loading, startup, board, make_text_weights, train_detector)
     }
 
 
@@ -76,6 +77,20 @@ def test_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     real = [images.cover(Image.open(path), 128, 128).tobytes() for path in drawings.glob("test_style/*.png")]
     assert [cell.tobytes() in real for cell in cells] == [False, False, True]
     assert cells[0].tobytes() != cells[1].tobytes(), "two models"
+
+
+def test_train_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all drawings of a set, whatever their split; twice the same."""
+    drawings = write_drawings(tmp_path / "drawings")
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    for name in ("one", "two"):
+        arguments = [str(drawings), "--out", str(tmp_path / name), "--steps", "2", "--batch", "6"]
+        train_detector.main([*arguments, "--model", str(tmp_path / "tiny")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("drawings of 5 objects") and lines[1].startswith("step 2 of 2: centres ")
+    for file in ("detector.safetensors", "names.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert json.loads((tmp_path / "one" / "names.json").read_text()) == sorted([*OBJECTS, UNSEEN])
 
 
 def test_text_weights_are_those_of_the_package(tmp_path: Path) -> None:

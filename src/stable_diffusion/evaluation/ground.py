@@ -7,8 +7,8 @@ import numpy as np
 from stable_diffusion.data.cache import Array
 
 TOLERANCE = 5
-"""Levels of 255 by which a channel of the ground may differ from its colour: after an autoencoder's round trip it hardly
-does more, and the shades of a white thing on white do."""
+"""Levels of 255 by which a channel of the ground may differ from its colour: it hardly does more after an autoencoder's
+round trip, and the shades of a white thing on white do."""
 
 
 def colours(pictures: Array) -> Array:

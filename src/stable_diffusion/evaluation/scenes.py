@@ -17,7 +17,7 @@ SMALLEST = 24
 """Side in pixels of the smallest thing that is pasted."""
 
 _GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2), (3, 3))  # rows, columns
-_GRID_ODDS = (0.14, 0.14, 0.08, 0.2, 0.1, 0.04, 0.08, 0.07, 0.15)
+_GRID_ODDS = (0.1, 0.12, 0.06, 0.26, 0.07, 0.03, 0.1, 0.06, 0.2)
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _CHROMA = np.linalg.svd(np.ones((1, 3)))[2][1:].T.astype(np.float32)  # two axes across grey
 
@@ -78,9 +78,9 @@ class Composer:
         """A scene whose every choice is sampled."""
         rows, columns = _GRIDS[random.choice(len(_GRIDS), p=_GRID_ODDS)]
         cells = random.permutation(rows * columns)
-        cells = cells[: random.integers((len(cells) + 1) // 2, len(cells) + 1)]
+        cells = cells[: random.integers((2 * len(cells) + 2) // 3, len(cells) + 1)]
         canvas, multiplied = self._ground(random)
-        alike = random.random() < 0.25  # one object, several times
+        alike = random.random() < 0.15  # one object, several times
         sprites = [self._sprite(random)] * len(cells) if alike else [self._sprite(random) for _ in cells]
         colours = [_recolouring(random)] * len(cells) if alike else [_recolouring(random) for _ in cells]
         boxes, labels = [], []
