@@ -21,10 +21,9 @@ from stable_diffusion.evaluation.benchmark import (
     asked_of,
     benchmark_of,
     judge,
-    plain_splits,
-    task_groups,
 )
 from stable_diffusion.evaluation.detector import Found
+from stable_diffusion.evaluation.tasks import plain_splits, task_groups
 
 FOX, CAR = Thing(name="fox", colour="red"), Thing(name="car", colour="blue")
 LEFT, RIGHT, TOP, BOTTOM = (4, 36, 60, 92), (68, 36, 124, 92), (36, 4, 92, 60), (36, 68, 92, 124)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stable_diffusion.errors import InputError
+from stable_diffusion.evaluation.benchmark import Benchmark, Seen, Share, TaskScores
+from stable_diffusion.evaluation.detector import Found
 from stable_diffusion.evaluation.distances import KernelDistance
 from stable_diffusion.evaluation.report import (
     Codec,
@@ -21,6 +24,7 @@ from stable_diffusion.evaluation.report import (
     write_report,
 )
 from stable_diffusion.evaluation.scores import Scores
+from stable_diffusion.evaluation.tasks import Boxed
 
 PICTURE = np.full((8, 8, 3), 200, dtype=np.uint8)
 REPORT = Report(
@@ -45,6 +49,7 @@ REPORT = Report(
             },
         ),
     ),
+    benchmark=None,
     codec=Codec(3, (4, 2, 2), 28.51, 22.9),
 )
 SHOWN = Shown(
@@ -70,6 +75,26 @@ def test_the_page_holds_scores_pictures_and_reasons() -> None:
     assert "<b>a" not in html
     assert "Style<" not in html  # a column without a score
     assert html.count("data:image/webp;base64,") == 2 + 2 + 3
+
+
+def test_the_page_holds_tasks_and_what_the_detector_saw() -> None:
+    right, of_real = Share(value=0.25, low=0.2, high=0.3), Share(value=0.5, low=0.4, high=0.6)
+    kinds = {"generated": {"right": right}, "real": {"right": of_real}}
+    task = TaskScores(task="two", prompts=7, scores=kinds)
+    overall = {"generated": right, "real": of_real}
+    seen = Seen(found=Found(box=(1, 1, 5, 5), probability=0.9, names=("<i>fox", "wolf")), colour="red")
+    html = page(
+        replace(REPORT, benchmark=Benchmark(detector="0", seeds=4, tasks=(task,), overall=overall)),
+        replace(SHOWN, tasks={"two": [Boxed("a fox & an owl", False, (PICTURE, [seen]), (PICTURE, []))]}),
+    )
+    for words in (
+        "<tr><th>overall<td>0.25 <small>0.20 to 0.30</small><td>0.50 <small>0.40 to 0.60</small><td>0.50",
+        "7 prompts",
+        "✗ a fox &amp; an owl · red &lt;i&gt;fox",
+    ):
+        assert words in html
+    assert html.count("data:image/webp;base64,") == 2 + 2 + 3 + 2
+    assert "two" not in page(REPORT, SHOWN).split("How it was measured")[0]
 
 
 def test_files_are_written_and_replaced(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ def evaluate(
     count: int = 500,
     splits: tuple[str, ...] = (),
     seed: int = 0,
+    pictures: Path | None = None,
     cache: Path = Path("runs/features"),
     device: str | None = None,
 ) -> None:
@@ -27,12 +28,15 @@ def evaluate(
     Args:
         model: A model folder, a single file or a hub name (owner/name). By default the model that the package carries.
         data: The set: annotations/captions_NAME.json, and the pictures in NAME. What it says of objects and styles,
-            as the icons do, is scored too.
+            as the icons do, is scored too; scenes of icons are prompts of a benchmark, docs/benchmark.md.
         out: Folder for scores.json and index.html; by default runs/evaluation/ and the names of the model, the set and
             the splits.
-        count: Pictures to generate of each part of the set.
+        count: Pictures to generate of each part of the set; of the benchmark's tasks so many prompts, four pictures
+            each.
         splits: Parts of the set, such as val test_style; by default all.
         seed: Decides on pictures, captions and noise: the same for every model.
+        pictures: Folder of pictures that another program generated, which the benchmark judges in place of a model's.
+            Where it holds none, prompts.json is written there: what to generate.
         cache: Folder where features of the real pictures are kept for the next model.
         device: cuda, mps or cpu. By default the first of these that is there.
     """
@@ -46,9 +50,8 @@ def evaluate(
     for note in loaded.notes:
         warnings.warn(note, stacklevel=1)
     name = data.resolve().name
-    folder = (
-        Path("runs/evaluation", slug("-".join([loaded.config.name, name, *splits]))) if out is None else out
-    )
+    judged = loaded.config.name if pictures is None else pictures.resolve().name
+    folder = Path("runs/evaluation", slug("-".join([judged, name, *splits]))) if out is None else out
     check_folder(folder, name)
     steps = evaluation(
         loaded,
@@ -60,6 +63,7 @@ def evaluate(
         count=count,
         only=splits,
         seed=seed,
+        folder=pictures,
     )
     for path in write_report(*finished(steps), folder):
         say(path)

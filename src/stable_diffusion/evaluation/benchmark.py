@@ -11,17 +11,16 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from stable_diffusion.data.cache import Array
-from stable_diffusion.data.item import Entry, Split
+from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError, shown
 from stable_diffusion.evaluation.colours import thing_colours
 from stable_diffusion.evaluation.detector import Detector, Found, detect
-from stable_diffusion.evaluation.pictures import Group, in_hash_order
 
 SEEDS = 4
 """Pictures of each prompt."""
@@ -90,52 +89,6 @@ def asked_of(entry: Entry) -> Asked:
             f"{entry.key}: its task, things and relation must be as docs/benchmark.md says, got {shown(fields)}"
         )
     return asked
-
-
-def plain_splits(splits: Sequence[Split]) -> list[Split]:
-    """The splits without scenes, which are entries with a task; those that are nothing else are left out."""
-    plain = [replace(s, entries=[e for e in s.entries if e.fields.get("task") is None]) for s in splits]
-    return [split for split in plain if split.entries]
-
-
-def task_groups(splits: Sequence[Split], seed: int) -> list[Group]:
-    """The prompts of each task, in the order of ``TASKS``: of the held-out splits that hold scenes and nothing else.
-
-    With them come single things: the plain drawings of the held-out split that has most of those whose object and
-    style training knows, but not together. None for a set without scenes.
-    """
-    found = []
-    for split in splits:
-        tasks = split.field("task")
-        if tasks is not None and not split.is_training:
-            order = in_hash_order(split, seed)
-            found += [
-                Group(task, split, [row for row in order if tasks[row] == task])
-                for task in dict.fromkeys(tasks)
-            ]
-    plain = plain_splits(splits)
-    known = {pair for split in plain if split.is_training for pair in zip(*_pairs(split), strict=True)}
-    objects, styles = ({pair[i] for pair in known} for i in (0, 1))
-    singles = []
-    for split in plain:
-        unseen = {
-            row
-            for row, pair in enumerate(zip(*_pairs(split), strict=True))
-            if pair not in known and pair[0] in objects and pair[1] in styles
-        }
-        if unseen and not split.is_training:
-            singles.append(
-                Group("single", split, [row for row in in_hash_order(split, seed) if row in unseen])
-            )
-    if found and singles:
-        found.append(max(singles, key=lambda group: len(group.rows)))
-    return sorted(found, key=lambda group: list(TASKS).index(group.name) if group.name in TASKS else -1)
-
-
-def _pairs(split: Split) -> tuple[list[str], list[str]]:
-    """Each entry's object and style; nothing unless all have both."""
-    objects, styles = split.field("object"), split.field("style")
-    return ([], []) if objects is None or styles is None else (objects, styles)
 
 
 def look(detector: Detector, pictures: Iterable[Array]) -> Iterator[list[Seen]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,27 +16,16 @@ from stable_diffusion.data.cache import Array, ArrayCache, digest
 from stable_diffusion.data.item import Progress, Split
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.evaluation import features as network_features
-from stable_diffusion.evaluation.benchmark import (
-    SEEDS,
-    Asked,
-    Seen,
-    Verdicts,
-    asked_of,
-    benchmark_of,
-    judge,
-    look,
-    plain_splits,
-    task_groups,
-)
+from stable_diffusion.evaluation.benchmark import SEEDS, Verdicts, benchmark_of
 from stable_diffusion.evaluation.codec import PatchPCA, psnr, round_trips
-from stable_diffusion.evaluation.detector import Detector, load_detector
+from stable_diffusion.evaluation.detector import load_detector
 from stable_diffusion.evaluation.distances import Nearest
-from stable_diffusion.evaluation.features import MobileNetV2, feature_blocks, load_network, looks
-from stable_diffusion.evaluation.pictures import Group, groups, in_order, pictures
-from stable_diffusion.evaluation.probes import StyleProbe
-from stable_diffusion.evaluation.report import Boxed, Codec, Example, GroupScores, Neighbour, Report, Shown
-from stable_diffusion.evaluation.scores import judge as scores_of
-from stable_diffusion.evaluation.scores import learn
+from stable_diffusion.evaluation.elsewhere import check_prompts, pictures_of
+from stable_diffusion.evaluation.features import MobileNetV2, feature_blocks, load_network
+from stable_diffusion.evaluation.pictures import groups, in_order, pictures
+from stable_diffusion.evaluation.report import Codec, Example, GroupScores, Neighbour, Report, Shown
+from stable_diffusion.evaluation.scores import judge, learn
+from stable_diffusion.evaluation.tasks import Judges, plain_splits, task_groups, task_verdicts
 from stable_diffusion.files import slug
 from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
@@ -76,11 +65,13 @@ def evaluate(
     count: int = 500,
     only: Sequence[str] = (),
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Generator[Progress, None, tuple[Report, Shown]]:
     """Scores a model on a captioned set; gives the scores, and pictures to show beside them.
 
     What was generated is kept in ``out/cache``, a group at a time, and used again by the same model. Of the fields
     of the set's entries, ``object`` and ``style`` are scored, ``style_words`` choose captions and ``part`` groups.
+    Held-out scenes, whose entries have a ``task``, are scored by task.
 
     Args:
         parts: the model's parts.
@@ -92,6 +83,8 @@ def evaluate(
         count: pictures of each group, at least 2.
         only: names of the splits to score; none for all.
         seed: decides on pictures, captions and noise.
+        folder: holds pictures of the tasks' prompts that another program generated. They are judged in place of the
+            model's, of which the autoencoder and the size are used, and only tasks are scored.
 
     Raises:
         InputError: an argument outside what is said here, a picture that cannot be read, or no feature network.
@@ -104,6 +97,12 @@ def evaluate(
         if name not in (names := [split.name for split in splits]):
             raise unknown_name("split", name, names)
     tasks = [group for group in task_groups(splits, seed) if not only or group.split.name in only]
+    if folder is not None:
+        if not tasks:
+            raise InputError(
+                "only a set with scenes has prompts for other programs: make one with minisd data icons"
+            )
+        check_prompts(folder, tasks, count, seed)
     splits = in_order(plain_splits(splits))
     network = load_network().to(parts.vae.device)
     config = parts.config
@@ -119,7 +118,7 @@ def evaluate(
     left_out = list(learned.left_out)
     scored: list[GroupScores] = []
     shown = Shown({}, [], [])
-    scored_splits = [split for split in splits if not only or split.name in only]
+    scored_splits = [split for split in splits if folder is None and (not only or split.name in only)]
     for group in (part for split in scored_splits for part in groups(split, seed)):
         rows = group.rows[:count]
         if len(rows) < 2:
@@ -132,7 +131,7 @@ def evaluate(
         features = {"real": real_features[group.split.name][rows]}
         for kind, some in {"generated": made, **copies}.items():
             features[kind] = yield from _features(network, f"{group.name}: {kind}", some, len(rows))
-        judged = scores_of(learned, group, rows, features, real_features[group.split.name], seed)
+        judged = judge(learned, group, rows, features, real_features[group.split.name], seed)
         scored.append(GroupScores(group.name, len(rows), judged.scores))
         shown.examples[group.name] = [
             Example(captions[i], made[i], real[i], None if judged.ranks is None else int(judged.ranks[i]))
@@ -144,24 +143,28 @@ def evaluate(
     benchmark = None
     if tasks and config.text_encoders:
         detector = load_detector().to(parts.vae.device)
+        judges = Judges(detector=detector, network=network, styles=learned.styles)
         verdicts: dict[str, dict[str, Verdicts]] = {}
         for group in tasks:
-            captions, made = yield from _prompted(group, generate, count, seed, size, weights, out / "cache")
-            verdicts[group.name], shown.tasks[group.name] = yield from _task(
-                group, captions, made, parts.vae, detector, seed
+            captions = [group.caption(row, seed) for row in group.rows[:count]]
+            repeated = [caption for caption in captions for _ in range(SEEDS)]
+            made = yield from (
+                _generated(f"task-{group.name}", generate, repeated, seed, size, weights, out / "cache")
+                if folder is None
+                else pictures_of(folder, group, len(captions), size)
             )
-            if group.name == "single" and learned.styles is not None:
-                verdicts["style"] = yield from _style_task(
-                    group, made, parts.vae, network, learned.styles, verdicts["single"], seed
-                )
+            found, shown.tasks[group.name] = yield from task_verdicts(
+                group, captions, made, parts.vae, judges, seed
+            )
+            verdicts |= found
         benchmark = benchmark_of(verdicts, digest(*weight_bytes(detector)), seed)
     shown.neighbours.sort(key=lambda neighbour: neighbour.ratio)
     del shown.neighbours[NEIGHBOURS:]
     codec, compared = _codec(parts.vae, splits, size, count, seed)
     shown.codec.extend(compared)
     report = Report(
-        model=config.name,
-        weights=weights,
+        model=config.name if folder is None else folder.name,
+        weights=weights if folder is None else None,
         size=size,
         sampler=to_dict(config.sampler),
         num_inference_steps=config.num_inference_steps,
@@ -176,101 +179,6 @@ def evaluate(
         codec=codec,
     )
     return report, shown
-
-
-def _task(
-    group: Group,
-    captions: Sequence[str],
-    made: Array,
-    vae: AutoencoderKL | AutoencoderTiny,
-    detector: Detector,
-    seed: int,
-) -> Generator[Progress, None, tuple[dict[str, Verdicts], list[Boxed]]]:
-    """What the task's judge says of all kinds of pictures, and some of them to show.
-
-    Args:
-        group: the task's prompts.
-        captions: those that pictures were generated of.
-        made: ``SEEDS`` pictures of each.
-        vae: of the round trips.
-        detector: what looks at the pictures.
-        seed: of the shuffling.
-    """
-    rows = group.rows[: len(captions)]
-    asked = [asked_of(group.split.entries[row]) for row in rows]
-    real = np.stack(list(pictures(group.split, len(made[0]), rows)))
-    verdicts: dict[str, Verdicts] = {}
-    seen: dict[str, list[list[Seen]]] = {}
-    for kind, some in {"generated": made, "real": real, "round trips": round_trips(vae, real)}.items():
-        seen[kind] = []
-        for things in look(detector, some):
-            seen[kind].append(things)
-            yield Progress(
-                f"{group.name}: {kind}", len(seen[kind]), len(rows) * (SEEDS if kind == "generated" else 1)
-            )
-        verdicts[kind] = _verdicts(asked, seen[kind])
-    shuffled = np.random.default_rng(seed).permutation(len(rows))
-    verdicts["shuffled captions"] = _verdicts([asked[i] for i in shuffled], seen["generated"])
-    examples = [
-        Boxed(
-            captions[i],
-            verdicts["generated"][i][0]["right"],
-            (made[i * SEEDS], seen["generated"][i * SEEDS]),
-            (real[i], seen["real"][i]),
-        )
-        for i in range(min(SHOWN, len(rows)))
-    ]
-    return verdicts, examples
-
-
-def _verdicts(asked: Sequence[Asked], seen: Sequence[Sequence[Seen]]) -> Verdicts:
-    """Of the pictures of each prompt, which follow each other."""
-    each = len(seen) // len(asked)
-    return [[judge(one, things) for things in seen[i * each : (i + 1) * each]] for i, one in enumerate(asked)]
-
-
-def _style_task(
-    group: Group,
-    made: Array,
-    vae: AutoencoderKL | AutoencoderTiny,
-    network: MobileNetV2,
-    styles: StyleProbe,
-    singles: Mapping[str, Verdicts],
-    seed: int,
-) -> Generator[Progress, None, dict[str, Verdicts]]:
-    """Whether the pictures of single things are in the asked style, and show the asked object in it."""
-    rows = group.rows[: len(made) // SEEDS]
-    asked = [str(group.split.entries[row].fields["style"]) for row in rows]
-    real = np.stack(list(pictures(group.split, len(made[0]), rows)))
-    shuffled = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    verdicts: dict[str, Verdicts] = {}
-    for kind, some in {"generated": made, "real": real, "round trips": round_trips(vae, real)}.items():
-        each = SEEDS if kind == "generated" else 1
-        x = yield from _features(network, f"style: {kind}", some, len(rows) * each)
-        found = styles.predict(looks(x))
-        orders = {kind: range(len(rows))} | ({"shuffled captions": shuffled} if kind == "generated" else {})
-        for name, order in orders.items():
-            verdicts[name] = [
-                [
-                    {
-                        "right": (right := found[i * each + k] == asked[j]),
-                        "with the object": right and one["right"],
-                    }
-                    for k, one in enumerate(singles[name][i])
-                ]
-                for i, j in enumerate(order)
-            ]
-    return verdicts
-
-
-def _prompted(
-    group: Group, generate: Generate, count: int, seed: int, size: int, weights: str, folder: Path
-) -> Generator[Progress, None, tuple[list[str], Array]]:
-    """The captions of a task, and ``SEEDS`` pictures of each."""
-    captions = [group.caption(row, seed) for row in group.rows[:count]]
-    repeated = [caption for caption in captions for _ in range(SEEDS)]
-    made = yield from _generated(f"task-{group.name}", generate, repeated, seed, size, weights, folder)
-    return captions, made
 
 
 def _neighbours(
