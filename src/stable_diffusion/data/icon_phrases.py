@@ -80,6 +80,8 @@ def _plural_word(word: str) -> str:
     for ending, many in _IRREGULAR.items():
         if lower == ending or (lower.endswith(ending) and len(ending) > 3):
             return word[: len(word) - len(ending)] + many
+    if lower.endswith("man") and lower not in _NO_MEN:
+        return f"{word[:-2]}en"
     if lower.endswith(("s", "x", "z", "ch", "sh")):
         return f"{word}es"
     if lower.endswith("y") and lower[-2:-1] not in "aeiou":
@@ -126,7 +128,7 @@ _NOT_PLAIN = frozenset(
             "large",
             "tiny",
         ),
-        *("two", "three", "four", "pair", "who", "or"),
+        *("two", "three", "four", "pair", "who", "or", "and"),
     )
 )
 _VOWEL = re.compile(r"[aeio]|u(?!ni|ku|se)|hour|SOS|NG|x-ray|8", re.IGNORECASE)
@@ -135,10 +137,9 @@ _TAIL = re.compile(
     r"full|made|using|wearing|going|flying|taking|standing|sitting|lying|seen|tilted|turned|pointed|pointing|"
     r"curving|screaming|vomiting|blowing|savoring|exhaling|shaking|fluttering)\b|,)"
 )
+_NO_MEN = ("human", "german", "roman", "ottoman", "talisman", "shaman")
 _IRREGULAR = {
     "mouse": "mice",
-    "man": "men",
-    "woman": "women",
     "person": "people",
     "elf": "elves",
     "foot": "feet",

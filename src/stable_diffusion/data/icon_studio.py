@@ -10,7 +10,8 @@ from typing import Any
 
 from stable_diffusion.data.icon_captions import Thing, style_words
 from stable_diffusion.data.icon_packages import draw
-from stable_diffusion.data.icon_scenes import SCENE_SPLITS, Cast, Drawn, Scene, scenes
+from stable_diffusion.data.icon_plans import scenes
+from stable_diffusion.data.icon_scenes import SCENE_SPLITS, Cast, Drawn, Scene
 from stable_diffusion.data.icon_sprites import Box, can_turn, compose, cut_out
 from stable_diffusion.data.item import Progress, ahead
 from stable_diffusion.data.made import Captioned, write_captions

@@ -25,9 +25,9 @@ from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.whitening import TextAffine, whitening
+from stable_diffusion.training.text import TOGETHER, FrozenText, TextCache, TextReader
 
-TOGETHER = 32  # pictures, or captions, that are encoded at once
+MOST_CACHED = 100_000  # captions whose embeddings are kept on disk: 20 KB each and an hour for 400,000
 
 
 class TrainableParts(Parts, Protocol):
@@ -37,53 +37,6 @@ class TrainableParts(Parts, Protocol):
     def vae(self) -> AutoencoderKL | AutoencoderTiny: ...
     @property
     def unet(self) -> UNet: ...
-
-
-class TextCache:
-    """A frozen encoder's embeddings of every caption: for each its real tokens, then its pooled vector.
-
-    Args:
-        rows: all of them, one caption after the other, in float16.
-        starts: first row of each caption, and the number of rows at the end.
-        context_length: tokens that a caption is padded to.
-
-    Attributes:
-        change: the change of basis applied when they are read; None for none.
-    """
-
-    def __init__(self, rows: Array, starts: Array, context_length: int) -> None:
-        self.rows, self.starts, self.context_length = rows, starts, context_length
-        self.change: TextAffine | None = None
-
-    @classmethod
-    def blank(cls, config: TextEncoderConfig) -> TextCache:
-        """Of one caption of full length, to measure with."""
-        rows = np.zeros((config.context_length + 1, config.hidden_size), np.float16)
-        return cls(rows, np.array([0, len(rows)]), config.context_length)
-
-    def whitening(self, most: int = 8192) -> TextAffine:
-        """What whitens the embeddings, measured on up to `most` captions."""
-        captions = range(0, len(self.starts) - 1, 1 + len(self.starts) // most)
-        rows = [self.rows[self.starts[i] : self.starts[i + 1]].astype(np.float32) for i in captions]
-        tokens = torch.from_numpy(np.concatenate([row[:-1] for row in rows]))
-        return TextAffine(whitening(tokens), whitening(torch.from_numpy(np.stack([row[-1] for row in rows]))))
-
-    def read(self, captions: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Padded tokens, their mask, and the pooled vectors of the captions of these numbers."""
-        first, last = self.starts[captions], self.starts[np.asarray(captions) + 1] - 1
-        places = first[:, None] + np.arange(self.context_length)
-        mask = places < last[:, None]
-        padded = self.rows[np.where(mask, places, last[:, None])]
-        padded[~mask] = 0
-        tokens = torch.from_numpy(padded).to(device).float()
-        pooled = torch.from_numpy(self.rows[last]).to(device).float()
-        if self.change is not None:
-            tokens, pooled = self.change.tokens(tokens), self.change.pooled(pooled)
-        return tokens, torch.from_numpy(mask).to(device), pooled
-
-
-TextCaches = Sequence[TextCache | None]
-"""Of each text encoder; None for one that is trained jointly."""
 
 
 class Workspace:
@@ -159,11 +112,16 @@ class Workspace:
         )
         return (yield from _filled(cache, blocks(), "encoding pictures", np.arange(count + 1)))
 
-    def text(self) -> Generator[TrainStep, None, TextCaches]:
+    def text(self) -> Generator[TrainStep, None, FrozenText]:
         """Each frozen encoder's embeddings of the captions, whitened; None for an encoder that is trained."""
-        caches: list[TextCache | None] = []
+        caches: list[TextCache | TextReader | None] = []
         for i, config in enumerate(self.parts.text_encoder.configs):
-            caches.append(None if config.trainable else (yield from self._encoded(i, config)))
+            if config.trainable:
+                caches.append(None)
+            elif len(self.captions) > MOST_CACHED:
+                caches.append(TextReader(self.parts.text_encoder, i, self.captions))
+            else:
+                caches.append((yield from self._encoded(i, config)))
         # Eigenvectors may differ from one machine to another: the first process's count.
         changes = broadcast_object_list([[cache and cache.whitening() for cache in caches]])[0]
         for cache, change in zip(caches, changes, strict=True):

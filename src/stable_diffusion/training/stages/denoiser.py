@@ -19,8 +19,9 @@ from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.training.draw import FLOAT32, Draw, Samples
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.stage import Batch, Stage, StageSettings
+from stable_diffusion.training.text import FrozenText, TextCache
 from stable_diffusion.training.whitening import whitened
-from stable_diffusion.training.workspace import TextCache, TextCaches, TrainableParts, Workspace, latent_shape
+from stable_diffusion.training.workspace import TrainableParts, Workspace, latent_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class DenoiserStage(Stage):
     share = 0.85
     latents: Array  # b c h w, float16
     captions_of: Sequence[Sequence[int]]  # numbers of each picture's captions
-    text_caches: TextCaches
+    text_caches: FrozenText
 
     def __init__(self, parts: TrainableParts, settings: DenoiserSettings) -> None:
         super().__init__(settings)
@@ -91,7 +92,7 @@ class DenoiserStage(Stage):
         return self._tensors(latents, latents.flip(0), times, [0] * count, blank)
 
     def _tensors(
-        self, x0: Tensor, noise: Tensor, uniform: Tensor, captions: list[int], caches: TextCaches
+        self, x0: Tensor, noise: Tensor, uniform: Tensor, captions: list[int], caches: FrozenText
     ) -> Batch:
         timesteps = self.scheduler.training_timesteps(uniform)
         alpha, sigma = self.scheduler.alpha_sigma(timesteps)
