@@ -191,10 +191,10 @@ def split(name: str, *fields: dict[str, object]) -> Split:
 
 def test_prompts_are_of_scenes_and_of_pairs_that_training_lacks() -> None:
     def plain(thing: str, style: str) -> dict[str, object]:
-        return {"object": thing, "style": style}
+        return {"object": thing, "style": style, **({"task": "single"} if style == "flat" else {})}
 
     train = split("train", plain("fox", "noto"), plain("car", "flat"), {"task": "two"})
-    scenes = split("train_scenes", {"task": "two"})
+    scenes = split("train_scenes", {"task": "two"}, {"task": "single", "things": []})
     two = split("test_a", {"task": "two"}, {"task": "two"})
     colour = split("test_b", {"task": "colour"})
     val = split("val", plain("fox", "noto"), plain("fox", "flat"), plain("owl", "flat"), plain("fox", "line"))

@@ -22,6 +22,7 @@ from stable_diffusion.errors import InputError, shown
 from stable_diffusion.evaluation.colours import thing_colours
 from stable_diffusion.evaluation.detector import Detector, Found, detect
 
+SINGLE = "single"
 SEEDS = 4
 """Pictures of each prompt."""
 RESAMPLES = 1000
@@ -68,6 +69,12 @@ Verdicts = Sequence[Sequence[Verdict]]
 """Of the pictures of each prompt."""
 
 
+def is_plain(entry: Entry) -> bool:
+    """Whether it is no scene and no test of words: a picture without a task, or the drawing of one ``object``."""
+    task = entry.fields.get("task")
+    return task is None or (task == SINGLE and isinstance(entry.fields.get("object"), str))
+
+
 def asked_of(entry: Entry) -> Asked:
     """What the entry's fields ``task``, ``things`` and ``relation`` say; of a plain drawing its object.
 
@@ -75,8 +82,9 @@ def asked_of(entry: Entry) -> Asked:
         InputError: they are not of the form that ``docs/benchmark.md`` describes.
     """
     fields: Mapping[str, Any] = entry.fields
-    if (task := fields.get("task")) is None:
-        return Asked(task="single", things=(Thing(name=fields["object"]),))
+    if is_plain(entry):
+        return Asked(task=SINGLE, things=(Thing(name=fields["object"]),))
+    task = fields["task"]
     try:
         things = [Thing(name=thing["object"], colour=thing.get("colour")) for thing in fields["things"]]
     except (KeyError, TypeError, AttributeError):
@@ -191,7 +199,7 @@ RELATIONS: dict[str, Callable[[Sequence[Box]], bool]] = {
 """Whether boxes, in the prompt's order, stand so."""
 
 TASKS: dict[str, Callable[[Asked, Sequence[Seen]], Verdict]] = {
-    "single": _one,
+    SINGLE: _one,
     "two": _together,
     "counting": _counting,
     "colour": _colour,

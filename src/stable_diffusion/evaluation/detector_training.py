@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stable_diffusion.data.item import Progress, Split
 from stable_diffusion.errors import InputError
+from stable_diffusion.evaluation.benchmark import is_plain
 from stable_diffusion.evaluation.detector import (
     SIZE,
     STRIDE,
@@ -62,7 +63,7 @@ def plain_drawings(splits: Sequence[Split]) -> tuple[list[Sprite], list[str]]:
         split.name: [
             row
             for row, entry in enumerate(split.entries)
-            if isinstance(entry.fields.get("object"), str) and not entry.fields.get("task")
+            if is_plain(entry) and isinstance(entry.fields.get("object"), str)
         ]
         for split in splits
     }

@@ -12,11 +12,13 @@ from stable_diffusion.data.cache import Array
 from stable_diffusion.data.item import Progress, Split
 from stable_diffusion.evaluation.benchmark import (
     SEEDS,
+    SINGLE,
     TASKS,
     Seen,
     Verdict,
     Verdicts,
     asked_of,
+    is_plain,
     judge,
     look,
 )
@@ -27,7 +29,7 @@ from stable_diffusion.evaluation.pictures import Group, in_hash_order, pictures
 from stable_diffusion.evaluation.probes import StyleProbe
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 
-SINGLE, STYLE = "single", "style"
+STYLE = "style"
 SHOWN = 12
 
 
@@ -42,13 +44,13 @@ class Boxed:
 
 
 def plain_splits(splits: Sequence[Split]) -> list[Split]:
-    """The splits without scenes, which are entries with a task; those that are nothing else are left out."""
-    plain = [replace(s, entries=[e for e in s.entries if e.fields.get("task") is None]) for s in splits]
+    """The splits without scenes; those that hold nothing else are left out."""
+    plain = [replace(split, entries=list(filter(is_plain, split.entries))) for split in splits]
     return [split for split in plain if split.entries]
 
 
 def task_groups(splits: Sequence[Split], seed: int) -> list[Group]:
-    """The prompts of each task: of the held-out splits that hold scenes and nothing else.
+    """The prompts of each task: of the held-out splits that hold what is asked of it and nothing else.
 
     With them come single things: the plain drawings of the held-out split that has most of those whose object and
     style training knows, but not together. None for a set without scenes.
@@ -56,7 +58,7 @@ def task_groups(splits: Sequence[Split], seed: int) -> list[Group]:
     scenes = []
     for split in splits:
         tasks = split.field("task")
-        if tasks is not None and not split.is_training:
+        if tasks is not None and not split.is_training and not any(map(is_plain, split.entries)):
             order = in_hash_order(split, seed)
             scenes += [
                 Group(task, split, [row for row in order if tasks[row] == task])
