@@ -141,7 +141,9 @@ def evaluate(
             training = next(split for split in splits if split.is_training)
             shown.neighbours.extend(_neighbours(captions, made, judged.near, training, size))
     benchmark = None
-    if tasks and config.text_encoders:
+    if tasks and not config.text_encoders:
+        left_out.append("tasks: the model reads no text")
+    elif tasks:
         detector = load_detector().to(parts.vae.device)
         judges = Judges(detector=detector, network=network, styles=learned.styles)
         verdicts: dict[str, dict[str, Verdicts]] = {}
