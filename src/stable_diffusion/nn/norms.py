@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class GroupNorm(nn.GroupNorm):
             and x.ndim == 4
             and x.is_contiguous(memory_format=torch.channels_last)
         ):
-            return _RowsGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+            apply: Callable[..., Tensor] = _RowsGroupNorm.apply  # untyped in torch
+            return apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return super().forward(x)
 
 
