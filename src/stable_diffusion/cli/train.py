@@ -13,7 +13,7 @@ from stable_diffusion.cli.show import finished, say, tell
 from stable_diffusion.data.sources import Coco, open_source
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import slug
-from stable_diffusion.runtime import first_process
+from stable_diffusion.runtime import first_process, keep_freed_memory
 
 if TYPE_CHECKING:
     from stable_diffusion import DiffusionModel, ModelConfig
@@ -83,7 +83,8 @@ def train(
     if first_process():
         tell("minisd: reading pictures and captions")
     data = finished(open_source(plan.data, Path("datasets") / plan.name))
-    where = Config(device).DEVICE
+    if (where := Config(device).DEVICE) == "cpu":
+        keep_freed_memory()
     # Of the first weights: a recipe gives one model, and a run that was stopped finds them again.
     torch.manual_seed(plan.seed)
     if check:
