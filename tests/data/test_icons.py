@@ -542,6 +542,11 @@ def test_scenes_are_part_of_the_set(packages: Path, made: Path, tmp_path: Path) 
     for entry in scenes:
         things = entry.fields["things"]
         assert all((entry.fields["style"], thing["object"]) in known for thing in things)
+    said = json.loads((out / "dataset.json").read_text(encoding="utf-8"))["more_splits"]
+    for split, about in said.items():
+        listed = json.loads((out / "annotations" / f"captions_{split}.json").read_text(encoding="utf-8"))
+        assert len(listed["images"]) == len(list((out / split).iterdir())) == about["pictures"] > 0
+        assert f"| {split} | {about['pictures']} | {about['rule']} |" in (out / "README.md").read_text()
     make(tmp_path / "again", packages, scenes=40)
     assert content(tmp_path / "again") == content(out)
     assert make(out, packages, scenes=40) == []
