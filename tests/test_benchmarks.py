@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import stable_diffusion
-from benchmarks import loading, startup
+from benchmarks import loading, startup, training_step
 from stable_diffusion import config, images
 from tests.evaluation.drawings import OBJECTS, UNSEEN, write_drawings
 from tests.tiny import TINY, shapes, tiny_model
@@ -31,7 +31,7 @@ def test_every_script_is_here() -> None:
     found = {path.stem for folder in ("benchmarks", "tools") for path in (ROOT / folder).glob("*.py")}
     assert found == {
         module.__name__.split(".")[-1]
-        for module in (loading, startup, board, make_text_weights, train_detector)
+        for module in (loading, startup, training_step, board, make_text_weights, train_detector)
     }
 
 
@@ -58,6 +58,14 @@ def test_loading_measures_in_a_process_of_its_own(tmp_path: Path, capsys: pytest
     loading.main(["--measure", "stable_diffusion", str(tmp_path / "small")])
     found = json.loads(capsys.readouterr().out)
     assert found["seconds"] > 0 and found["bytes"] >= 0
+
+
+@pytest.mark.filterwarnings("ignore:.*16 bits")
+def test_training_step(capsys: pytest.CaptureFixture[str]) -> None:
+    training_step.main(["--quick"])
+    first, line = capsys.readouterr().out.splitlines()
+    assert first.endswith("GFLOP/s")
+    assert line.startswith("batch    2 ") and line.endswith("% of the product's")
 
 
 def test_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them; the second is at most 32 MB
+
+
 class Config:
     """The runtime settings.
 
@@ -79,6 +82,20 @@ def has_native_bf16(device: torch.device | str) -> bool:
         features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return False
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory that it frees for its next tensors, where the C library is glibc.
+
+    For a command's own process alone. By default glibc gives large blocks back to the kernel, which clears their pages
+    each time they are taken again: 5 % of a training step on a CPU (benchmarks/LOG.md). Returns whether it does.
+    """
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    return bool(mallopt and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, 32 << 20))
 
 
 @contextmanager

@@ -346,9 +346,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(out: Path, packages: Path, size: int = 32) -> list[Progress]:
+def make(out: Path, packages: Path, size: int = 32, scenes: int = 0) -> list[Progress]:
     pytest.importorskip("resvg_py")
-    return list(Icons(size=size, packages=str(packages)).make(out))
+    return list(Icons(size=size, packages=str(packages), scenes=scenes).make(out))
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +511,62 @@ def test_two_runs_give_the_same_bytes(packages: Path, made: Path, tmp_path: Path
     assert content(tmp_path / "other") == content(made)
 
 
+def test_scenes_are_part_of_the_set(packages: Path, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    steps = make(out, packages, scenes=40)
+    assert [step.what for step in steps if step.done == step.total] == [
+        *("drawing", "writing", "cutting out", "composing")
+    ]
+    plain = {name: data for name, data in content(out).items() if "scenes" not in name}
+    assert {name for name in content(made) if name.endswith(".png")} <= plain.keys()
+    settings = Icons(size=32, scenes=40)
+    source = settings.open(out)
+    drawings = Icons(size=32, scenes=0).open(out)
+    entries, some = source.entries(), drawings.entries()
+    assert [entry.key for entry in entries[: len(some)]] == [entry.key for entry in some]
+    scenes = entries[len(some) :]
+    assert len(scenes) == 40
+    assert source.image(scenes[3].key).size == source.image(entries[0].key).size == (32, 32)
+    parts = [sum(entry.weight for entry in part) for part in (some, scenes)]
+    assert parts[1] / sum(parts) == pytest.approx(0.6, abs=0.01)
+    for entry in entries:
+        things: Any = entry.fields["things"]
+        for thing in things:
+            left, top, width, height = thing["box"]
+            assert 0 <= left < left + width <= 32
+            assert 0 <= top < top + height <= 32
+        assert entry.fields["task"] in ("single", "colour", "counting", "two", "position", "binding", "many")
+    known = {
+        (image["style"], image["object"]) for image in images(made).values() if image["split"] == "train"
+    }
+    for entry in scenes:
+        things = entry.fields["things"]
+        assert all((entry.fields["style"], thing["object"]) in known for thing in things)
+    said = json.loads((out / "dataset.json").read_text(encoding="utf-8"))["more_splits"]
+    for split, about in said.items():
+        listed = json.loads((out / "annotations" / f"captions_{split}.json").read_text(encoding="utf-8"))
+        assert len(listed["images"]) == len(list((out / split).iterdir())) == about["pictures"] > 0
+        assert f"| {split} | {about['pictures']} | {about['rule']} |" in (out / "README.md").read_text()
+    make(tmp_path / "again", packages, scenes=40)
+    assert content(tmp_path / "again") == content(out)
+    assert make(out, packages, scenes=40) == []
+    make(out, packages)
+    assert not (out / "train_scenes").exists()
+
+
+def test_held_out_words_ask_for_training_drawings(made: Path) -> None:
+    data = json.loads((made / "annotations" / "captions_test_words.json").read_text(encoding="utf-8"))
+    assert data["images"]
+    for image in data["images"]:
+        assert image["task"] == "synonym"
+        assert (made / "test_words" / image["file_name"]).read_bytes() == (
+            made / "train" / image["file_name"]
+        ).read_bytes()
+    said = {annotation["caption"] for annotation in data["annotations"]}
+    taught = json.loads((made / "annotations" / "captions_train.json").read_text(encoding="utf-8"))
+    assert not said & {annotation["caption"] for annotation in taught["annotations"]}
+
+
 def test_what_the_set_says_of_itself(made: Path) -> None:
     data = json.loads((made / "dataset.json").read_text(encoding="utf-8"))
     found = images(made)
@@ -541,7 +597,7 @@ def test_a_set_is_left_alone_or_replaced(packages: Path, tmp_path: Path) -> None
 
 def test_stopped_early_it_leaves_nothing(packages: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
-    steps = Icons(size=32, packages=str(packages)).make(tmp_path / "set")
+    steps = Icons(size=32, packages=str(packages), scenes=0).make(tmp_path / "set")
     next(steps)
     steps.close()
     assert not any(tmp_path.iterdir())

@@ -24,8 +24,10 @@ from stable_diffusion.data.cache import ArrayCache, digest
 from stable_diffusion.data.coco import CocoImageLoader
 from stable_diffusion.data.item import Entry
 from stable_diffusion.errors import InputError
+from stable_diffusion.training import workspace as workspaces
 from stable_diffusion.training.stages.denoiser import DenoiserStage
-from stable_diffusion.training.workspace import TextCache, Workspace
+from stable_diffusion.training.text import TextCache, TextReader
+from stable_diffusion.training.workspace import Workspace
 from tests.test_files import refusal, with_limit
 from tests.tiny import STAGES, TEXT, TINY, shapes, tiny_model
 from tests.training.record import Record
@@ -251,6 +253,25 @@ def test_other_autoencoder_weights_make_new_latents(tmp_path: Path, own: CocoIma
     again = np.array(result(workspace(own, tmp_path, model).latents()))
     assert not np.array_equal(again, latents)
     assert len(names(tmp_path)) == 2 and len(names(tmp_path) & stale) == 1
+
+
+def test_many_captions_are_encoded_as_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, captions = tiny_model(), [f"{n} foxes and a {c} drum" for n in range(40) for c in ("red", "blue")]
+    (cached,) = result(said(captions, tmp_path, model).text())
+    kept = names(tmp_path)
+    monkeypatch.setattr(workspaces, "MOST_CACHED", 10)
+    (reader,) = result(said(captions, tmp_path, model).text())
+    assert names(tmp_path) == kept
+    assert isinstance(cached, TextCache) and isinstance(reader, TextReader)
+    for some in ([3, 0, 7, 7], [80]):
+        for one, other in zip(cached.read(some), reader.read(some), strict=True):
+            assert one.shape == other.shape
+            torch.testing.assert_close(one.float(), other.float(), atol=3e-2, rtol=0)
+    reader.change = cached.change = None
+    for one, other in zip(cached.read([5, 6]), reader.read([5, 6]), strict=True):
+        torch.testing.assert_close(one.float(), other.float(), atol=2e-3, rtol=0)
 
 
 def test_other_captions_or_text_weights_make_new_embeddings(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from operator import ge
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from stable_diffusion.cli.show import finished, say, tell
 from stable_diffusion.data.sources import Coco, open_source
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import slug
-from stable_diffusion.runtime import first_process
+from stable_diffusion.runtime import first_process, keep_freed_memory
 
 if TYPE_CHECKING:
     from stable_diffusion import DiffusionModel, ModelConfig
@@ -81,7 +83,8 @@ def train(
     if first_process():
         tell("minisd: reading pictures and captions")
     data = finished(open_source(plan.data, Path("datasets") / plan.name))
-    where = Config(device).DEVICE
+    if (where := Config(device).DEVICE) == "cpu":
+        keep_freed_memory()
     # Of the first weights: a recipe gives one model, and a run that was stopped finds them again.
     torch.manual_seed(plan.seed)
     if check:
@@ -92,7 +95,7 @@ def train(
     stages = plan.stages
     if loaded is not None:
         stages = tuple(stage for stage in stages if stage.kind != "autoencoder")
-        _take_settings(loaded, plan.config)
+        loaded = _as_in(plan.config, loaded)
     if first_process():
         tell("minisd: building the model, and measuring what a step takes unless the run goes on")
     model = (DiffusionModel(plan.config) if loaded is None else loaded).to(where)
@@ -112,11 +115,26 @@ def train(
     say(folder / "model")
 
 
-def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
-    """Lets the model be trained further as a recipe says."""
-    for part in ("sample_size", "vae", "unet", "text_encoders", "schedule"):
-        if getattr(settings, part) != getattr(model.config, part):
-            raise InputError(
-                f"the model {model.config.name!r} has another {part} than the recipe: --start needs the same one"
-            )
-    model.config = settings
+def _as_in(recipe: ModelConfig, model: DiffusionModel) -> DiffusionModel:
+    """The model with the recipe's settings, to be trained further.
+
+    Where the recipe's U-Net has attention on levels on which the model's has none, the new blocks begin as the
+    identity: the function stays what it was.
+    """
+    own = model.config
+    for part in ("sample_size", "vae", "text_encoders", "schedule"):
+        if getattr(recipe, part) != getattr(own, part):
+            raise _other_part(own.name, part)
+    if recipe.unet == own.unet:
+        model.config = recipe
+        return model
+    more = all(map(ge, recipe.unet.attention_levels, own.unet.attention_levels))
+    if replace(recipe.unet, attention_levels=own.unet.attention_levels) != own.unet or not more:
+        raise _other_part(own.name, "unet")
+    grown = type(model)(recipe)
+    grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
+    return grown
+
+
+def _other_part(model: str, part: str) -> InputError:
+    return InputError(f"the model {model!r} has another {part} than the recipe: --start needs the same one")

@@ -22,8 +22,16 @@ TEST_SCENES = 500
 SHARE = 0.6
 """Of what training samples, the part that scenes are."""
 
+RULES = {TRAINING: "scenes that show nothing of what the other splits of scenes hold", **SCENE_SPLITS}
+"""The splits of scenes and what they hold."""
+
 Source = tuple[str, Thing, str | bytes]
 """A style, a thing, and its drawing: SVG, or a file's bytes."""
+
+
+def numbers(count: int) -> dict[str, int]:
+    """How many scenes each split has, with so many for training."""
+    return {TRAINING: count, **dict.fromkeys(SCENE_SPLITS, min(count, TEST_SCENES))}
 
 
 def write_scenes(
@@ -68,10 +76,9 @@ def write_scenes(
     yield Progress("cutting out", len(plain), len(plain))
 
     players = Cast(cast)
-    wanted = {TRAINING: count, **dict.fromkeys(SCENE_SPLITS, min(count, TEST_SCENES))}
-    total, done = sum(wanted.values()), 0
+    total, done = sum(numbers(count).values()), 0
     each = SHARE / (1 - SHARE) * weight / max(1, count)
-    for split, number in wanted.items():
+    for split, number in numbers(count).items():
         (out / split).mkdir()
         pictures: Captioned = []
 
@@ -90,8 +97,7 @@ def write_scenes(
             done += 1
             if done % 50 == 0:
                 yield Progress("composing", done, total)
-        rule = SCENE_SPLITS.get(split, "scenes that hold nothing of what the other splits of scenes hold")
-        write_captions(out, split, info | {"split": split, "rule": rule}, pictures)
+        write_captions(out, split, info | {"split": split, "rule": RULES[split]}, pictures)
     yield Progress("composing", total, total)
 
 

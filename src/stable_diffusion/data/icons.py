@@ -20,7 +20,7 @@ from stable_diffusion.data.icon_captions import STYLES, Thing, captions, chance,
 from stable_diffusion.data.icon_packages import NAMES, PACKAGES, Drawing, all_drawings, draw, fetch
 from stable_diffusion.data.icon_phrases import WORDS_RULE, held_out, more_captions
 from stable_diffusion.data.icon_splits import HASH_RULE, PARTED, SPLITS, sisters, split_pictures
-from stable_diffusion.data.icon_studio import TEST_SCENES, write_scenes
+from stable_diffusion.data.icon_studio import RULES, TEST_SCENES, numbers, write_scenes
 from stable_diffusion.data.item import Progress
 from stable_diffusion.data.made import Captioned, make_set, write_captions
 from stable_diffusion.errors import InputError
@@ -139,12 +139,16 @@ def _make(
         written = _write_split(out, drawn, split, some, boxes, size, info)
         weight += written if split == "train" else 0.0
         yield Progress("writing", done, len(rows))
+    words = {"test_words": {"rule": WORDS_RULE, "pictures": len(rows["test_words"])}}
     if scenes:
         sources = [
             (row.style, row.thing, alike[row.style, pixels[row[:2]]][0].source) for _, row in rows["train"]
         ]
         yield from write_scenes(out, drawn / "sprites", sources, scenes, size, weight, info)
-    _describe(out, kept, info, left_out, archives)
+        words |= {
+            split: {"rule": RULES[split], "pictures": number} for split, number in numbers(scenes).items()
+        }
+    _describe(out, kept, words, info, left_out, archives)
 
 
 def _in_other_words(rows: Sequence[tuple[int, Row]]) -> list[tuple[int, Row]]:
@@ -225,7 +229,12 @@ def _weight(thing: Thing, drawings: int) -> float:
 
 
 def _describe(
-    out: Path, rows: Sequence[Row], info: dict[str, Any], left_out: Mapping[str, int], archives: Path
+    out: Path,
+    rows: Sequence[Row],
+    more: Mapping[str, dict[str, Any]],
+    info: dict[str, Any],
+    left_out: Mapping[str, int],
+    archives: Path,
 ) -> None:
     """Writes dataset.json and README.md."""
     counts = Counter((split, style) for style, _, split, _ in rows)
@@ -243,6 +252,7 @@ def _describe(
             }
             for split in SPLITS
         },
+        "more_splits": more,
         "hash_rule": HASH_RULE,
         "left_out": dict(sorted(left_out.items())),
         "styles": {key: {**style._asdict(), "source": PACKAGES[key].name} for key, style in STYLES.items()},
@@ -267,6 +277,7 @@ def _describe(
         lines.append(f"| {key} | {style.name} style; {style.look} | {total} | {table['train'][key]} |")
     lines += ["", "## Splits", "", "| split | pictures | what it holds |", "|---|---|---|"]
     lines += [f"| {split} | {sum(table[split].values())} | {SPLITS[split]} |" for split in SPLITS]
+    lines += [f"| {split} | {said['pictures']} | {said['rule']} |" for split, said in more.items()]
     lines += ["", f"{HASH_RULE} A picture that several rules hold belongs to the last of them in the table."]
     lines += ["", "Left out:", "", *(f"- {count} drawings: {why}" for why, count in sorted(left_out.items()))]
     lines += ["", "## Sources, licences and credits", ""]

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from stable_diffusion.nn.norms import GroupNorm
+
 UNET_NORM_EPS = 1e-5
 VAE_NORM_EPS = 1e-6  # also the transformer's entry norm in the U-Net
 
@@ -113,10 +115,10 @@ class ResnetBlock(nn.Module):
         self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int | None = None
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, out_channels) if time_width else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -211,7 +213,7 @@ class Attention(nn.Module):
         context_width = context_width or channels
         self.num_heads = num_heads
         self.upcast = upcast
-        self.group_norm = nn.GroupNorm(groups, channels, VAE_NORM_EPS) if groups else None
+        self.group_norm = GroupNorm(groups, channels, VAE_NORM_EPS) if groups else None
         self.to_q = nn.Linear(channels, channels, bias=bias)
         self.to_k = nn.Linear(context_width, channels, bias=bias)
         self.to_v = nn.Linear(context_width, channels, bias=bias)
@@ -305,7 +307,7 @@ class SpatialTransformer(nn.Module):
         upcast: bool,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, VAE_NORM_EPS)
+        self.norm = GroupNorm(groups, channels, VAE_NORM_EPS)
         self.proj_in = nn.Linear(channels, channels) if linear else PerPixel(channels)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, num_heads=num_heads, context_width=context_width, upcast=upcast)]

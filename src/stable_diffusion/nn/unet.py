@@ -26,6 +26,7 @@ from stable_diffusion.nn.blocks import (
     timestep_features,
     zero,
 )
+from stable_diffusion.nn.norms import GroupNorm
 
 
 class UNetLevel(nn.Module):
@@ -105,7 +106,7 @@ class UNet(Placed):
                 current = width
             self.up_blocks.append(level(i, channels, attention=config.attention_levels[i], up=i > 0))
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], UNET_NORM_EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], UNET_NORM_EPS)
         self.conv_out = zero(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
 
     def forward(

@@ -26,6 +26,7 @@ from stable_diffusion.nn.blocks import (
     Upsample,
     embedding,
 )
+from stable_diffusion.nn.norms import GroupNorm
 
 
 class Posterior(NamedTuple):
@@ -121,7 +122,7 @@ class _Encoder(nn.Module):
             [_Level(*step, config.layers_per_block, groups, down=i < len(widths) - 1) for i, step in steps]
         )
         self.mid_block = _Middle(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], VAE_NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], VAE_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
@@ -141,7 +142,7 @@ class _Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             [_Level(*step, config.layers_per_block + 1, groups, up=i < len(widths) - 1) for i, step in steps]
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], VAE_NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], VAE_NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:

@@ -61,7 +61,7 @@ def train_model(
     with alone(output_dir):
         record = RunRecord(output_dir, run, resume, computer)
         plan = record.plan(steps, minutes)
-        workspace = Workspace(parts, data, entries, output_dir / "cache")
+        workspace = Workspace(parts, data, entries, output_dir / "cache", computer.dtype)
         yield Plan(
             name=parts.config.name,
             pictures=len(entries),

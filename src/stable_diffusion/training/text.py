@@ -68,13 +68,20 @@ class TextReader:
         text_encoder: the model's.
         index: of the encoder in it.
         captions: all that there are.
+        dtype: the 16-bit format to compute in; None for float32.
 
     Attributes:
         change: the change of basis applied when they are read; None for none.
     """
 
-    def __init__(self, text_encoder: PromptEncoder, index: int, captions: Sequence[str]) -> None:
-        self.text_encoder, self.index, self.captions = text_encoder, index, captions
+    def __init__(
+        self,
+        text_encoder: PromptEncoder,
+        index: int,
+        captions: Sequence[str],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.text_encoder, self.index, self.captions, self.dtype = text_encoder, index, captions, dtype
         self.change: TextAffine | None = None
 
     def whitening(self, most: int = MEASURED) -> TextAffine:
@@ -98,9 +105,9 @@ class TextReader:
         context, reads_padding = batch.input_ids.shape[1], self.text_encoder.configs[self.index].reads_padding
         # What is behind the longest caption changes nothing, unless the encoder reads it.
         length = context if reads_padding else int(batch.attention_mask.sum(dim=1).max())
-        embeds = self.text_encoder.read(
-            self.index, batch.input_ids[:, :length], batch.attention_mask[:, :length]
-        )
+        device, ids, real = next(self.text_encoder.parameters()).device, batch.input_ids, batch.attention_mask
+        with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            embeds = self.text_encoder.read(self.index, ids[:, :length], real[:, :length])
         mask = torch.ones(embeds.tokens.shape[:2], dtype=torch.bool) if embeds.mask is None else embeds.mask
         tokens = embeds.tokens.float() * mask[..., None]
         return (

@@ -47,14 +47,22 @@ class Workspace:
         data: captioned pictures.
         entries: those of `data`.
         folder: of the caches.
+        dtype: the 16-bit format in which pictures, and captions as they are needed, are encoded; None for float32.
 
     Attributes:
         kept: the entries whose pictures can be decoded, in the order of all rows; complete after ``pictures``.
         captions: every distinct caption, sorted; the empty one first.
     """
 
-    def __init__(self, parts: TrainableParts, data: Source, entries: Sequence[Entry], folder: Path) -> None:
-        self.parts, self.data, self.folder = parts, data, folder
+    def __init__(
+        self,
+        parts: TrainableParts,
+        data: Source,
+        entries: Sequence[Entry],
+        folder: Path,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.parts, self.data, self.folder, self.dtype = parts, data, folder, dtype
         self.kept = self.entries = entries
         self.captions = ["", *sorted({caption for entry in entries for caption in entry.captions} - {""})]
         size = parts.config.sample_size
@@ -103,12 +111,18 @@ class Workspace:
         def blocks() -> Iterator[Array]:
             for start in range(0, count, TOGETHER):
                 indices = list(range(start, min(start + TOGETHER, count)))
-                pixels = read_pixels(pictures, indices, vae.device)
-                yield vae.encode(pixels.contiguous(memory_format=torch.channels_last)).cpu().numpy()
+                pixels = read_pixels(pictures, indices, vae.device).contiguous(
+                    memory_format=torch.channels_last
+                )
+                with torch.autocast(
+                    vae.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+                ):
+                    latents = vae.encode(pixels)
+                yield latents.float().cpu().numpy()
 
         shape = (count, *latent_shape(self.parts.config))
         cache = ArrayCache(
-            self.folder, "latents", digest(self._key, shape, *weight_bytes(vae)), shape, "float16"
+            self.folder, "latents", digest(self._key, shape, self.dtype, *weight_bytes(vae)), shape, "float16"
         )
         return (yield from _filled(cache, blocks(), "encoding pictures", np.arange(count + 1)))
 
@@ -119,7 +133,7 @@ class Workspace:
             if config.trainable:
                 caches.append(None)
             elif len(self.captions) > MOST_CACHED:
-                caches.append(TextReader(self.parts.text_encoder, i, self.captions))
+                caches.append(TextReader(self.parts.text_encoder, i, self.captions, self.dtype))
             else:
                 caches.append((yield from self._encoded(i, config)))
         # Eigenvectors may differ from one machine to another: the first process's count.

@@ -94,10 +94,6 @@ class DenoiserStage(Stage):
     def _tensors(
         self, x0: Tensor, noise: Tensor, uniform: Tensor, captions: list[int], caches: FrozenText
     ) -> Batch:
-        timesteps = self.scheduler.training_timesteps(uniform)
-        alpha, sigma = self.scheduler.alpha_sigma(timesteps)
-        prediction = self.scheduler.config.prediction_type
-        weight = loss_weight(self.loss_weight, prediction, timesteps, self.scheduler)
         text: list[Tensor] = []
         for cache, tokenizer in zip(caches, self.text_encoder.tokenizers, strict=True):
             if cache is not None:
@@ -105,8 +101,15 @@ class DenoiserStage(Stage):
             else:
                 tokens = tokenizer([self.captions[number] for number in captions])
                 text += [tokens.input_ids, tokens.attention_mask]
-        scalars = [value.float() for value in (timesteps, alpha, sigma, weight)]
+        scalars = [value.float() for value in self._noise_levels(uniform)]
         return (*self.placed(x0, noise), *(value.to(self.device) for value in scalars + text))
+
+    def _noise_levels(self, uniform: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], ...]:
+        """Times, alpha, sigma and loss weight, from uniform samples."""
+        timesteps = self.scheduler.training_timesteps(uniform)
+        prediction = self.scheduler.config.prediction_type
+        weight = loss_weight(self.loss_weight, prediction, timesteps, self.scheduler)
+        return (timesteps, *self.scheduler.alpha_sigma(timesteps), weight)
 
     def forward(
         self,
