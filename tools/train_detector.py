@@ -23,6 +23,7 @@ from stable_diffusion import DiffusionModel
 from stable_diffusion.data.coco import coco_splits
 from stable_diffusion.evaluation.detector import FOLDER, NAMES, WEIGHTS, Detector
 from stable_diffusion.evaluation.detector_training import BATCH, STEPS, plain_drawings, train
+from stable_diffusion.runtime import keep_freed_memory
 
 EACH = 50  # steps between two lines
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="whose autoencoder spoils some scenes; by default the packaged one")
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     vae = DiffusionModel.from_pretrained(options.model).vae.requires_grad_(False)
     sprites, names = plain_drawings(coco_splits(options.data))
     print(f"{len(sprites)} drawings of {len(names)} objects", flush=True)
