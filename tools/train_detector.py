@@ -23,6 +23,7 @@ from stable_diffusion import DiffusionModel
 from stable_diffusion.data.coco import coco_splits
 from stable_diffusion.evaluation.detector import FOLDER, NAMES, WEIGHTS, Detector
 from stable_diffusion.evaluation.detector_training import BATCH, STEPS, plain_drawings, train
+from stable_diffusion.evaluation.features import load_network
 from stable_diffusion.runtime import keep_freed_memory
 
 EACH = 50  # steps between two lines
@@ -44,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vae = DiffusionModel.from_pretrained(options.model).vae.requires_grad_(False)
     sprites, names = plain_drawings(coco_splits(options.data))
     print(f"{len(sprites)} drawings of {len(names)} objects", flush=True)
-    steps = train(sprites, names, vae, steps=options.steps, batch=options.batch, seed=options.seed)
+    steps = train(
+        sprites, names, vae, load_network(), steps=options.steps, batch=options.batch, seed=options.seed
+    )
     sums: dict[str, float] = {}
     began = time.monotonic()
     while True:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stable_diffusion.data.cache import Array
+from stable_diffusion.evaluation.features import MEAN, STD, MobileNetV2
 from stable_diffusion.nn.blocks import Placed
 
 FOLDER = Path(__file__).parents[1] / "weights" / "detector"
@@ -30,9 +31,12 @@ SIZE = 128
 """Side in pixels at which the detector sees every picture."""
 STRIDE = 8
 """Side of a cell in pixels."""
-WIDTHS = 64, 128, 224
-"""Channels at strides 4, 8 and 16."""
-VECTOR = 128
+WIDTH = 128
+"""Channels of the joined maps, and of the vectors."""
+FINEST = 3
+READ = {FINEST: 4 * 24, 6: 32, 13: 96, 17: 320}
+"""Blocks of MobileNetV2 whose maps are read, at strides 4 (as four times the channels at 8), 8, 16 and 32."""
+LAST = max(READ) + 1
 SHARPNESS = 20.0
 """Of the classes: their logits are cosines times this."""
 AMONG = 5
@@ -79,33 +83,40 @@ class Residual(nn.Module):
 
 
 class Detector(Placed):
-    """Maps at stride 8 that also see stride 16, and three heads.
+    """Maps of MobileNetV2 at strides 4 to 32, joined at stride 8 (Lin et al. 2017), and three heads.
 
     Args:
         names: the classes.
+        trunk: what the weights of MobileNetV2 begin as; random without it.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], trunk: MobileNetV2 | None = None) -> None:
         super().__init__()
         self.names = tuple(names)
-        fine, middle, coarse = WIDTHS
-        self.stem = nn.Sequential(nn.PixelUnshuffle(4), _convolution(48, fine), Residual(fine))
-        self.middle = nn.Sequential(_convolution(fine, middle, 2), *(Residual(middle) for _ in range(3)))
-        self.coarse = nn.Sequential(
-            _convolution(middle, coarse, 2), Residual(coarse), nn.Conv2d(coarse, middle, 1)
-        )
-        self.joined = Residual(middle)
-        self.where = nn.Conv2d(middle, 5, 1)
-        self.what = nn.Sequential(_convolution(middle, middle), nn.Conv2d(middle, VECTOR, 1))
-        self.classes = nn.Parameter(torch.randn(len(self.names), VECTOR))
+        blocks = (MobileNetV2() if trunk is None else trunk).features[:LAST]
+        self.trunk = nn.Sequential(*blocks)
+        self.lateral = nn.ModuleDict({str(i): nn.Conv2d(ins, WIDTH, 1) for i, ins in READ.items()})
+        self.coarse = _convolution(WIDTH, WIDTH)
+        self.joined = Residual(WIDTH)
+        self.where = nn.Conv2d(WIDTH, 5, 1)
+        self.what = nn.Sequential(_convolution(WIDTH, WIDTH), nn.Conv2d(WIDTH, WIDTH, 1))
+        self.classes = nn.Parameter(0.1 * torch.randn(len(self.names), WIDTH))  # short ones turn fast
         nn.init.constant_(self.where.bias[:1], -4.0)  # type: ignore[index]  # few cells hold a centre
 
     def forward(
         self, x: Float[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b i j"], Float[Tensor, "b 4 i j"], Float[Tensor, "b d i j"]]:
-        """Logits of a centre, the box's sides in pixels from the cell's middle, and vectors, of pixels in [-1, 1]."""
-        x = self.middle(self.stem(x))
-        x = self.joined(x + F.interpolate(self.coarse(x), scale_factor=2, mode="nearest"))
+        """Logits of a centre, the box's sides in pixels from the cell's middle, and vectors, of pixels in [0, 1]."""
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+        x = (x - mean) / std
+        maps = {}
+        for i, block in enumerate(self.trunk):
+            x = block(x)
+            if i in READ:
+                maps[i] = self.lateral[str(i)](F.pixel_unshuffle(x, 2) if i == FINEST else x)
+        finest, fine, middle, coarse = maps.values()
+        middle = self.coarse(middle + F.interpolate(coarse, scale_factor=2, mode="nearest"))
+        x = self.joined(finest + fine + F.interpolate(middle, scale_factor=2, mode="nearest"))
         where = self.where(x).float()
         return where[:, 0], 2 * STRIDE * F.softplus(where[:, 1:]), self.what(x)
 
@@ -130,7 +141,7 @@ def detect(detector: Detector, pictures: Iterable[Array], least: float = LEAST) 
         scale = len(batch[0]) / SIZE
         x = torch.from_numpy(np.stack(batch)).to(detector.device).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True) if scale != 1 else x
-        centres, sides, vectors = detector(x.clamp(0, 255) / 127.5 - 1)
+        centres, sides, vectors = detector(x.clamp(0, 255) / 255)
         for picture in zip(centres.sigmoid(), sides, vectors, strict=True):
             yield _things(detector, *picture, scale=scale, least=least)
 

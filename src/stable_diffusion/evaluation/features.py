@@ -37,8 +37,8 @@ CELLS = {block: channels for block, channels in BLOCKS.items() if block in (6, 1
 WIDTH = 2 * sum(BLOCKS.values()) + 4 * sum(CELLS.values()) + CHANNELS
 BATCH = 32
 
-# Mean and standard deviation of ImageNet's pixels in [0, 1], which the weights were trained with.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of ImageNet's pixels in [0, 1], which the weights were trained with.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Table 2 of the paper: expansion, channels, blocks, stride of the first block.
 _LAYOUT = (
@@ -134,7 +134,7 @@ def _features(network: MobileNetV2, pictures: Array) -> Array:
     # Without antialiasing, shrunken pictures would differ from generated ones.
     pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (
-        torch.tensor(v, dtype=torch.float32, device=network.device)[:, None, None] for v in (_MEAN, _STD)
+        torch.tensor(v, dtype=torch.float32, device=network.device)[:, None, None] for v in (MEAN, STD)
     )
     maps = (pixels - mean) / std
     parts = []

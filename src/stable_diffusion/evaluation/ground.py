@@ -26,18 +26,18 @@ def ground(pictures: Array, colour: Array) -> Array:
         pictures: of one size.
         colour: of each picture's ground, ``n 3``.
     """
-    apart = np.abs(pictures.astype(np.int16) - colour[:, None, None]).max(3)
-    near: Array = apart <= TOLERANCE
-    reached = np.zeros_like(near)
-    for edge in (np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]):
-        reached[edge] = near[edge]
-    before = -1
-    while before != (before := int(reached.sum())):
-        for axis in (1, 2):
+    near = np.abs(pictures.astype(np.int16) - colour[:, None, None]).max(3) <= TOLERANCE
+    free = np.packbits(np.moveaxis(near, 0, 2), axis=2)  # h w, and a bit for each picture
+    reached = np.zeros_like(free)
+    for edge in (0, -1):
+        reached[edge], reached[:, edge] = free[edge], free[:, edge]
+    before = np.zeros_like(free)
+    while (before != reached).any():
+        before = reached.copy()
+        for axis in (0, 1):
             # Views, so that each of the four sweeps writes into `reached`.
-            flow, free = np.moveaxis(reached, axis, 0), np.moveaxis(near, axis, 0)
-            for order in (range(1, len(flow)), range(len(flow) - 2, -1, -1)):
-                step = -1 if order.step > 0 else 1
-                for i in order:
-                    flow[i] |= flow[i + step] & free[i]
-    return reached
+            for flow, room in ((reached, free), (np.flip(reached, axis), np.flip(free, axis))):
+                flow, room = np.moveaxis(flow, axis, 0), np.moveaxis(room, axis, 0)
+                for i in range(1, len(flow)):
+                    flow[i] |= flow[i - 1] & room[i]
+    return np.moveaxis(np.unpackbits(reached, axis=2, count=len(pictures)), 2, 0).astype(bool)
