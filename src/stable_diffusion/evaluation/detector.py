@@ -93,8 +93,7 @@ class Detector(Placed):
     def __init__(self, names: Sequence[str], trunk: MobileNetV2 | None = None) -> None:
         super().__init__()
         self.names = tuple(names)
-        blocks = (MobileNetV2() if trunk is None else trunk).features[:LAST]
-        self.trunk = nn.Sequential(*blocks)
+        self.trunk = (MobileNetV2() if trunk is None else trunk).features[:LAST]
         self.lateral = nn.ModuleDict({str(i): nn.Conv2d(ins, WIDTH, 1) for i, ins in READ.items()})
         self.coarse = _convolution(WIDTH, WIDTH)
         self.joined = Residual(WIDTH)
