@@ -64,8 +64,8 @@ class Found:
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
-def _convolution(ins: int, outs: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(ins, outs, 3, stride, padding=1, bias=False)
+def _convolution(ins: int, outs: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv2d(ins, outs, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outs), nn.ReLU())
 
 
@@ -74,7 +74,7 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = _convolution(channels, channels)
+        self.conv1 = _convolution(channels, channels, 3)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
 
@@ -95,10 +95,10 @@ class Detector(Placed):
         self.names = tuple(names)
         self.trunk = (MobileNetV2() if trunk is None else trunk).features[:LAST]
         self.lateral = nn.ModuleDict({str(i): nn.Conv2d(ins, WIDTH, 1) for i, ins in READ.items()})
-        self.coarse = _convolution(WIDTH, WIDTH)
+        self.coarse = _convolution(WIDTH, WIDTH, 3)
         self.joined = Residual(WIDTH)
         self.where = nn.Conv2d(WIDTH, 5, 1)
-        self.what = nn.Sequential(_convolution(WIDTH, WIDTH), nn.Conv2d(WIDTH, WIDTH, 1))
+        self.what = nn.Sequential(_convolution(WIDTH, WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1))
         self.classes = nn.Parameter(0.1 * torch.randn(len(self.names), WIDTH))  # short ones turn fast
         nn.init.constant_(self.where.bias[:1], -4.0)  # type: ignore[index]  # few cells hold a centre
 
@@ -109,8 +109,8 @@ class Detector(Placed):
         mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
         x = (x - mean) / std
         maps = {}
-        for i, block in enumerate(self.trunk):
-            x = block(x)
+        for i in range(LAST):
+            x = self.trunk[i](x)
             if i in READ:
                 maps[i] = self.lateral[str(i)](F.pixel_unshuffle(x, 2) if i == FINEST else x)
         finest, fine, middle, coarse = maps.values()
@@ -128,7 +128,7 @@ def load_detector(folder: Path = FOLDER) -> Detector:
     """The packaged detector, or one that was trained here, for computing only."""
     names = json.loads((folder / NAMES).read_text(encoding="utf-8"))
     detector = Detector(names)
-    detector.load_state_dict({k: v.float() for k, v in load_file(folder / WEIGHTS).items()}, strict=False)
+    detector.load_state_dict({k: v.float() for k, v in load_file(folder / WEIGHTS).items()})
     return detector.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
