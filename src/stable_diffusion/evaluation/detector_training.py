@@ -27,7 +27,7 @@ from stable_diffusion.evaluation.scenes import Composer, Scene, Sprite, cut_out
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
 from stable_diffusion.runtime import has_native_bf16
 
-STEPS = 1700
+STEPS = 2600
 BATCH = 32
 RATE = 2e-3
 DECAY = 0.05
