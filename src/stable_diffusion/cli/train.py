@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from operator import ge
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +93,7 @@ def train(
     stages = plan.stages
     if loaded is not None:
         stages = tuple(stage for stage in stages if stage.kind != "autoencoder")
-        loaded = _as_in(plan.config, loaded)
+        _take_settings(loaded, plan.config)
     if first_process():
         tell("minisd: building the model, and measuring what a step takes unless the run goes on")
     model = (DiffusionModel(plan.config) if loaded is None else loaded).to(where)
@@ -115,26 +113,11 @@ def train(
     say(folder / "model")
 
 
-def _as_in(recipe: ModelConfig, model: DiffusionModel) -> DiffusionModel:
-    """The model with the recipe's settings, to be trained further.
-
-    Where the recipe's U-Net has attention on levels on which the model's has none, the new blocks begin as the
-    identity: the function stays what it was.
-    """
-    own = model.config
-    for part in ("sample_size", "vae", "text_encoders", "schedule"):
-        if getattr(recipe, part) != getattr(own, part):
-            raise _other_part(own.name, part)
-    if recipe.unet == own.unet:
-        model.config = recipe
-        return model
-    more = all(map(ge, recipe.unet.attention_levels, own.unet.attention_levels))
-    if replace(recipe.unet, attention_levels=own.unet.attention_levels) != own.unet or not more:
-        raise _other_part(own.name, "unet")
-    grown = type(model)(recipe)
-    grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
-    return grown
-
-
-def _other_part(model: str, part: str) -> InputError:
-    return InputError(f"the model {model!r} has another {part} than the recipe: --start needs the same one")
+def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
+    """Lets the model be trained further as a recipe says."""
+    for part in ("sample_size", "vae", "unet", "text_encoders", "schedule"):
+        if getattr(settings, part) != getattr(model.config, part):
+            raise InputError(
+                f"the model {model.config.name!r} has another {part} than the recipe: --start needs the same one"
+            )
+    model.config = settings
