@@ -369,12 +369,16 @@ CLIP_MINI = replace(
 )
 """A small CLIP text transformer that starts from random weights and is trained jointly with the denoiser."""
 
+CLIP_MINI_FROZEN = replace(CLIP_MINI, trainable=False)
+"""The same, to be trained by a stage ``contrastive`` alone."""
+
 TEXT_ENCODERS = {
     "minilm": MINILM,
     "bert-base": BERT_BASE,
     "clip-l": CLIP_L,
     "clip-h": CLIP_H,
     "clip-mini": CLIP_MINI,
+    "clip-mini-frozen": CLIP_MINI_FROZEN,
 }
 """By the names that recipes may call them."""
 TextEncoderConfig.NAMED.update(TEXT_ENCODERS)
