@@ -92,8 +92,10 @@ def draw(model: DiffusionModel, prompt: str, seed: int, side: int | None = None)
     size = model.config.sample_size
     with watched(model) as found:
         (picture,) = model.generate(prompt, seed=seed, width=size, height=size)
-    if not found or side not in (None, *found):
-        sides = ", ".join(map(str, sorted(found))) or "none"
+    if not found:
+        raise InputError(f"{model.config.name!r} has no cross-attention: its U-Net reads no tokens")
+    if side not in (None, *found):
+        sides = ", ".join(map(str, sorted(found)))
         raise InputError(
             f"{model.config.name!r} has cross-attention at the sides {sides}: choose one of them"
         )

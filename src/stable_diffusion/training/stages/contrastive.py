@@ -36,8 +36,8 @@ class ContrastiveSettings(StageSettings):
     """Settings of the stage ``contrastive``."""
 
     kind: str = "contrastive"
-    learning_rate: float = 5e-4
-    batch_size: int = 256
+    learning_rate: float = 1e-3
+    batch_size: int = 128
     epochs: float = 4.0
     """Over the pictures, each time with one of their captions, unless steps or minutes are given."""
     weight_decay: float = 0.1
