@@ -46,6 +46,10 @@ def gradients(case: str, data: CocoImageLoader, folder: Path, process: int, proc
     model = tiny_model(config)
     stage: Any = KINDS[settings.kind].stage(model, settings)
     list(stage.prepare(Workspace(model, data, data.entries(), folder)))
+    if (
+        settings.kind == "contrastive"
+    ):  # a caption of two colours brings its swap: not as many in each process
+        stage.captions = [f"{caption} on red" for caption in stage.captions]
     with torch.no_grad():
         for parameter in model.unet.parameters():  # a new network predicts 0, and has no other gradients
             parameter.add_(0.01)
