@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from operator import ge
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +24,9 @@ def train(
     captions: Path | None = None,
     config: str = "mini",
     start: str | None = None,
+    vae: str | None = None,
     output: Path | None = None,
+    seed: int | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     fresh: bool = False,
@@ -44,7 +44,9 @@ def train(
         captions: The captions file in COCO format.
         config: The preset to train from images: mini.
         start: A model to go on from, instead of random weights. Its autoencoder's latents stay as they are.
+        vae: A model whose autoencoder is taken as it is, instead of training one.
         output: Folder of checkpoints and of the finished model; by default runs/ and the model's name.
+        seed: Of the random numbers, instead of the recipe's; its run needs an --output of its own.
         steps: Steps of each stage, instead of the recipe's epochs.
         minutes: Time for the steps of all stages, which begin once the data is read; measured again as it runs.
         fresh: Begin anew instead of going on from a checkpoint.
@@ -58,15 +60,22 @@ def train(
 
     from stable_diffusion import Config, DiffusionModel
     from stable_diffusion.checkpoints import native
-    from stable_diffusion.config import preset, to_dict
+    from stable_diffusion.config import preset, to_dict, typed
+    from stable_diffusion.training.draw import SEED
     from stable_diffusion.training.observers import TensorBoard
     from stable_diffusion.training.recipe import Recipe, read_recipe
     from stable_diffusion.training.run import check_lengths
 
+    typed(SEED | None, seed, "seed")
     check_lengths(steps, minutes)  # before a set is made
     if check and start is not None:
         raise InputError("give --check or --start, not both: the check begins with random weights")
+    if vae is not None and (check or start is not None):
+        raise InputError(
+            "give --vae without --check, which trains an autoencoder, and --start, which brings one"
+        )
     loaded = None if start is None else DiffusionModel.from_pretrained(start)
+    given = None if vae is None else DiffusionModel.from_pretrained(vae)
     if recipe is not None:
         if images is not None or captions is not None:
             raise InputError("give a recipe, or --images and --captions, not both")
@@ -77,32 +86,41 @@ def train(
         settings = preset(config) if loaded is None else loaded.config
         source = Coco(images=str(images), captions=str(captions))
         plan = Recipe(name=settings.name, data=source, config=settings)
+    if given is not None and given.config.vae != plan.config.vae:
+        raise InputError(
+            f"the model {given.config.name!r} has another vae than the recipe: --vae needs the same one"
+        )
+    seed = plan.seed if seed is None else seed
     folder = Path("runs", slug(plan.config.name)) if output is None else output
     folder = folder.with_name(f"{folder.name}-check") if check else folder
     native.check_place(folder / "model")  # before a set is made, which takes its time too
     if first_process():
         tell("minisd: reading pictures and captions")
-    data = finished(open_source(plan.data, Path("datasets") / plan.name))
+    data = finished(open_source(plan.data, Path("datasets", plan.folder or plan.name)))
     if (where := Config(device).DEVICE) == "cpu":
         keep_freed_memory()
     # Of the first weights: a recipe gives one model, and a run that was stopped finds them again.
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(seed)
     if check:
         model = DiffusionModel(plan.config).to(where)
         if not model.check(data, plan.stages, output_dir=folder, autocast=autocast):
             raise SystemExit(1)
         return
     stages = plan.stages
-    if loaded is not None:
+    if loaded is not None or given is not None:
         stages = tuple(stage for stage in stages if stage.kind != "autoencoder")
-        loaded = _as_in(plan.config, loaded)
+    if loaded is not None:
+        _take_settings(loaded, plan.config)
     if first_process():
         tell("minisd: building the model, and measuring what a step takes unless the run goes on")
-    model = (DiffusionModel(plan.config) if loaded is None else loaded).to(where)
+    model = DiffusionModel(plan.config) if loaded is None else loaded
+    if given is not None:
+        model.vae.load_state_dict(given.vae.state_dict())
+    model = model.to(where)
     model.train(
         data,
         stages,
-        seed=plan.seed,
+        seed=seed,
         steps=steps,
         minutes=minutes,
         output_dir=folder,
@@ -115,26 +133,11 @@ def train(
     say(folder / "model")
 
 
-def _as_in(recipe: ModelConfig, model: DiffusionModel) -> DiffusionModel:
-    """The model with the recipe's settings, to be trained further.
-
-    Where the recipe's U-Net has attention on levels on which the model's has none, the new blocks begin as the
-    identity: the function stays what it was.
-    """
-    own = model.config
-    for part in ("sample_size", "vae", "text_encoders", "schedule"):
-        if getattr(recipe, part) != getattr(own, part):
-            raise _other_part(own.name, part)
-    if recipe.unet == own.unet:
-        model.config = recipe
-        return model
-    more = all(map(ge, recipe.unet.attention_levels, own.unet.attention_levels))
-    if replace(recipe.unet, attention_levels=own.unet.attention_levels) != own.unet or not more:
-        raise _other_part(own.name, "unet")
-    grown = type(model)(recipe)
-    grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
-    return grown
-
-
-def _other_part(model: str, part: str) -> InputError:
-    return InputError(f"the model {model!r} has another {part} than the recipe: --start needs the same one")
+def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
+    """Lets the model be trained further as a recipe says."""
+    for part in ("sample_size", "vae", "unet", "text_encoders", "schedule"):
+        if getattr(settings, part) != getattr(model.config, part):
+            raise InputError(
+                f"the model {model.config.name!r} has another {part} than the recipe: --start needs the same one"
+            )
+    model.config = settings
