@@ -32,8 +32,12 @@ def test_boxes_that_share() -> None:
 
 
 def test_of_boxes_of_one_thing_the_surest_stays() -> None:
-    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11], [20, 0, 30, 10], [0, 0, 4, 4]])
-    assert distinct(boxes, torch.tensor([0.5, 0.9, 0.6, 0.4])).tolist() == [1, 2, 3]
+    """Those that lie on each other, or one in the other; not those that touch, nor a corner."""
+    boxes = torch.tensor(
+        [[0.0, 0, 20, 20], [1, 1, 21, 21], [4, 4, 9, 9], [20, 0, 30, 10], [18, 15, 24, 40], [25, 4, 40, 9]]
+    )
+    probabilities = torch.tensor([0.5, 0.9, 0.8, 0.6, 0.4, 0.3])
+    assert distinct(boxes, probabilities).tolist() == [1, 3, 4, 5]
 
 
 def test_targets_are_read_back_as_the_boxes_that_they_are_of() -> None:

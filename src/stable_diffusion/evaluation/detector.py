@@ -43,8 +43,11 @@ AMONG = 5
 """Names that a thing may go by: the drawings of many objects are much alike."""
 LEAST = 0.3
 """Probability of a centre from which it counts."""
-OVERLAP = 0.5
-"""Intersection over union from which two boxes are one thing."""
+LARGE = 80.0
+"""Side in pixels above which a thing's name is read in the picture at half its size: there it is as large as most that
+the detector learned."""
+OVERLAP = 0.6
+"""Part of the smaller of two boxes that both share from which they are one thing."""
 BATCH = 32
 
 
@@ -138,23 +141,32 @@ def detect(detector: Detector, pictures: Iterable[Array], least: float = LEAST) 
     pictures = iter(pictures)
     while batch := list(itertools.islice(pictures, BATCH)):
         scale = len(batch[0]) / SIZE
-        x = torch.from_numpy(np.stack(batch)).to(detector.device).permute(0, 3, 1, 2).float()
-        x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True) if scale != 1 else x
-        centres, sides, vectors = detector(x.clamp(0, 255) / 255)
-        for picture in zip(centres.sigmoid(), sides, vectors, strict=True):
-            yield _things(detector, *picture, scale=scale, least=least)
+        x = torch.from_numpy(np.stack(batch)).to(detector.device).permute(0, 3, 1, 2).float().div(255)
+        whole, half = (
+            detector(F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1))
+            for side in (SIZE, SIZE // 2)
+        )
+        for i in range(len(batch)):
+            one = tuple((centres[i], sides[i], vectors[i]) for centres, sides, vectors in (whole, half))
+            yield _things(detector, *one, scale=scale, least=least)
 
 
-def _things(
-    detector: Detector, centres: Tensor, sides: Tensor, vectors: Tensor, *, scale: float, least: float
-) -> list[Found]:
-    """What one picture's maps say."""
-    peaks = centres == F.max_pool2d(centres[None], 3, 1, 1)[0]
-    rows, columns = torch.nonzero(peaks & (centres >= least), as_tuple=True)
-    probabilities = centres[rows, columns]
-    boxes = boxes_of(sides[:, rows, columns].T, rows, columns).clamp(0, SIZE) * scale
-    kept = distinct(boxes, probabilities)
-    best = detector.logits(vectors[:, rows, columns].T.float()[kept]).topk(AMONG, dim=1).indices.tolist()
+Maps = tuple[Tensor, Tensor, Tensor]
+"""What the detector says of one picture: logits of centres, sides, vectors."""
+
+
+def _things(detector: Detector, whole: Maps, half: Maps, *, scale: float, least: float) -> list[Found]:
+    """What one picture's maps say; the names of large things stand in those of the half."""
+    centres, sides, vectors = whole
+    p = centres.sigmoid()
+    rows, columns = torch.nonzero((p == F.max_pool2d(p[None], 3, 1, 1)[0]) & (p >= least), as_tuple=True)
+    boxes = boxes_of(sides[:, rows, columns].T, rows, columns).clamp(0, SIZE)
+    kept = distinct(boxes, p[rows, columns])
+    boxes, rows, columns = boxes[kept], rows[kept], columns[kept]
+    large = (boxes[:, 2:] - boxes[:, :2]).amax(1) > LARGE
+    middles = ((boxes[:, :2] + boxes[:, 2:]) / (4 * STRIDE)).long()
+    named = torch.where(large, half[2][:, middles[:, 1], middles[:, 0]], vectors[:, rows, columns]).T.float()
+    best = detector.logits(named).topk(min(AMONG, len(detector.names)), dim=1).indices.tolist()
     found = [
         Found(
             box=(box[0], box[1], box[2], box[3]),
@@ -162,7 +174,7 @@ def _things(
             names=tuple(detector.names[i] for i in names),
         )
         for box, probability, names in zip(
-            boxes[kept].tolist(), probabilities[kept].tolist(), best, strict=True
+            (boxes * scale).tolist(), p[rows, columns].tolist(), best, strict=True
         )
     ]
     return sorted(found, key=lambda thing: -thing.area)
@@ -177,9 +189,14 @@ def boxes_of(
 
 
 def distinct(boxes: Float[Tensor, "n 4"], probabilities: Float[Tensor, " n"]) -> Tensor:
-    """Of boxes that overlap by more than ``OVERLAP`` the most probable one: indices, the most probable first."""
+    """Of boxes that share more than ``OVERLAP`` of the smaller the most probable one, the most probable first.
+
+    So a wheel does not count beside its car, nor what two things together look like.
+    """
     order = probabilities.argsort(descending=True, stable=True)
-    overlaps = intersection_over_union(boxes[order, None], boxes[None, order])
+    a, b = boxes[order, None], boxes[None, order]
+    smaller = torch.minimum(_area(a), _area(b)).clamp(min=1e-6)
+    overlaps = _shared(a, b) / smaller
     kept: list[int] = []
     for i in range(len(order)):
         if all(overlaps[i, j] <= OVERLAP for j in kept):
@@ -189,7 +206,15 @@ def distinct(boxes: Float[Tensor, "n 4"], probabilities: Float[Tensor, " n"]) ->
 
 def intersection_over_union(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Tensor, "*k"]:
     """Of boxes that are broadcast against each other."""
-    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]
-    inside = shared.prod(-1)
-    return inside / (areas[0] + areas[1] - inside).clamp(min=1e-6)
+    shared = _shared(a, b)
+    return shared / (_area(a) + _area(b) - shared).clamp(min=1e-6)
+
+
+def _shared(a: Tensor, b: Tensor) -> Tensor:
+    return (
+        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    )
+
+
+def _area(box: Tensor) -> Tensor:
+    return (box[..., 2:] - box[..., :2]).prod(-1)
