@@ -164,7 +164,7 @@ def _things(detector: Detector, whole: Maps, half: Maps, *, scale: float, least:
     kept = distinct(boxes, p[rows, columns])
     boxes, rows, columns = boxes[kept], rows[kept], columns[kept]
     large = (boxes[:, 2:] - boxes[:, :2]).amax(1) > LARGE
-    middles = ((boxes[:, :2] + boxes[:, 2:]) / (4 * STRIDE)).long()
+    middles = ((boxes[:, :2] + boxes[:, 2:]) / (4 * STRIDE)).long().clamp(max=half[0].shape[0] - 1)
     named = torch.where(large, half[2][:, middles[:, 1], middles[:, 0]], vectors[:, rows, columns]).T.float()
     best = detector.logits(named).topk(min(AMONG, len(detector.names)), dim=1).indices.tolist()
     found = [
