@@ -25,6 +25,7 @@ from stable_diffusion.data.icon_phrases import (
 from stable_diffusion.data.icon_plans import scenes
 from stable_diffusion.data.icon_scenes import COLOURS, POSITIONS, SCENE_SPLITS, Cast, Drawn, Scene, is_held
 from stable_diffusion.data.icon_sprites import ANCHORS, can_turn, compose, cut_out, ground, turned
+from stable_diffusion.images import to_rgb
 
 NAMES = (
     *("fox", "drum", "cat", "teapot", "castle", "hot beverage", "pizza", "laptop", "apple", "car", "bicycle"),
@@ -213,7 +214,8 @@ def test_a_composed_scene_has_its_things_in_their_boxes(
         picture, things = compose(scene, files, 128)
         assert picture.size == (128, 128)
         assert [part.object for part, _ in things] == [p.object for p in scene.parts for _ in p.places]
-        pixels = np.asarray(picture).astype(int)
+        assert picture.mode == ("RGB" if scene.ground else "RGBA")
+        pixels = np.asarray(to_rgb(picture)).astype(int)
         bare = (
             (np.abs(pixels - ground(scene.ground)).sum(-1) > 24) if scene.ground else (pixels.min(-1) < 240)
         )

@@ -15,6 +15,9 @@ from stable_diffusion.errors import InputError
 from stable_diffusion.files import slug
 from stable_diffusion.runtime import first_process, keep_freed_memory
 
+DECODER = ("encoder_pooling", "decoder_block_out_channels", "decoder_blocks", "alpha")
+"""Settings of a light autoencoder on which its latents do not depend."""
+
 if TYPE_CHECKING:
     from stable_diffusion import DiffusionModel, ModelConfig
 
@@ -119,21 +122,39 @@ def _as_in(recipe: ModelConfig, model: DiffusionModel) -> DiffusionModel:
     """The model with the recipe's settings, to be trained further.
 
     Where the recipe's U-Net has attention on levels on which the model's has none, the new blocks begin as the
-    identity: the function stays what it was.
+    identity: the function stays what it was. A light autoencoder whose encoder is the same may have another decoder
+    for larger pictures or for opacity: that begins with the weights that fit and has to be trained.
     """
     own = model.config
-    for part in ("sample_size", "vae", "text_encoders", "schedule"):
+    for part in ("text_encoders", "schedule"):
         if getattr(recipe, part) != getattr(own, part):
             raise _other_part(own.name, part)
-    if recipe.unet == own.unet:
+    if not _same_encoder(recipe, own):
+        raise _other_part(own.name, "vae")
+    if recipe.sample_size // recipe.vae.factor != own.sample_size // own.vae.factor:
+        raise _other_part(own.name, "sample_size")
+    if recipe.unet == own.unet and recipe.vae == own.vae:
         model.config = recipe
         return model
     more = all(map(ge, recipe.unet.attention_levels, own.unet.attention_levels))
     if replace(recipe.unet, attention_levels=own.unet.attention_levels) != own.unet or not more:
         raise _other_part(own.name, "unet")
     grown = type(model)(recipe)
-    grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
+    state = grown.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in state and state[name].shape == tensor.shape:
+            state[name] = tensor
+    grown.load_state_dict(state)
+    if recipe.vae != own.vae:
+        grown.vae.begin_as(model.vae)
     return grown
+
+
+def _same_encoder(recipe: ModelConfig, own: ModelConfig) -> bool:
+    """Whether two models' autoencoders give the same latents."""
+    if not recipe.vae.kind == own.vae.kind == "tiny":
+        return recipe.vae == own.vae
+    return replace(recipe.vae, **{name: getattr(own.vae, name) for name in DECODER}) == own.vae
 
 
 def _other_part(model: str, part: str) -> InputError:

@@ -1,6 +1,7 @@
 """The set of icons in COCO's format: thousands of named things, drawn by several vendors, from npm packages.
 
-The packages are fetched once through the ``npm`` client and drawn here, on white; object and style (and skin
+The packages are fetched once through the ``npm`` client and drawn here; pictures are transparent where the drawings
+are, and whoever has no use for that reads them on white. Object and style (and skin
 tone, and gender) make a grid, of which ``icon_splits`` holds parts out.
 """
 
@@ -44,7 +45,7 @@ class Row(NamedTuple):
 
 
 _DESCRIPTION = "mini-stable-diffusion icons"
-_VERSION = 4  # grows with every change of pictures, captions, fields, splits or weights
+_VERSION = 5  # grows with every change of pictures, captions, fields, splits or weights
 
 
 def write_icons(
@@ -114,7 +115,7 @@ def _make(
             left_out["blank"] += 1
             continue
         name = _file(drawing.style, drawing.thing)
-        image.save(drawn / name, "PNG", compress_level=6)
+        transparent.save(drawn / name, "PNG", compress_level=6)
         left, top, right, bottom = transparent.getchannel("A").getbbox() or (0, 0, size, size)
         boxes[name] = [left, top, right - left, bottom - top]
         alike[drawing.style, hashlib.sha256(image.tobytes()).hexdigest()].append(drawing)
@@ -282,7 +283,7 @@ def _describe(
     lines += ["", "Left out:", "", *(f"- {count} drawings: {why}" for why, count in sorted(left_out.items()))]
     lines += ["", "## Sources, licences and credits", ""]
     lines += [
-        "The pictures are changed from their sources: drawn as pixels, on white. Who passes them on must pass on "
+        "The pictures are changed from their sources: drawn as pixels. Who passes them on must pass on "
         "these credits, too.",
         "",
     ]

@@ -378,12 +378,14 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
     for name in PICTURES:
         value = values.get(name)
         if isinstance(value, (str, Path)):
-            pictures[name] = images.open_mask(value) if name == "mask_image" else images.open_image(value)
+            pictures[name] = (
+                images.open_mask(value) if name == "mask_image" else images.open_image(value, alpha=True)
+            )
             pictures[name].info = {_PATH: str(value)}  # type: ignore[dict-item]
         elif isinstance(value, Image.Image):
             if not all(value.size):
                 raise InputError(f"{name} must have pixels, got {value.width}x{value.height} of them")
-            pictures[name] = value if name == "mask_image" else images.to_rgb(value)
+            pictures[name] = value if name == "mask_image" else images.with_alpha(value)
         elif value is not None:
             raise InputError(f"{name} must be a picture or the path of one, got {shown(value)}")
     return values | pictures

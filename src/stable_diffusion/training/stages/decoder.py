@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from stable_diffusion.data.cache import Array
 from stable_diffusion.training.draw import FLOAT32, Draw
 from stable_diffusion.training.events import TrainStep
-from stable_diffusion.training.pictures import LATENT_NOISE, PictureStage, distance
+from stable_diffusion.training.pictures import LATENT_NOISE, PictureStage, distance, on_grounds
 from stable_diffusion.training.stage import Batch, OptimizerSettings, Player, StageSettings
 from stable_diffusion.training.workspace import TrainableParts, Workspace, read_pixels
 
 ADVERSARIAL_WEIGHT = 0.15  # of fooling the discriminator, beside the absolute error
+OPACITY_WEIGHT = 0.5  # of opacity's error, and of that on a ground, beside the error on white
+JUDGED_SIDE = 128  # pixels; a batch of larger pictures is judged in part, so that as many pixels are
 DETAIL_GAIN = 4.0  # of fine detail before the discriminator, beside pixels in [-1, 1]
 
 
@@ -88,19 +90,44 @@ class DecoderStage(PictureStage):
         return {kind: both._replace(parameters=decoder), "discriminator": discriminator}
 
     def batch(self, draw: Draw) -> Batch:
-        """Pictures, and their latents with noise of any standard deviation up to `LATENT_NOISE`."""
+        """Pictures, their latents with noise of any standard deviation up to `LATENT_NOISE`, and grounds."""
         indices = draw.indices(self.samples)
         latents = torch.from_numpy(self.latents[indices]).to(self.device).float()
         noise = self.noise(draw, LATENT_NOISE).to(self.device)
-        return self.placed(read_pixels(self.pictures, indices, self.device), latents + noise)
+        pixels = read_pixels(self.pictures, indices, self.device)
+        return self.placed(pixels, latents + noise, *map(draw.share, self._grounds(draw.batch_size, draw)))
+
+    def example(self, count: int) -> Batch:
+        """Random pictures, latents and grounds."""
+        return super().example(count) + self.placed(*self._grounds(count))
+
+    def _grounds(self, count: int, draw: Draw | None = None) -> tuple[Tensor, ...]:
+        """Colours to lay pictures on that have opacity, half of them white; nothing for opaque pictures."""
+        if self.channels == 3:
+            return ()
+        generator = None if draw is None else draw.generator()
+        colours = torch.rand(count, 4, 1, 1, generator=generator, **FLOAT32)
+        return ((2 * colours[:, :3] - 1).where(colours[:, 3:] < 0.5, 1.0),)
 
     def forward(
-        self, pixels: Float[Tensor, "b 3 h w"], latents: Float[Tensor, "b c y x"]
+        self,
+        pixels: Float[Tensor, "b rgba h w"],
+        latents: Float[Tensor, "b c y x"],
+        grounds: Float[Tensor, "b 3 1 1"] | None = None,
     ) -> dict[str, Tensor]:
         decoded = self.vae[0].decode(latents)
+        terms = distance((decoded - pixels)[:, :3])
+        if grounds is not None:
+            opacity = distance((decoded - pixels)[:, 3:])
+            decoded, pixels = on_grounds(decoded, grounds), on_grounds(pixels, grounds)
+            ground = distance(decoded - pixels)
+            terms["alpha"] = OPACITY_WEIGHT * (opacity["pixels"] + opacity["edges"])
+            terms["ground"] = OPACITY_WEIGHT * (ground["pixels"] + ground["edges"])
+        every = max(1, (pixels.shape[-1] // JUDGED_SIDE) ** 2)
+        decoded, pixels = decoded[::every], pixels[::every]
         # Two players, one backward pass: each sees the other as it is.
         frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         fooled = -torch.func.functional_call(self.discriminator, frozen, (decoded,)).mean()
         real, fake = self.discriminator(torch.cat([pixels, decoded.detach()])).chunk(2)
         hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        return {**distance(decoded - pixels), "fooling": ADVERSARIAL_WEIGHT * fooled, "discriminator": hinge}
+        return {**terms, "fooling": ADVERSARIAL_WEIGHT * fooled, "discriminator": hinge}
