@@ -19,8 +19,8 @@ import stable_diffusion
 from benchmarks import loading, startup, training_step
 from stable_diffusion import config, images
 from tests.evaluation.drawings import write_drawings
-from tests.tiny import TINY, shapes, tiny_model
-from tools import board, make_text_weights
+from tests.tiny import TEXT, TINY, shapes, tiny_model
+from tools import attention_maps, board, make_text_weights
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = Path(stable_diffusion.__file__).parent / "weights"
@@ -31,7 +31,7 @@ def test_every_script_is_here() -> None:
     found = {path.stem for folder in ("benchmarks", "tools") for path in (ROOT / folder).glob("*.py")}
     assert found == {
         module.__name__.split(".")[-1]
-        for module in (loading, startup, training_step, board, make_text_weights)
+        for module in (loading, startup, training_step, attention_maps, board, make_text_weights)
     }
 
 
@@ -85,6 +85,39 @@ def test_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     real = [images.cover(Image.open(path), 128, 128).tobytes() for path in drawings.glob("test_style/*.png")]
     assert [cell.tobytes() in real for cell in cells] == [False, False, True]
     assert cells[0].tobytes() != cells[1].tobytes(), "two models"
+
+
+def test_attention_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The picture and a map a word, in a row for each encoder."""
+    two = replace(TINY, text_encoders=(TEXT, TEXT), unet=replace(TINY.unet, pooled_projection_dim=64))
+    model = tiny_model(two)
+    model.save_pretrained(tmp_path / "model")
+    out, prompt = tmp_path / "maps.png", "a red circle, unbelievably small"
+    attention_maps.main([str(out), prompt, "--model", str(tmp_path / "model")])
+    assert capsys.readouterr().out.strip() == str(out)
+    with Image.open(out) as picture:
+        each = attention_maps.SIDE + attention_maps.GAP
+        assert picture.size == (6 * each, 2 * (each + attention_maps.TEXT))
+    with pytest.raises(SystemExit):
+        attention_maps.main([str(out), prompt, "--model", str(tmp_path / "model"), "--side", "16"])
+    assert "has cross-attention at the sides 4: choose one" in capsys.readouterr().err
+
+
+def test_attention_maps_are_what_the_network_reads() -> None:
+    """Each place's shares of all tokens add up to 1, and the hooks change no picture."""
+    model = tiny_model()
+    plain = model.generate("a red circle", seed=0)[0]
+    with attention_maps.watched(model) as maps:
+        seen = model.generate("a red circle", seed=0)[0]
+    assert seen.tobytes() == plain.tobytes()
+    assert maps.keys() == {4} and len(maps[4]) % TINY.num_inference_steps == 0
+    for weights in maps[4]:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(16))
+    (tokenizer,) = model.text_encoder.tokenizers
+    places = attention_maps.spans(tokenizer, ["a", "circle,", "unbelievably"])
+    ids = tokenizer(["a circle, unbelievably"]).input_ids[0]
+    assert places[0] == slice(1, 2) and places[1] == slice(2, 4), "a comma is a token"
+    assert ids[places[-1].stop] == tokenizer.end_id
 
 
 def test_text_weights_are_those_of_the_package(tmp_path: Path) -> None:

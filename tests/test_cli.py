@@ -475,6 +475,8 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
         (("train", "--images", "folder"), "both --images and --captions"),
         (("train", "x.toml", "--images", "folder"), "not both"),
         (("train", "x.toml", "--check", "--start", "folder"), "not both"),
+        (("train", "x.toml", "--vae", "folder", "--start", "folder"), "give --vae without"),
+        (("train", "x.toml", "--seed", "-1"), "seed must be from 0"),
         (("train", "--images", "folder", "--captions", "nowhere.json"), "nowhere.json"),
         (("train", "--images", "folder", "--captions", "text.png"), "text.png"),
         (
@@ -775,18 +777,35 @@ def test_train_a_recipe_then_draw_with_its_model(minisd: Any) -> None:
     Path("other.toml").write_text(
         RECIPE.replace("norm_num_groups = 8", "norm_num_groups = 4"), encoding="utf-8"
     )
+    for seed in (1, 2):
+        arm = (
+            "train",
+            "other.toml",
+            "--vae",
+            "runs/smallest/model",
+            "--seed",
+            seed,
+            "--output",
+            f"arm-{seed}",
+        )
+        assert minisd(*arm, "--steps", 1, "--no-autocast").code == 0
+    runs = ("runs/smallest", "arm-1", "arm-2")
+    vaes, unets = (
+        [load_file(f"{run}/model/{part}/diffusion_pytorch_model.safetensors") for run in runs]
+        for part in ("vae", "unet")
+    )
+    assert all(torch.equal(value, vae[name]) for vae in vaes for name, value in vaes[0].items())
+    assert not torch.equal(unets[1]["conv_in.weight"], unets[2]["conv_in.weight"])
+    assert not (Path("arm-1") / "autoencoder.safetensors").exists()
+    Path("wider.toml").write_text(RECIPE.replace("[16, 32]", "[16, 48]"), encoding="utf-8")
+    result = minisd("train", "wider.toml", "--vae", "runs/smallest/model", "--output", "wider")
+    assert result.code == 2 and "'../smallest' has another vae than the recipe" in result.err
     result = minisd("train", "other.toml", "--start", "runs/smallest/model", "--output", "other")
     assert (
         result.code == 2
         and "'../smallest' has another unet than the recipe" in result.err
         and not Path("other").exists()
     )
-    with_attention = RECIPE.replace("attention_levels = [false, true]", "attention_levels = [true, true]")
-    Path("grown.toml").write_text(with_attention, encoding="utf-8")
-    result = minisd(
-        "train", "grown.toml", "--steps", 1, "--start", "runs/smallest/model", "--output", "grown"
-    )
-    assert result.code == 0, result.err
     finer = RECIPE.replace("size = 32", "size = 64").replace("decoder_blocks = [1, 1]", FINER)
     finer = finer[: finer.index("[[stage]]")] + '[[stage]]\nkind = "decoder"\nbatch_size = 2\n'
     Path("finer.toml").write_text(finer, encoding="utf-8")

@@ -70,7 +70,7 @@ class UNetConfig(Settings):
     num_attention_heads: tuple[Width, ...] = (8, 8, 8, 8)
     """Attention heads of each level."""
     cross_attention_dim: Width | None = 768
-    """Width of the text tokens that cross-attention reads; None for a network without text."""
+    """Width of the text tokens that cross-attention reads; None for a network that reads none."""
     norm_num_groups: Width = 32
     use_linear_projection: bool = False
     """Whether the transformers' projections are linear layers (SD 2.x) or 1x1 convolutions (SD 1.x)."""
@@ -332,9 +332,10 @@ class ModelConfig(Settings):
                 raise InputError(
                     f"sampler.spacing {self.sampler.spacing!r} is for the DDPM family: leave it out for a flow"
                 )
-        if (unet.cross_attention_dim is None) != (not self.text_encoders):
+        if (unet.cross_attention_dim is None and pooled is None) != (not self.text_encoders):
             raise InputError(
-                "text_encoders and unet.cross_attention_dim need each other: a U-Net without is without text"
+                "text_encoders need a unet.cross_attention_dim, of their tokens, or a unet.pooled_projection_dim, and"
+                " the other way round"
             )
 
     @property
@@ -395,12 +396,16 @@ CLIP_MINI = replace(
 )
 """A small CLIP text transformer that starts from random weights and is trained jointly with the denoiser."""
 
+CLIP_MINI_FROZEN = replace(CLIP_MINI, trainable=False)
+"""The same, to be trained by a stage ``contrastive`` alone."""
+
 TEXT_ENCODERS = {
     "minilm": MINILM,
     "bert-base": BERT_BASE,
     "clip-l": CLIP_L,
     "clip-h": CLIP_H,
     "clip-mini": CLIP_MINI,
+    "clip-mini-frozen": CLIP_MINI_FROZEN,
 }
 """By the names that recipes may call them."""
 TextEncoderConfig.NAMED.update(TEXT_ENCODERS)

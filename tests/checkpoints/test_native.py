@@ -43,6 +43,7 @@ CONFIGS = {
     "projected": replace(TRAINED, unet=replace(TINY.unet, cross_attention_dim=24)),
     "clip and bert": TWO,
     "clip and bert, both trained": TWO_TRAINED,
+    "clip and bert, pooled alone": replace(TWO, unet=replace(TWO.unet, cross_attention_dim=None)),
 }
 
 

@@ -45,6 +45,13 @@ def test_group_norm_computes_wide() -> None:
     assert gradient.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 32, 32), (1, 64, 8, 8)])
+def test_pytorchs_where_it_is_faster(shape: tuple[int, int, int, int]) -> None:
+    """Large pictures, and groups of many channels."""
+    x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+    assert "NativeGroupNorm" in type(GroupNorm(4, shape[1])(x).grad_fn).__name__
+
+
 def test_generating_takes_pytorchs() -> None:
     """Pictures stay bit for bit what they were."""
     x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)

@@ -239,6 +239,17 @@ def test_clip_and_bert_together() -> None:
     assert torch.equal(joined.tokens, embeds.tokens) and torch.equal(joined.mask, embeds.mask)
 
 
+@torch.no_grad()
+def test_pooled_vectors_alone() -> None:
+    """Contract: for a U-Net that reads no tokens there are none, and nothing is projected."""
+    pooled, whole = prompt_encoder(CLIP, BERT, width=0), prompt_encoder(CLIP, BERT, width=16)
+    assert not pooled.projections
+    whole.encoders.load_state_dict(pooled.encoders.state_dict())
+    embeds = pooled(PROMPTS)
+    assert embeds.tokens.shape == (3, 0, 0) and embeds.mask is None
+    assert torch.equal(embeds.pooled, whole(PROMPTS).pooled)
+
+
 def test_frozen_and_trainable() -> None:
     """Contract: gradients reach the projections and the trainable encoders, and no frozen one."""
     encoder = prompt_encoder(replace(CLIP, trainable=True), BERT, width=16)

@@ -136,6 +136,31 @@ def test_every_recipe_is_read_and_stored_again(path: Path) -> None:
         assert from_dict(type(settings), to_dict(settings)) == settings
 
 
+def test_none_is_a_word_for_what_toml_cannot_say(tmp_path: Path) -> None:
+    """And recipes may share a set."""
+    text = """
+    [data]
+    source = "shapes"
+    folder = "../all"
+    [model.unet]
+    cross_attention_dim = "none"
+    """
+    recipe = read_recipe(written(tmp_path, text))
+    assert recipe.config == replace(MINI, unet=replace(MINI.unet, cross_attention_dim=None))
+    assert (recipe.name, recipe.folder) == ("mine", "all"), "no path"
+
+
+def test_the_arms_of_the_text_study_differ_in_their_text_alone() -> None:
+    arms = [read_recipe(path) for path in RECIPES if path.stem.startswith("text-")]
+    assert len(arms) == 5
+    for arm in arms:
+        unet = replace(arm.config.unet, cross_attention_dim=384, pooled_projection_dim=384)
+        assert replace(arm.config, name="", text_encoders=(MINILM,), unet=unet) == replace(
+            arms[0].config, name="", text_encoders=(MINILM,)
+        )
+        assert (arm.data, arm.folder) == (arms[0].data, "icons-scenes")
+
+
 def test_an_empty_recipe_is_the_preset(tmp_path: Path) -> None:
     assert read_recipe(written(tmp_path, "")) == Recipe(name="mine", data=Coco(), config=MINI)
 

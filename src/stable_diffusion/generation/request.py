@@ -71,8 +71,9 @@ class Request:
     image: Image.Image | None = None
     """A picture to begin with."""
     mask_image: Image.Image | None = None
-    """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay, on white
-    unless the model's pictures have opacity. Of one with transparency it is the opaque part if all of it is white, else the transparent part."""
+    """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay (on white,
+    for a model without opacity). Of one with transparency it is the opaque part if all of it is white, else the
+    transparent part."""
     strength: Annotated[float, Rule("above 0 and at most 1", lambda strength: 0 < strength <= 1)] = 0.8
     """How much to change the image, above 0 (hardly) up to 1 (nothing of it is kept)."""
     prediction_type: str | None = None

@@ -10,11 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# From here PyTorch's kernel is the faster one.
+KERNEL_PIXELS = 1024
+KERNEL_CHANNELS = 16
+
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, but for training on a CPU in channels_last, where its kernel walks each group's few channels apart.
+    """PyTorch's, but for training on a CPU in channels_last with small pictures and groups of few channels.
 
-    Written out there, forward and backward are sums over whole rows of channels (benchmarks/LOG.md).
+    Below `KERNEL_PIXELS` its kernel takes each group's channels apart, too few for the processor's vectors. Written
+    out, forward and backward are sums over whole rows of channels (benchmarks/LOG.md).
     """
 
     def forward(self, x: Float[Tensor, "b c *n"]) -> Float[Tensor, "b c *n"]:
@@ -23,6 +28,8 @@ class GroupNorm(nn.GroupNorm):
             and x.device.type == "cpu"
             and x.ndim == 4
             and x.is_contiguous(memory_format=torch.channels_last)
+            and x.shape[2] * x.shape[3] < KERNEL_PIXELS
+            and self.num_channels // self.num_groups < KERNEL_CHANNELS
         ):
             apply: Callable[..., Tensor] = _RowsGroupNorm.apply  # untyped in torch
             return apply(x, self.weight, self.bias, self.num_groups, self.eps)

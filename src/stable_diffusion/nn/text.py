@@ -153,7 +153,7 @@ class PromptEncoder(nn.Module):
     """Texts to tokens, by one text encoder or by several (CLIP and BERT together, say).
 
     Each encoder's tokens are projected to the U-Net's width, unless a single encoder has it already, and
-    concatenated along the sequence.
+    concatenated along the sequence. A U-Net of width 0 reads none of them, but only the pooled vectors.
     """
 
     def __init__(
@@ -167,11 +167,12 @@ class PromptEncoder(nn.Module):
                     f"the tokenizer in {tokenizer.folder} needs a vocab_size of {tokenizer.size}, but the text encoder"
                     f" has {config.vocab_size}: the two are of different models, copy or download them again"
                 )
+        self.width = width
         self.configs = configs
         self.tokenizers = tokenizers
         self.encoders = nn.ModuleList([TextEncoder(config) for config in configs])
         single = len(configs) == 1 and configs[0].hidden_size == width
-        projected = () if single else configs
+        projected = () if single or not width else configs
         self.projections = nn.ModuleList([nn.Linear(config.hidden_size, width) for config in projected])
         for encoder, config in zip(self.encoders, configs, strict=True):
             encoder.requires_grad_(config.trainable)
@@ -218,6 +219,9 @@ class PromptEncoder(nn.Module):
     def join(self, parts: list[PromptEmbeds]) -> PromptEmbeds:
         """The encoders' embeddings, projected and concatenated; with a mask only if some encoder has one."""
         tokens = [part.tokens for part in parts]
+        pooled = torch.cat([part.pooled for part in parts], dim=1)
+        if not self.width:
+            return PromptEmbeds(pooled.new_empty(len(pooled), 0, 0), None, pooled)
         if self.projections:
             tokens = [project(x) for project, x in zip(self.projections, tokens, strict=True)]
         masks = [
@@ -225,4 +229,4 @@ class PromptEncoder(nn.Module):
             for part, x in zip(parts, tokens, strict=True)
         ]
         mask = torch.cat(masks, dim=1) if any(part.mask is not None for part in parts) else None
-        return PromptEmbeds(torch.cat(tokens, dim=1), mask, torch.cat([part.pooled for part in parts], dim=1))
+        return PromptEmbeds(torch.cat(tokens, dim=1), mask, pooled)

@@ -124,6 +124,21 @@ def summed(x: Tensor) -> Tensor:
     return all_reduce(x)
 
 
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, the first one's first; the gradient is that of one process that holds all of them."""
+    if not is_shared():
+        return x
+    rank, counts = dist.get_rank(), torch.zeros(dist.get_world_size(), dtype=torch.int64, device=x.device)
+    counts[rank] = len(x)
+    dist.all_reduce(counts)
+    first, total = int(counts[:rank].sum()), int(counts.sum())
+    if total == 0:
+        return x
+    rows = x.new_zeros(total, *x.shape[1:])
+    rows[first : first + len(x)] = x
+    return summed(rows)
+
+
 def agreed(number: int) -> int:
     """The largest of all processes' numbers."""
     if not is_shared():

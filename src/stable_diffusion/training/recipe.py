@@ -12,7 +12,7 @@ from stable_diffusion.config import ModelConfig, preset
 from stable_diffusion.data.sources import SourceConfig, source_config
 from stable_diffusion.errors import InputError, shown, unknown_name
 from stable_diffusion.fields import from_dict, typed
-from stable_diffusion.files import read_bytes
+from stable_diffusion.files import read_bytes, slug
 from stable_diffusion.training.draw import SEED
 from stable_diffusion.training.stage import OptimizerSettings, StageSettings
 from stable_diffusion.training.stages import DEFAULT, STAGES
@@ -27,6 +27,8 @@ class Recipe:
     config: ModelConfig
     stages: tuple[StageSettings, ...] = DEFAULT
     seed: int = 0
+    folder: str | None = None
+    """Of a set that is made, in ``datasets/``, where several recipes share it; None for one of the recipe's name."""
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -52,16 +54,33 @@ def read_recipe(path: Path) -> Recipe:
         tables, seed = _older(_table(model.pop("training"), "[model.training]"), model.get("base", "mini"))
     if "kind" in data:
         data["source"] = data.pop("kind")
+    folder = typed(str | None, data.pop("folder", None), "folder")
     seed = typed(SEED, seed, "seed")
-    config = from_dict(ModelConfig, model, base=preset(model.pop("base", "mini")))
+    base = preset(model.pop("base", "mini"))
+    config = from_dict(ModelConfig, _with_none(model), base=base)
     stages = DEFAULT if tables is None else _stages(tables)
-    return Recipe(name=path.stem, data=source_config(data), config=config, stages=stages, seed=seed)
+    return Recipe(
+        name=path.stem,
+        data=source_config(data),
+        config=config,
+        stages=stages,
+        seed=seed,
+        folder=None if folder is None else slug(folder),
+    )
 
 
 def _table(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{name} of a recipe must be a table, got {shown(value)}")
     return dict(value)
+
+
+def _with_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    """With None where a setting is "none", as TOML has no word for it."""
+    return {
+        key: _with_none(value) if isinstance(value, dict) else None if value == "none" else value
+        for key, value in table.items()
+    }
 
 
 def _stages(tables: object) -> tuple[StageSettings, ...]:

@@ -106,8 +106,9 @@ class TrainState:
                     tensor.copy_(value)
             moments, counts = self._moments(), file.metadata()
             for key in file.keys():  # noqa: SIM118 (it is no dict)
-                kind, field, name = key.split(".", 2)
+                kind, _, rest = key.partition(".")
                 if kind == "optimizer":
+                    field, _, name = rest.partition(".")
                     value, parameter = file.get_tensor(key).to(self.device), self.parameters[name]
                     if value.shape == parameter.shape:
                         value = torch.empty_like(parameter).copy_(value)  # in its memory format

@@ -71,6 +71,12 @@ class Workspace:
         self._key = digest([(entry.key, entry.version) for entry in entries], *of)
         self._pictures: Array | None = None
 
+    @property
+    def captions_of(self) -> list[list[int]]:
+        """Numbers of the captions of each entry of `kept`."""
+        number = {caption: i for i, caption in enumerate(self.captions)}
+        return [[number[caption] for caption in entry.captions] for entry in self.kept]
+
     def pictures(self) -> Generator[TrainStep, None, Array]:
         """Every picture at the training size, ``b h w 3``, uint8; ``b h w 4`` where the decoder gives opacity, too."""
         if self._pictures is not None:

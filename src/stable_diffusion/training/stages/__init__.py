@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from stable_diffusion.training.stage import Stage, StageSettings
 from stable_diffusion.training.stages.autoencoder import AutoencoderSettings, AutoencoderStage
 from stable_diffusion.training.stages.consistency import ConsistencySettings, ConsistencyStage
+from stable_diffusion.training.stages.contrastive import ContrastiveSettings, ContrastiveStage
 from stable_diffusion.training.stages.decoder import DecoderSettings, DecoderStage
 from stable_diffusion.training.stages.denoiser import DenoiserSettings, DenoiserStage
 
@@ -22,6 +23,7 @@ class Kind(NamedTuple):
 
 STAGES = {
     "autoencoder": Kind(AutoencoderSettings, AutoencoderStage),
+    "contrastive": Kind(ContrastiveSettings, ContrastiveStage),
     "denoiser": Kind(DenoiserSettings, DenoiserStage),
     "consistency": Kind(ConsistencySettings, ConsistencyStage),
     "decoder": Kind(DecoderSettings, DecoderStage),

@@ -60,9 +60,7 @@ class DenoiserStage(Stage):
         """Encodes pictures and captions, and lets the U-Net read whitened text until ``finish``."""
         self.latents = yield from workspace.latents()
         self.text_caches = yield from workspace.text()
-        self.captions = workspace.captions
-        number = {caption: i for i, caption in enumerate(self.captions)}
-        self.captions_of = [[number[caption] for caption in entry.captions] for entry in workspace.kept]
+        self.captions, self.captions_of = workspace.captions, workspace.captions_of
         self.samples = Samples(len(self.latents), [entry.weight for entry in workspace.kept])
         changes = [None if cache is None else cache.change for cache in self.text_caches]
         self.whitened.enter_context(whitened(self.unet, self.text_encoder, changes))
