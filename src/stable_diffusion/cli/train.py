@@ -142,8 +142,7 @@ def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
     A light autoencoder may get another decoder on its latents, for larger pictures or for opacity: it begins with the
     weights that fit (`nn.vae.AutoencoderTiny.begin_as`) and has to be trained.
     """
-    from stable_diffusion.config import AutoencoderTinyConfig
-    from stable_diffusion.nn.vae import AutoencoderTiny
+    from stable_diffusion.nn.vae import AutoencoderTiny, autoencoder
 
     own, kept = _kept(model.config), _kept(settings)
     for part, value in kept.items():
@@ -151,10 +150,12 @@ def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
             raise InputError(
                 f"the model {model.config.name!r} has another {part} than the recipe: --start needs the same one"
             )
-    if isinstance(model.vae, AutoencoderTiny) and isinstance(settings.vae, AutoencoderTinyConfig):
-        if settings.vae != model.config.vae:
-            before, model.vae = model.vae, AutoencoderTiny(settings.vae).eval()
-            model.vae.begin_as(before)
+    if settings.vae != model.config.vae:
+        before, model.vae = model.vae, autoencoder(settings.vae).eval()
+        assert isinstance(before, AutoencoderTiny) and isinstance(
+            model.vae, AutoencoderTiny
+        )  # others are equal
+        model.vae.begin_as(before)
     model.config = settings
 
 
