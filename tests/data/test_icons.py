@@ -400,6 +400,13 @@ def test_the_loader_reads_every_split_without_a_warning(made: Path) -> None:
     assert pictures == len(images(made)) > 500
 
 
+def test_pictures_keep_the_drawings_transparency(made: Path) -> None:
+    for entry in images(made).values():
+        image, (left, top, width, height) = pixels(entry["path"]), entry["things"][0]["box"]
+        assert image.mode == "RGBA"
+        assert image.getchannel("A").getbbox() == (left, top, left + width, top + height)
+
+
 def test_pictures_are_named_and_described(made: Path) -> None:
     found = images(made)
     fox = found["noto-fox-1f98a.png"]
@@ -473,7 +480,7 @@ def test_oddities_of_the_packages(made: Path) -> None:
         pixels(found[f"twemoji-{name}.png"]["path"])
         for name in ("paw-prints-1f43e", "fox-1f98a", "clock-at-four-oclock-1f553")
     )
-    assert wide.getpixel((4, 3)) == (255, 255, 255)  # not stretched
+    assert wide.getchannel("A").getpixel((4, 3)) == 0  # not stretched
     assert flipped.tobytes() == fox.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() != fox.tobytes()
 
 

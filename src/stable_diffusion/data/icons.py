@@ -1,8 +1,8 @@
 """The set of icons in COCO's format: thousands of named things, drawn by several vendors, from npm packages.
 
-The packages are fetched once through the ``npm`` client and drawn here; pictures are transparent where the drawings
-are, and whoever has no use for that reads them on white. Object and style (and skin
-tone, and gender) make a grid, of which ``icon_splits`` holds parts out.
+The packages are fetched once through the ``npm`` client and drawn here. Pictures keep the drawings' transparency; who
+has no use for it reads them on white. Object and style (and skin tone, and gender) make a grid, of which
+``icon_splits`` holds parts out.
 """
 
 from __future__ import annotations

@@ -314,50 +314,57 @@ class AutoencoderTiny(Placed):
         self.decoder.load_state_dict({**own, **same})
         colours, patch = self.config.in_channels, self.config.patch_size
         end = -1 if patch == 1 else -2
-        last, before = (codec.decoder.layers[end] for codec in (self, other))
-        weight, bias = (x[: colours * patch**2] for x in (before.weight, before.bias))
+        weight, bias = (x[: colours * patch**2] for x in _weights(other.decoder.layers[end]))
         half = patch // 2
         if more == 0:
             darkness, its_bias = (x.unflatten(0, (colours, -1)).mean(0) for x in (weight, bias))
-            last.weight.copy_(torch.cat([weight, -darkness])[: len(last.weight)])
-            last.bias.copy_(torch.cat([bias, 1 - its_bias])[: len(last.bias)])
+            last, last_bias = _weights(self.decoder.layers[end])
+            last.copy_(torch.cat([weight, -darkness])[: len(last)])
+            last_bias.copy_(torch.cat([bias, 1 - its_bias])[: len(last)])
         elif more == 1 and 0 < colours * half**2 <= self.config.decoder_widths[0]:
             first = len(other.decoder.layers) + end
-            self._begin_enlarging(self.decoder.layers[first:], weight, bias, colours, half)
+            _begin_enlarging([*self.decoder.layers][first:], weight, bias, colours, half)
 
-    def _begin_enlarging(
-        self,
-        level: nn.Sequential,
-        weight: Float[Tensor, "pixels c 3 3"],
-        bias: Float[Tensor, " pixels"],
-        colours: int,
-        half: int,
-    ) -> None:
-        """Makes a level of what were the decoder's last weights, and of the bicubic interpolation of what they gave.
 
-        Of its channels the first are how far from white the pixels are, so that beyond the picture's edge is white,
-        too. The decoder worked in squares of pixels, of which the level has quarters, `half` as long.
-        """
-        widen, last, patch = level[0], level[-2], 2 * half
-        for new, old in ((widen.weight, weight), (widen.bias, bias)):
-            squares = old.unflatten(0, (colours, 2, half, 2, half))
-            quarters = squares.permute(0, 2, 4, 1, 3, *range(5, squares.ndim)).flatten(0, 4)
-            new[: len(quarters)] = -quarters
-        widen.bias[: len(quarters)] += 1
-        for block in level[2:-2]:
-            nn.init.zeros_(block.conv[-1].weight)
-            nn.init.zeros_(block.conv[-1].bias)
-        # What each pixel of 3x3 quarters gives to those of the middle one, twice as many a side.
-        pixels = torch.eye(9 * half**2, device=weight.device).view(-1, 1, 3 * half, 3 * half)
-        shares = F.interpolate(pixels, scale_factor=2, mode="bicubic")[..., patch:-patch, patch:-patch]
-        shares = shares.reshape(3, half, 3, half, -1).permute(4, 1, 3, 0, 2).flatten(1, 2)
-        nn.init.zeros_(last.weight)
-        ink = last.weight[:, : colours * half**2].unflatten(1, (colours, -1))  # a view
-        for colour in range(colours):
-            ink[colour * patch**2 : (colour + 1) * patch**2, colour] = -shares
-            ink[colours * patch**2 :, colour] = shares[: len(last.weight) - colours * patch**2] / colours
-        nn.init.zeros_(last.bias)
-        last.bias[: colours * patch**2] = 1
+def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A convolution's kernels and biases."""
+    assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+    return layer.weight, layer.bias
+
+
+def _begin_enlarging(
+    level: list[nn.Module],
+    weight: Float[Tensor, "pixels c 3 3"],
+    bias: Float[Tensor, " pixels"],
+    colours: int,
+    half: int,
+) -> None:
+    """Makes a decoder's new level of what were its last weights, and of bicubic interpolation of what they gave.
+
+    Of the level's channels the first are how far from white the pixels are, so that beyond the picture's edge is white,
+    too. The decoder worked in squares of pixels, of which the level has quarters, `half` as long.
+    """
+    (widen, widen_bias), (last, last_bias), patch = _weights(level[0]), _weights(level[-2]), 2 * half
+    for new, old in ((widen, weight), (widen_bias, bias)):
+        squares = old.unflatten(0, (colours, 2, half, 2, half))
+        quarters = squares.permute(0, 2, 4, 1, 3, *range(5, squares.ndim)).flatten(0, 4)
+        new[: len(quarters)] = -quarters
+    widen_bias[: len(bias)] += 1
+    for block in level:
+        if isinstance(block, _TinyBlock):  # begins as the identity
+            for parameter in block.conv[-1].parameters():
+                nn.init.zeros_(parameter)
+    # What each pixel of 3x3 quarters gives to those of the middle one, twice as many a side.
+    pixels = torch.eye(9 * half**2, device=weight.device).view(-1, 1, 3 * half, 3 * half)
+    shares = F.interpolate(pixels, scale_factor=2, mode="bicubic")[..., patch:-patch, patch:-patch]
+    shares = shares.reshape(3, half, 3, half, -1).permute(4, 1, 3, 0, 2).flatten(1, 2)
+    nn.init.zeros_(last)
+    ink = last[:, : colours * half**2].unflatten(1, (colours, -1))  # a view
+    for colour in range(colours):
+        ink[colour * patch**2 : (colour + 1) * patch**2, colour] = -shares
+        ink[colours * patch**2 :, colour] = shares[: len(last) - colours * patch**2] / colours
+    nn.init.zeros_(last_bias)
+    last_bias[: colours * patch**2] = 1
 
 
 AUTOENCODERS = {"kl": AutoencoderKL, "tiny": AutoencoderTiny}
