@@ -212,10 +212,12 @@ def test_a_composed_scene_has_its_things_in_their_boxes(
     files = dict.fromkeys(NAMES, tmp_path / "sprite.png")
     for scene in random.Random(0).sample(planned, 60):
         picture, things = compose(scene, files, 128)
+        clear, _ = compose(scene, files, 128, alpha=True)
+        assert (picture.mode, clear.mode) == ("RGB", "RGB" if scene.ground else "RGBA")
+        assert np.abs(np.subtract(to_rgb(clear), picture, dtype=int)).max() <= 2
         assert picture.size == (128, 128)
         assert [part.object for part, _ in things] == [p.object for p in scene.parts for _ in p.places]
-        assert picture.mode == ("RGB" if scene.ground else "RGBA")
-        pixels = np.asarray(to_rgb(picture)).astype(int)
+        pixels = np.asarray(picture).astype(int)
         bare = (
             (np.abs(pixels - ground(scene.ground)).sum(-1) > 24) if scene.ground else (pixels.min(-1) < 240)
         )

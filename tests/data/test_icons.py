@@ -38,6 +38,7 @@ from stable_diffusion.data.item import Progress
 from stable_diffusion.data.sources import Icons
 from stable_diffusion.errors import InputError
 from stable_diffusion.evaluation.pictures import groups
+from stable_diffusion.images import to_rgb
 
 GROUPS = {
     "groups": {
@@ -346,9 +347,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(out: Path, packages: Path, size: int = 32, scenes: int = 0) -> list[Progress]:
+def make(out: Path, packages: Path, size: int = 32, scenes: int = 0, alpha: bool = False) -> list[Progress]:
     pytest.importorskip("resvg_py")
-    return list(Icons(size=size, packages=str(packages), scenes=scenes).make(out))
+    return list(Icons(size=size, packages=str(packages), scenes=scenes, alpha=alpha).make(out))
 
 
 @pytest.fixture(scope="module")
@@ -400,11 +401,17 @@ def test_the_loader_reads_every_split_without_a_warning(made: Path) -> None:
     assert pictures == len(images(made)) > 500
 
 
-def test_pictures_keep_the_drawings_transparency(made: Path) -> None:
-    for entry in images(made).values():
+def test_pictures_may_keep_the_drawings_transparency(made: Path, packages: Path, tmp_path: Path) -> None:
+    """All else is the same, and so is what they look like on white."""
+    make(tmp_path / "set", packages, alpha=True)
+    clear, found = images(tmp_path / "set"), images(made)
+    assert clear.keys() == found.keys()
+    for name, entry in clear.items():
         image, (left, top, width, height) = pixels(entry["path"]), entry["things"][0]["box"]
         assert image.mode == "RGBA"
         assert image.getchannel("A").getbbox() == (left, top, left + width, top + height)
+        assert to_rgb(image).tobytes() == pixels(found[name]["path"]).tobytes()
+        assert entry["captions"] == found[name]["captions"]
 
 
 def test_pictures_are_named_and_described(made: Path) -> None:
@@ -480,7 +487,7 @@ def test_oddities_of_the_packages(made: Path) -> None:
         pixels(found[f"twemoji-{name}.png"]["path"])
         for name in ("paw-prints-1f43e", "fox-1f98a", "clock-at-four-oclock-1f553")
     )
-    assert wide.getchannel("A").getpixel((4, 3)) == 0  # not stretched
+    assert wide.getpixel((4, 3)) == (255, 255, 255)  # not stretched
     assert flipped.tobytes() == fox.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() != fox.tobytes()
 
 

@@ -84,7 +84,7 @@ def write_scenes(
 
         def render(scene: Scene) -> tuple[Scene, bytes, list[dict[str, Any]]]:
             own = {part.object: files[scene.style, part.object] for part in scene.parts}
-            image, things = compose(scene, own, size)
+            image, things = compose(scene, own, size, alpha="alpha" in info)
             png = io.BytesIO()
             image.save(png, "PNG", compress_level=6)
             return scene, png.getvalue(), [_thing(part.object, part.colour, box) for part, box in things]

@@ -84,6 +84,8 @@ class Icons(MadeConfig):
     """Side of the pictures in pixels."""
     scenes: Annotated[int, within(0, 10_000_000)] = 60_000
     """Scenes of several things, counts, colours and places to learn from, and up to 500 of each kind to test with."""
+    alpha: bool = False
+    """Keep the drawings' transparency, for a decoder that gives opacity."""
     packages: FilePath | None = None
     """A folder to keep the npm packages in; by default they are not kept."""
 
@@ -92,7 +94,7 @@ class Icons(MadeConfig):
         from stable_diffusion.data.icons import write_icons
 
         packages = None if self.packages is None else Path(self.packages)
-        yield from write_icons(folder, self.size, packages, self.scenes)
+        yield from write_icons(folder, self.size, packages, self.scenes, self.alpha)
 
     def open(self, folder: Path) -> Files:
         """The drawings to learn from, and the scenes."""
