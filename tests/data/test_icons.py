@@ -542,7 +542,7 @@ def test_scenes_are_part_of_the_set(packages: Path, made: Path, tmp_path: Path) 
     assert len(scenes) == 40
     assert source.image(scenes[3].key).size == source.image(entries[0].key).size == (32, 32)
     parts = [sum(entry.weight for entry in part) for part in (some, scenes)]
-    assert parts[1] / sum(parts) == pytest.approx(0.6, abs=0.01)
+    assert parts[1] / sum(parts) == pytest.approx(0.7, abs=0.01)
     for entry in entries:
         things: Any = entry.fields["things"]
         for thing in things:

@@ -19,7 +19,7 @@ from stable_diffusion.data.made import Captioned, write_captions
 TRAINING = "train_scenes"
 TEST_SCENES = 500
 """Most scenes of a split that tests."""
-SHARE = 0.6
+SHARE = 0.7
 """Of what training samples, the part that scenes are."""
 
 RULES = {TRAINING: "scenes that show nothing of what the other splits of scenes hold", **SCENE_SPLITS}
