@@ -750,6 +750,13 @@ batch_size = 2
 """
 
 
+FINER = """encoder_pooling = 2
+decoder_block_out_channels = [8, 16, 32]
+decoder_blocks = [1, 1, 1]
+alpha = true
+"""
+
+
 def test_train_a_recipe_then_draw_with_its_model(minisd: Any) -> None:
     Path("smallest.toml").write_text(RECIPE, encoding="utf-8")
     result = minisd("train", "smallest.toml", "--steps", 2, "--no-autocast")
@@ -799,6 +806,25 @@ def test_train_a_recipe_then_draw_with_its_model(minisd: Any) -> None:
         and "'../smallest' has another unet than the recipe" in result.err
         and not Path("other").exists()
     )
+    finer = RECIPE.replace("size = 32", "size = 64").replace("decoder_blocks = [1, 1]", FINER)
+    finer = finer[: finer.index("[[stage]]")] + '[[stage]]\nkind = "decoder"\nbatch_size = 2\n'
+    Path("finer.toml").write_text(finer, encoding="utf-8")
+    result = minisd(
+        "train", "finer.toml", "--steps", 1, "--start", "runs/smallest/model", "--output", "finer"
+    )
+    assert result.code == 0, result.err
+    file = "model/vae/diffusion_pytorch_model.safetensors"
+    before, after = load_file(f"runs/smallest/{file}"), load_file(f"finer/{file}")
+    assert all(torch.equal(after[name], x) for name, x in before.items() if name.startswith("encoder."))
+    (drawn,) = minisd("generate", "a red circle", "--model", "finer/model", "--seed", 1).paths
+    with Image.open(drawn) as picture:
+        assert (picture.size, picture.mode) == ((64, 64), "RGBA")
+    for change, part in (("encoder_blocks = [1, 2]", "vae"), ("sample_size = 128", "sample_size")):
+        key = change.partition(" =")[0]
+        other = re.sub(rf"^{key} = .*", change, finer, count=1, flags=re.MULTILINE)
+        Path("other.toml").write_text(other, encoding="utf-8")
+        result = minisd("train", "other.toml", "--start", "runs/smallest/model", "--output", "other")
+        assert result.code == 2 and f"has another {part} than" in result.err
     unknown = RECIPE.replace("norm_num_groups", "norm_groups")
     Path("smallest.toml").write_text(unknown, encoding="utf-8")
     result = minisd("train", "smallest.toml")

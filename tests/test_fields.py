@@ -368,6 +368,12 @@ def test_a_sampler_that_does_not_exist_is_refused_before_anything_is_done(tmp_pa
         ({"unet": {"pooled_projection_dim": 31}}, "unet.pooled_projection_dim must be None or 32"),
         ({"text_encoders": []}, "unet.pooled_projection_dim must be None,"),
         ({"vae": {"encoder_blocks": [1]}}, "encoder_blocks 1"),
+        ({"vae": {"decoder_block_out_channels": [8, 16, 32]}}, "decoder_blocks 2"),
+        ({"vae": {"encoder_pooling": 2}}, "makes 4 pixels a side of one latent, and the encoder reads 8"),
+        (
+            {"vae": {"decoder_block_out_channels": [8, 16, 32], "decoder_blocks": [1, 1, 1]}},
+            "makes 8 pixels a side of one latent, and the encoder reads 4",
+        ),
         ({"vae": {"in_channels": 1}}, "vae.in_channels must be 3"),
         ({"schedule": {"prediction_type": "epsilon"}}, "prediction_type must be another than 'epsilon'"),
         ({"sampler": {"spacing": "karras"}}, "sampler.spacing 'karras' is for the DDPM family: leave it out"),

@@ -30,6 +30,7 @@ from stable_diffusion.images import (
     binary_mask,
     check_header,
     cover,
+    layers,
     mask_tensor,
     open_image,
     open_mask,
@@ -382,6 +383,30 @@ def test_batch_round_trip_keeps_the_order() -> None:
 def test_values_are_clamped_and_rounded() -> None:
     values = torch.tensor([-3.0, 3.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1]).view(1, 1, 1, 4).expand(1, 3, 1, 4)
     assert array(to_pil(values)[0])[0, :, 0].tolist() == [0, 255, 1, 0]
+
+
+def test_opacity_survives_its_layers() -> None:
+    """A picture on white and its opacity are the picture, where it shows: exactly on white, closely elsewhere."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    pixels[:8, :, 3], pixels[8:16, :, 3] = 0, 255
+    image = Image.fromarray(pixels, "RGBA")
+    values = torch.from_numpy(layers(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    (back,) = to_pil(values)
+    assert back.mode == "RGBA" and array(back)[0, 0].tolist() == [255, 255, 255, 0]
+    assert (array(back)[..., 3] == pixels[..., 3]).all()
+    assert (array(back)[8:16, :, :3] == pixels[8:16, :, :3]).all()
+    assert np.abs(array(to_rgb(back)).astype(int) - array(to_rgb(image))).max() <= 1
+    for ground in ("black", "teal"):
+        under = Image.new("RGBA", image.size, ground)
+        shown = [array(Image.alpha_composite(under, one)).astype(int) for one in (image, back)]
+        assert np.abs(shown[0] - shown[1]).max() <= 2
+
+
+def test_what_is_dark_on_white_is_opaque() -> None:
+    """Whatever opacity is said of it: the picture on white is what was decoded."""
+    values = torch.tensor([-1.0, 0.0, 1.0, -1.0]).view(1, 4, 1, 1)
+    (picture,) = to_pil(values)
+    assert picture.getpixel((0, 0)) == (0, 128, 255, 255)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -100,7 +100,7 @@ def test_an_import_that_points_up_is_seen() -> None:
 
 def test_no_file_is_too_long_to_read() -> None:
     """In lines of text: the front door 300, any other file but the settings 400."""
-    most = {"model.py": 300, "config.py": 450}
+    most = {"model.py": 300, "config.py": 470}
     lengths = {str(path.relative_to(PACKAGE)): len(path.read_text("utf-8").splitlines()) for path in MODULES}
     assert not {name: count for name, count in lengths.items() if count > most.get(name, 400)}
 

@@ -67,6 +67,20 @@ TINY = ModelConfig(
 )
 """Light autoencoder, rectified flow, one frozen CLIP."""
 
+FINE = replace(
+    TINY,
+    name="fine",
+    sample_size=64,
+    vae=replace(
+        TINY.vae,
+        encoder_pooling=2,
+        decoder_block_out_channels=(8, 16, 32),
+        decoder_blocks=(1, 1, 1),
+        alpha=True,
+    ),
+)
+"""TINY's latents, decoded to pictures twice as large that have opacity."""
+
 STAGES = (
     AutoencoderSettings(batch_size=4, epochs=1, min_steps=3, warmup_steps=2, ema_decay=0.999),
     DenoiserSettings(batch_size=4, epochs=1, min_steps=3, warmup_steps=2, learning_rate=1e-3),

@@ -145,15 +145,37 @@ class AutoencoderTinyConfig(Settings):
     """Residual blocks of each level of the encoder, from the pixels to the latents."""
     decoder_blocks: Blocks = (1, 3, 3, 3)
     """Residual blocks of each level of the decoder, from the pixels to the latents."""
+    encoder_pooling: Annotated[int, within(1, 64)] = 1
+    """Side of the squares of pixels of which the encoder reads the mean. Where it halves the picture, the decoder has
+    one level more, where it quarters it two."""
+    decoder_block_out_channels: Widths | None = None
+    """Channels of each level of the decoder, from the pixels to the latents; None for the encoder's."""
+    alpha: bool = False
+    """Whether the decoder gives four channels: the picture on white, and how opaque it is."""
 
     def check(self) -> None:
         """Raises InputError where the levels' settings do not fit together."""
-        _same_length(self, "block_out_channels", "encoder_blocks", "decoder_blocks")
+        if self.decoder_block_out_channels is None:
+            _same_length(self, "block_out_channels", "encoder_blocks", "decoder_blocks")
+        else:
+            _same_length(self, "block_out_channels", "encoder_blocks")
+            _same_length(self, "decoder_block_out_channels", "decoder_blocks")
+        size = self.patch_size * 2 ** (len(self.decoder_widths) - 1)
+        if size != self.factor:
+            raise InputError(
+                f"the decoder makes {size} pixels a side of one latent, and the encoder reads {self.factor}: give"
+                " decoder_block_out_channels and decoder_blocks another number of levels, or another encoder_pooling"
+            )
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of each level of the decoder."""
+        return self.decoder_block_out_channels or self.block_out_channels
 
     @property
     def factor(self) -> int:
         """Pixels per latent, along each side."""
-        return int(self.patch_size * 2 ** (len(self.block_out_channels) - 1))
+        return int(self.encoder_pooling * self.patch_size * 2 ** (len(self.block_out_channels) - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +337,11 @@ class ModelConfig(Settings):
                 "text_encoders need a unet.cross_attention_dim, of their tokens, or a unet.pooled_projection_dim, and"
                 " the other way round"
             )
+
+    @property
+    def alpha(self) -> bool:
+        """Whether the pictures have opacity."""
+        return isinstance(self.vae, AutoencoderTinyConfig) and self.vae.alpha
 
     @property
     def reads_mask(self) -> bool:

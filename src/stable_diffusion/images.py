@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -62,14 +63,14 @@ _DAMAGE = (
 )
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The picture in a file, fully decoded: RGB, upright, on white where it is transparent.
+def open_image(path: str | Path, *, alpha: bool = False) -> Image.Image:
+    """The picture in a file, as ``decoded``.
 
     The content decides, not the suffix. Raises InputError for a file that is missing, not a picture, damaged,
     cut off, or has more than ``MAX_PIXELS``.
     """
     with opened(path) as image:
-        return decoded(image)
+        return decoded(image, alpha=alpha)
 
 
 def open_mask(path: str | Path) -> Image.Image:
@@ -140,9 +141,10 @@ def _room_for(size: tuple[int, int]) -> Iterator[None]:
             _some_freed.notify_all()
 
 
-def decoded(image: Image.Image) -> Image.Image:
-    """The picture of an opened file: RGB, upright, on white where it is transparent."""
-    return to_rgb(_loaded(image))
+def decoded(image: Image.Image, *, alpha: bool = False) -> Image.Image:
+    """The picture of an opened file, fully decoded and upright: ``to_rgb``, or with `alpha` ``with_alpha``."""
+    picture = _loaded(image)
+    return with_alpha(picture) if alpha else to_rgb(picture)
 
 
 def _loaded(image: Image.Image) -> Image.Image:
@@ -174,6 +176,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def with_alpha(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGBA where it may be transparent, else as ``to_rgb``."""
+    return image.convert("RGBA") if _is_transparent(image) else to_rgb(image)
+
+
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
     """The largest centred crop of that aspect ratio, resized; nothing is stretched."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -193,8 +200,29 @@ def to_tensor(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1).contiguous()
 
 
-def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
-    """Tensors as RGB images; values outside [-1, 1] are clamped. Raises InputError for NaN and infinity."""
+def layers(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The picture on white and how opaque it is, ``h w 4``: what a decoder of transparent pictures gives."""
+    opacity = with_alpha(image).convert("RGBA").getchannel("A")
+    return np.dstack([np.asarray(to_rgb(image)), np.asarray(opacity)])
+
+
+def from_layers(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    """The RGBA picture that ``layers`` came from, up to rounding; white where it is transparent.
+
+    It is at least so opaque that it can look on white as it is said to.
+    """
+    white, opacity = pixels[..., :3].astype(np.int32), pixels[..., 3].astype(np.int32)
+    opacity = np.maximum(opacity, 255 - white.min(axis=-1))
+    missing = (255 - white) * 255  # from white, as seen through the opacity
+    colour = 255 - (missing + opacity[..., None] // 2) // np.maximum(opacity, 1)[..., None]
+    return Image.fromarray(np.dstack([colour, opacity]).astype(np.uint8), "RGBA")
+
+
+def to_pil(images: Float[Tensor, "b c h w"]) -> list[Image.Image]:
+    """Tensors as RGB images, or, with four channels, those of ``layers``, as RGBA ones.
+
+    Values outside [-1, 1] are clamped. Raises InputError for NaN and infinity.
+    """
     import torch
 
     pixels = images.detach().to(torch.float32)
@@ -206,7 +234,8 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
             "check the model's weights, or use float32"
         )
     pixels = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    make = Image.fromarray if pixels.shape[1] == 3 else from_layers
+    return [make(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def binary_mask(mask: Image.Image, width: int, height: int) -> tuple[Image.Image, str | None]:

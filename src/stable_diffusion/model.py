@@ -59,7 +59,7 @@ class DiffusionModel(ModelParts):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"], *, preview: bool = False) -> list[Image.Image]:
-        """The pictures that latents stand for, such as a step's ``x0``.
+        """The pictures that latents stand for, such as a step's ``x0``: RGB, or RGBA where the decoder gives opacity.
 
         Args:
             latents: of unit standard deviation.

@@ -34,7 +34,7 @@ from tests.checkpoints import sd
 from tests.checkpoints.test_diffusers import TOLERANCE, error, ours, reference, theirs
 from tests.lively import lively
 from tests.nn.reference import normal, quietly
-from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
+from tests.tiny import FINE, KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
 
 CLIP = replace(
     TINY,
@@ -173,6 +173,12 @@ def test_a_model_of_bert_goes_by_parts(tmp_path: Path) -> None:
     ("config", "reason", "there"),
     [
         (TINY, "its light autoencoder is not Stable Diffusion's", {"unet", "scheduler"}),
+        (FINE, "its light autoencoder gives pictures with opacity", {"unet", "scheduler"}),
+        (
+            replace(FINE, vae=replace(FINE.vae, alpha=False)),
+            "its light autoencoder gives larger pictures than it reads",
+            {"unet", "scheduler"},
+        ),
         (replace(CLIP, vae=VQ), "its autoencoder has a codebook", {"unet", "scheduler"}),
         (replace(UNCONDITIONAL, vae=KL), "it has no text encoders", {"vae", "scheduler"}),
     ],

@@ -24,7 +24,7 @@ from stable_diffusion.config import MINILM, PRESETS, ModelConfig, TextEncoderCon
 from stable_diffusion.files import _computer
 from tests.lively import lively
 from tests.test_files import reachable, refusal, without_rights
-from tests.tiny import KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
+from tests.tiny import FINE, KL, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
 
 TRAINED = replace(TINY, text_encoders=(replace(TEXT, trainable=True),))
 TWO = replace(
@@ -38,6 +38,7 @@ CONFIGS = {
     "kl": replace(TINY, vae=KL),
     "vq": replace(TINY, vae=VQ),
     "without text": UNCONDITIONAL,
+    "larger, with opacity": FINE,
     "trained": TRAINED,
     "projected": replace(TRAINED, unet=replace(TINY.unet, cross_attention_dim=24)),
     "clip and bert": TWO,

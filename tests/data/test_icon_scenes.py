@@ -25,6 +25,7 @@ from stable_diffusion.data.icon_phrases import (
 from stable_diffusion.data.icon_plans import scenes
 from stable_diffusion.data.icon_scenes import COLOURS, POSITIONS, SCENE_SPLITS, Cast, Drawn, Scene, is_held
 from stable_diffusion.data.icon_sprites import ANCHORS, can_turn, compose, cut_out, ground, turned
+from stable_diffusion.images import to_rgb
 
 NAMES = (
     *("fox", "drum", "cat", "teapot", "castle", "hot beverage", "pizza", "laptop", "apple", "car", "bicycle"),
@@ -211,6 +212,9 @@ def test_a_composed_scene_has_its_things_in_their_boxes(
     files = dict.fromkeys(NAMES, tmp_path / "sprite.png")
     for scene in random.Random(0).sample(planned, 60):
         picture, things = compose(scene, files, 128)
+        clear, _ = compose(scene, files, 128, alpha=True)
+        assert (picture.mode, clear.mode) == ("RGB", "RGB" if scene.ground else "RGBA")
+        assert np.abs(np.subtract(to_rgb(clear), picture, dtype=int)).max() <= 2
         assert picture.size == (128, 128)
         assert [part.object for part, _ in things] == [p.object for p in scene.parts for _ in p.places]
         pixels = np.asarray(picture).astype(int)

@@ -38,6 +38,7 @@ from stable_diffusion.data.item import Progress
 from stable_diffusion.data.sources import Icons
 from stable_diffusion.errors import InputError
 from stable_diffusion.evaluation.pictures import groups
+from stable_diffusion.images import to_rgb
 
 GROUPS = {
     "groups": {
@@ -346,9 +347,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(out: Path, packages: Path, size: int = 32, scenes: int = 0) -> list[Progress]:
+def make(out: Path, packages: Path, size: int = 32, scenes: int = 0, alpha: bool = False) -> list[Progress]:
     pytest.importorskip("resvg_py")
-    return list(Icons(size=size, packages=str(packages), scenes=scenes).make(out))
+    return list(Icons(size=size, packages=str(packages), scenes=scenes, alpha=alpha).make(out))
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +399,19 @@ def test_the_loader_reads_every_split_without_a_warning(made: Path) -> None:
         assert loader[0].image.size == (32, 32)
         assert loader[0].image.mode == "RGB"
     assert pictures == len(images(made)) > 500
+
+
+def test_pictures_may_keep_the_drawings_transparency(made: Path, packages: Path, tmp_path: Path) -> None:
+    """All else is the same, and so is what they look like on white."""
+    make(tmp_path / "set", packages, alpha=True)
+    clear, found = images(tmp_path / "set"), images(made)
+    assert clear.keys() == found.keys()
+    for name, entry in clear.items():
+        image, (left, top, width, height) = pixels(entry["path"]), entry["things"][0]["box"]
+        assert image.mode == "RGBA"
+        assert image.getchannel("A").getbbox() == (left, top, left + width, top + height)
+        assert to_rgb(image).tobytes() == pixels(found[name]["path"]).tobytes()
+        assert entry["captions"] == found[name]["captions"]
 
 
 def test_pictures_are_named_and_described(made: Path) -> None:
@@ -528,7 +542,7 @@ def test_scenes_are_part_of_the_set(packages: Path, made: Path, tmp_path: Path) 
     assert len(scenes) == 40
     assert source.image(scenes[3].key).size == source.image(entries[0].key).size == (32, 32)
     parts = [sum(entry.weight for entry in part) for part in (some, scenes)]
-    assert parts[1] / sum(parts) == pytest.approx(0.6, abs=0.01)
+    assert parts[1] / sum(parts) == pytest.approx(0.7, abs=0.01)
     for entry in entries:
         things: Any = entry.fields["things"]
         for thing in things:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stable_diffusion import DiffusionModel, Guidance, InputError, SamplerConfig
+from stable_diffusion import DiffusionModel, Guidance, InputError, SamplerConfig, images
 from stable_diffusion.config import ModelConfig, ScheduleConfig, Styles
 from stable_diffusion.diffusion.names import SAMPLERS
 from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.errors import InputError as SameError
 from stable_diffusion.generation import pipeline
+from stable_diffusion.generation.metadata import read_settings, save_png
 from stable_diffusion.nn.unet import UNet
 from tests.lively import lively
-from tests.tiny import KL, TINY, UNCONDITIONAL, tiny_model
+from tests.tiny import FINE, KL, TINY, UNCONDITIONAL, tiny_model
 
 FLOW = replace(TINY, vae=KL)
 EPS = replace(FLOW, schedule=ScheduleConfig())
@@ -423,6 +425,36 @@ def test_bytes_outside_the_mask_are_identical(config: ModelConfig, sampler: str,
     assert np.array_equal(np.asarray(result)[outside], np.asarray(given)[outside])
     inside = ~outside
     assert (np.asarray(result)[inside] != np.asarray(given)[inside]).mean() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB"])
+def test_bytes_outside_the_mask_are_identical_with_opacity(mode: str) -> None:
+    """Those of the given picture as RGBA; pictures of a model without opacity have none whatever is given."""
+    given = picture(64, 64)
+    if mode == "RGBA":
+        given.putalpha(Image.linear_gradient("L").resize((64, 64)))
+    where = mask(64, 64)
+    (result,) = shared(FINE).generate("a", image=given, mask_image=where, seed=0)
+    assert result.mode == "RGBA"
+    outside = np.asarray(where) == 0
+    assert np.array_equal(np.asarray(result)[outside], np.asarray(given.convert("RGBA"))[outside])
+    assert (np.asarray(result)[~outside] != np.asarray(given.convert("RGBA"))[~outside]).mean() > 0.5
+    (plain,) = shared(FLOW).generate("a", image=given, mask_image=where, seed=0)
+    assert plain.mode == "RGB"
+    assert np.array_equal(np.asarray(plain)[outside], np.asarray(images.to_rgb(given))[outside])
+
+
+def test_opacity_is_not_encoded(tmp_path: Path) -> None:
+    """A picture with opacity is that picture on white; a generated one says in its file how it was made."""
+    network, given = shared(FINE), picture(64, 64)
+    given.putalpha(77)
+    assert torch.equal(network.encode(given), network.encode(images.to_rgb(given)))
+    (result,) = network.generate("a", seed=0)
+    assert (result.mode, result.size) == ("RGBA", (64, 64))
+    path = save_png(result, tmp_path / "a.png", result.info["settings"])
+    with Image.open(path) as read:
+        assert read.mode == "RGBA" and read.tobytes() == result.tobytes()
+    assert read_settings(path)["seed"] == 0
 
 
 def test_a_mask_has_the_pictures_geometry(eps: DiffusionModel) -> None:

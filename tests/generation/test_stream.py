@@ -236,7 +236,7 @@ def test_the_pipeline_runs_over_a_network_that_is_no_module(model: DiffusionMode
     assert again.pictures[0].tobytes() == result.pictures[0].tobytes()
     image = replace(request, image=result.pictures[0], mask_image=result.pictures[0], strength=0.5)
     repainted = pipeline.finished(pipeline.stream(parts, image, pipeline.plan(parts, image)))
-    mask = np.asarray(pipeline.fitted(image, [])[1]) > 127
+    mask = np.asarray(pipeline.fitted(parts, image, [])[1]) > 127
     before = np.asarray(result.pictures[0])
     for picture in map(np.asarray, repainted.pictures):
         assert (

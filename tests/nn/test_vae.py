@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import diffusers
 import pytest
@@ -31,7 +32,14 @@ KLS = {
     ),
     "grey": replace(KL, block_out_channels=(12, 8, 16), in_channels=1, latent_channels=6),
 }
-CODECS = {"kl": KL, "vq": VQ, "tiny": MINI.vae, "taesd": TAESD}
+FINE = replace(
+    MINI.vae,
+    encoder_pooling=2,
+    decoder_block_out_channels=(16, 64, 128),
+    decoder_blocks=(1, 3, 4),
+    alpha=True,
+)
+CODECS = {"kl": KL, "vq": VQ, "tiny": MINI.vae, "taesd": TAESD, "fine": FINE}
 
 
 def images(config: AutoencoderKLConfig | AutoencoderTinyConfig, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -176,13 +184,17 @@ def test_parameter_counts() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("config", CODECS.values(), ids=CODECS)
 def test_codec_contract(config: AutoencoderKLConfig | AutoencoderTinyConfig) -> None:
-    """Contract: latents are `factor` times smaller with `latent_channels`, pictures come back in their size."""
+    """Contract: latents are `factor` times smaller with `latent_channels`, pictures come back in their size.
+
+    With opacity they come back with a channel more.
+    """
     codec = randomise(autoencoder(config))
     x = normal(2, config.in_channels, 3 * config.factor, 4 * config.factor).clamp(-1, 1)
     latents = codec.encode(x)
     assert codec.config is config
     assert latents.shape == (2, config.latent_channels, 3, 4)
-    assert codec.decode(latents).shape == x.shape
+    alpha = isinstance(config, AutoencoderTinyConfig) and config.alpha
+    assert codec.decode(latents).shape == (2, config.in_channels + alpha, *x.shape[2:])
     assert error(codec.encode(x[1:]), latents[1:]) < 1e-10
     assert error(codec.decode(latents[1:]), codec.decode(latents)[1:]) < 1e-10
 
@@ -190,7 +202,7 @@ def test_codec_contract(config: AutoencoderKLConfig | AutoencoderTinyConfig) -> 
 def test_contract_covers_every_kind() -> None:
     """Contract: a new kind of autoencoder comes with a configuration in the test above."""
     assert {config.kind for config in CODECS.values()} == set(AUTOENCODERS)
-    assert [config.factor for config in (SD15.vae, TAESD, MINI.vae, VQ)] == [8, 8, 8, 4]
+    assert [config.factor for config in (SD15.vae, TAESD, MINI.vae, VQ, FINE)] == [*(8, 8, 8, 4, 16)]
 
 
 @torch.no_grad()
@@ -268,16 +280,97 @@ def test_divergence_is_the_integral() -> None:
     assert not Posterior(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)).kl().any()
 
 
-@pytest.mark.parametrize("config", [KL, VQ, MINI.vae], ids=["kl", "vq", "tiny"])
+@pytest.mark.parametrize("config", [KL, VQ, MINI.vae, FINE], ids=["kl", "vq", "tiny", "fine"])
 def test_gradients_reach_every_parameter(config: AutoencoderKLConfig | AutoencoderTinyConfig) -> None:
     """Law: what a reconstruction and its regulariser ask for reaches every parameter."""
     codec = randomise(autoencoder(config))
-    x = images(config)
+    x = normal(2, config.in_channels, 32, 48).clamp(-1, 1)
     if isinstance(codec, AutoencoderTiny):
-        loss = (codec.decode(codec.encode(x)) - x).square().mean()
+        loss = (codec.decode(codec.encode(x)) - x[:, :1]).square().mean()
     else:
         z = codec.posterior(x)
         loss = (codec.decode(z.mean * config.scaling_factor) - x).square().mean()
         loss = loss + (z.kl().mean() if codec.quantize is None else codec.quantize(z.mean)[2])
     loss.backward()
     assert [k for k, p in codec.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# Decoders of larger pictures and of opacity, on the same latents.
+
+
+@torch.no_grad()
+def test_pooling_is_what_the_encoder_sees() -> None:
+    """Law: latents of a picture are those of its mean over squares, with the same weights; opacity is not read."""
+    fine, plain = (AutoencoderTiny(config).double() for config in (FINE, MINI.vae))
+    fine.encoder.load_state_dict(plain.encoder.state_dict())
+    x = normal(2, 4, 32, 48)
+    pooled = x[:, :3].unflatten(2, (16, 2)).unflatten(4, (24, 2)).mean(dim=(3, 5))
+    assert error(fine.encode(x), plain.encode(pooled)) < 1e-10
+
+
+def light(x: Tensor, scale: float = 1.0) -> AutoencoderTiny:
+    """Random, and decoding `x`'s latents to pictures within the range, which a new level keeps."""
+    codec = randomise(AutoencoderTiny(MINI.vae)).double()
+    decoded = codec.decode(codec.encode(x)) + 1
+    last = codec.decoder.layers[-2]
+    last.weight.mul_(0.9 / decoded.abs().max() * scale), last.bias.mul_(0.9 / decoded.abs().max() * scale)
+    last.bias.add_(0.5)
+    return codec
+
+
+@torch.no_grad()
+def test_a_new_level_begins_as_bicubic_interpolation() -> None:
+    """Law: the encoder is the other's; pictures are its pictures, twice as large, and opacity its darkness likewise."""
+    x = normal(2, 3, 32, 48)
+    plain, fine = light(x), AutoencoderTiny(FINE).double()
+    fine.begin_as(plain)
+    z = plain.encode(x)
+    small = plain.decode(z)
+    assert small.min() > -1 and small.max() < 1 and small.std() > 0.05
+    large = nn.functional.interpolate(small, scale_factor=2, mode="bicubic")
+    inside = (
+        slice(None),
+        slice(None),
+        slice(4, -4),
+        slice(4, -4),
+    )  # at the edge white lies beside it, not a copy
+    decoded = fine.decode(z)
+    assert error(decoded[:, :3][inside], large[inside]) < 1e-5  # whose weights torch computes in float32
+    assert error(decoded[:, 3:][inside], -large.mean(dim=1, keepdim=True)[inside]) < 1e-5
+    assert error(fine.encode(nn.functional.interpolate(x, scale_factor=2)), z) < 1e-10
+
+
+@torch.no_grad()
+def test_opacity_is_begun_and_left_out() -> None:
+    """Law: with opacity the pictures stay, whose darkness it is; without it again they stay, too."""
+    x = normal(2, 3, 32, 48)
+    plain = light(x)
+    z = plain.encode(x)
+    clear, back = AutoencoderTiny(replace(MINI.vae, alpha=True)).double(), AutoencoderTiny(MINI.vae).double()
+    clear.begin_as(plain), back.begin_as(clear)
+    small = plain.decode(z)
+    assert error(clear.decode(z), torch.cat([small, -small.mean(dim=1, keepdim=True)], dim=1)) < 1e-10
+    assert error(back.decode(z), small) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decoder_block_out_channels": (8, 64, 128)},
+        {
+            "encoder_pooling": 4,
+            "decoder_block_out_channels": (16, 16, 64, 128),
+            "decoder_blocks": (1, 1, 3, 4),
+        },
+        {"decoder_blocks": (1, 3, 3)},
+    ],
+    ids=["narrow", "two levels", "other levels"],
+)
+def test_what_cannot_go_on_begins_anew(change: dict[str, Any]) -> None:
+    """Law: the encoder is the other's all the same."""
+    x = normal(2, 3, 64, 64)
+    plain, fine = light(x), AutoencoderTiny(replace(FINE, **change)).double()
+    fine.begin_as(plain)
+    pooled = nn.functional.avg_pool2d(x, fine.config.encoder_pooling)
+    assert error(fine.encode(x), plain.encode(pooled)) < 1e-10

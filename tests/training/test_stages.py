@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stable_diffusion.config import (
     MINILM,
@@ -16,14 +18,17 @@ from stable_diffusion.config import (
     ModelConfig,
 )
 from stable_diffusion.data.coco import CocoImageLoader
+from stable_diffusion.data.item import Joined
 from stable_diffusion.generation.denoise import UNetNetwork
+from stable_diffusion.images import layers, to_tensor
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.training.draw import Draw, Samples
+from stable_diffusion.training.pictures import on_grounds
 from stable_diffusion.training.stages.autoencoder import AutoencoderStage, normalise
 from stable_diffusion.training.stages.decoder import DecoderStage, Discriminator
 from stable_diffusion.training.stages.denoiser import DenoiserStage
-from stable_diffusion.training.workspace import TextCache, read_pixels
-from tests.tiny import DECODER, KL, STAGES, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
+from stable_diffusion.training.workspace import TextCache, Workspace, read_pixels
+from tests.tiny import DECODER, FINE, KL, STAGES, TEXT, TINY, UNCONDITIONAL, VQ, tiny_model
 from tests.training.test_caches import result, said
 
 CAPTIONS = ["", "a red circle", "a blue square", "a green heart", "a yellow star"]
@@ -148,7 +153,7 @@ def test_the_example_has_the_shapes_of_a_batch() -> None:
         assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
             (x.shape, x.dtype, x.stride()) for x in example
         ]
-    for pictures in (autoencoder_stage(), decoder_stage()):
+    for pictures in (autoencoder_stage(), decoder_stage(), decoder_stage(FINE)):
         batch, example = pictures.batch(draw(0, 4)), pictures.example(4)
         assert [(x.shape, x.dtype, x.stride()) for x in batch] == [
             (x.shape, x.dtype, x.stride()) for x in example
@@ -327,11 +332,74 @@ def decoder_stage(config: ModelConfig = TINY) -> DecoderStage:
     model = tiny_model(config)
     stage = DecoderStage(model, DECODER)
     stage.samples = Samples(4)
-    stage.pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    shape = (4, config.sample_size, config.sample_size, 3 + config.alpha)
+    stage.pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with torch.no_grad():
         latents = model.vae.encode(read_pixels(stage.pictures, list(range(4))))
     stage.latents = latents.half().numpy()
     return stage
+
+
+def test_a_ground_shows_where_a_picture_is_transparent() -> None:
+    """The picture on a colour, from the picture on white, is what PIL makes of the picture itself."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels, "RGBA")
+    layered = torch.from_numpy(layers(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    for colour in ("white", "black", "teal"):
+        ground = Image.new("RGBA", (16, 16), colour)
+        shown = on_grounds(layered, to_tensor([ground])[..., :1, :1])
+        expected = to_tensor([Image.alpha_composite(ground, picture)])
+        assert (shown - expected).abs().max() < 3 / 127.5
+
+
+def test_opacity_is_learnt_on_white_and_on_other_grounds() -> None:
+    """Half of the grounds are white, others differ; a decoder without mistakes has no loss but the discriminator's."""
+    stage = decoder_stage(FINE)
+    pixels, latents, grounds = stage.batch(draw(0, 4))
+    assert pixels.shape == (4, 4, 64, 64) and latents.shape == (4, 4, 8, 8) and grounds.shape == (4, 3, 1, 1)
+    many = torch.cat([stage.batch(draw(step, 4))[2] for step in range(100)]).flatten(1)
+    white = (many == 1).all(dim=1)
+    assert 0.4 < white.float().mean() < 0.6 and len(many[~white].unique(dim=0)) == (~white).sum()
+    losses = stage(pixels, latents, grounds)
+    assert all(losses[name] > 0 for name in ("pixels", "edges", "alpha", "ground"))
+    stage.vae[0].decode = lambda z: pixels
+    losses = stage(pixels, latents, grounds)
+    assert not any(losses[name] for name in ("pixels", "edges", "alpha", "ground"))
+    transparent = pixels.clone()
+    transparent[:, 3] = -1
+    stage.vae[0].decode = lambda z: transparent
+    losses = stage(pixels, latents, -torch.ones(4, 3, 1, 1))
+    assert not losses["pixels"] and losses["alpha"] > 0.2 and losses["ground"] > 0.2
+
+
+def test_the_decoder_learns_without_a_discriminator() -> None:
+    stage = DecoderStage(tiny_model(), replace(DECODER, adversarial_weight=0))
+    assert stage(*stage.example(2)).keys() == {"pixels", "edges"} and stage.players().keys() == {"decoder"}
+    against = decoder_stage()
+    assert against.players().keys() == {"decoder", "discriminator"}
+    assert against(*against.example(2)).keys() == {"pixels", "edges", "fooling", "discriminator"}
+
+
+def test_a_sets_opacity_is_read_where_the_decoder_gives_it(tmp_path: Path) -> None:
+    """Also of sets that are joined; elsewhere pictures lie on white."""
+    sources = []
+    for name, colour in (("a", (0, 128, 0, 51)), ("b", (0, 0, 0))):
+        (tmp_path / name).mkdir()
+        Image.new("RGBA" if len(colour) == 4 else "RGB", (64, 64), colour).save(
+            tmp_path / name / f"{name}.png"
+        )
+        said = {
+            "images": [{"id": 1, "file_name": f"{name}.png"}],
+            "annotations": [{"image_id": 1, "caption": "x"}],
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(said))
+        sources.append(CocoImageLoader(tmp_path / name, tmp_path / f"{name}.json"))
+    data = Joined(sources)
+    read = {}
+    for config in (FINE, replace(FINE, vae=replace(FINE.vae, alpha=False))):
+        work = Workspace(tiny_model(config), data, data.entries(), tmp_path)
+        read[config.alpha] = result(work.pictures())[:, 5, 5].tolist()
+    assert read == {True: [[204, 230, 204, 51], [0, 0, 0, 255]], False: [[204, 230, 204], [0, 0, 0]]}
 
 
 def test_the_decoder_bears_noise_of_any_standard_deviation_up_to_the_encoders() -> None:

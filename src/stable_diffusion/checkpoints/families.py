@@ -162,7 +162,12 @@ def vae_misfit(vae: AutoencoderKLConfig | AutoencoderTinyConfig) -> str | None:
     """Likewise, of an autoencoder alone: Stable Diffusion's own, or a light one of TAESD's kind."""
     if isinstance(vae, AutoencoderKLConfig):
         return None if vae.codebook_size is None else "its autoencoder has a codebook"
-    taesd = vae.patch_size == 1 and len(set(vae.block_out_channels)) == 1
+    if vae.alpha:
+        return "its light autoencoder gives pictures with opacity"
+    if vae.encoder_pooling > 1:
+        return "its light autoencoder gives larger pictures than it reads"
+    widths = {*vae.block_out_channels, *vae.decoder_widths}
+    taesd = vae.patch_size == 1 and len(widths) == 1
     return None if taesd else "its light autoencoder is not Stable Diffusion's"
 
 

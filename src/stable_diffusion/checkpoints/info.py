@@ -67,7 +67,8 @@ def _flat(content: dict[Any, Any], inner: bool = True) -> Iterator[tuple[str, Te
 def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
     config = checkpoint.config
     process = f"{config.schedule.kind} schedule, predicts {config.schedule.prediction_type}"
-    yield f"{config.name}: {config.sample_size} pixels, {process}"
+    ground = " on a transparent ground" if config.alpha else ""
+    yield f"{config.name}: {config.sample_size} pixels{ground}, {process}"
     yield f"  {form}, {_version(config)}"
     yield _part("unet", checkpoint.unet)
     if checkpoint.vae:

@@ -16,6 +16,9 @@ from stable_diffusion.runtime import first_process, keep_freed_memory
 if TYPE_CHECKING:
     from stable_diffusion import DiffusionModel, ModelConfig
 
+DECODER = ("encoder_pooling", "decoder_block_out_channels", "decoder_blocks", "alpha")
+"""Settings of a light autoencoder that leave its encoder's weights what they are."""
+
 
 def train(
     recipe: tyro.conf.Positional[Path | None] = None,
@@ -134,10 +137,34 @@ def train(
 
 
 def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
-    """Lets the model be trained further as a recipe says."""
-    for part in ("sample_size", "vae", "unet", "text_encoders", "schedule"):
-        if getattr(settings, part) != getattr(model.config, part):
+    """Lets the model be trained further as a recipe says.
+
+    A light autoencoder may get another decoder on its latents, for larger pictures or for opacity: it begins with the
+    weights that fit (`nn.vae.AutoencoderTiny.begin_as`) and has to be trained.
+    """
+    from stable_diffusion.nn.vae import AutoencoderTiny, autoencoder
+
+    own, kept = _kept(model.config), _kept(settings)
+    for part, value in kept.items():
+        if value != own[part]:
             raise InputError(
                 f"the model {model.config.name!r} has another {part} than the recipe: --start needs the same one"
             )
+    if settings.vae != model.config.vae:
+        before, model.vae = model.vae, autoencoder(settings.vae).eval()
+        assert isinstance(before, AutoencoderTiny) and isinstance(
+            model.vae, AutoencoderTiny
+        )  # others are equal
+        model.vae.begin_as(before)
     model.config = settings
+
+
+def _kept(config: ModelConfig) -> dict[str, object]:
+    """What a model that is trained further keeps, by the part of the configuration that says it."""
+    from stable_diffusion.config import to_dict
+
+    parts: dict[str, object] = {
+        "vae": {name: value for name, value in to_dict(config.vae).items() if name not in DECODER},
+        "sample_size": config.sample_size // config.vae.factor,  # of the latents
+    }
+    return parts | {part: getattr(config, part) for part in ("unet", "text_encoders", "schedule")}

@@ -90,15 +90,19 @@ def ground(colour: str | None) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def compose(scene: Scene, files: dict[str, Path], size: int) -> tuple[Image.Image, list[tuple[Part, Box]]]:
+def compose(
+    scene: Scene, files: dict[str, Path], size: int, *, alpha: bool = False
+) -> tuple[Image.Image, list[tuple[Part, Box]]]:
     """A scene as pixels, and where each of its things stands in it.
 
     Args:
         scene: what to show.
         files: the drawings, cut out, by object.
         size: side of the picture.
+        alpha: whether it is RGBA where it has no ground, instead of on white.
     """
-    picture = Image.new("RGBA", (size, size), ground(scene.ground))
+    clear = alpha and scene.ground is None
+    picture = Image.new("RGBA", (size, size), (*ground(scene.ground), 0 if clear else 255))
     things: list[tuple[Part, Box]] = []
     for part in reversed(scene.parts):  # what is named first lies on top
         with Image.open(files[part.object]) as file:
@@ -109,7 +113,7 @@ def compose(scene: Scene, files: dict[str, Path], size: int) -> tuple[Image.Imag
             picture.alpha_composite(small if part.colour is None else turned(small, part.colour), (left, top))
             things.append((part, box))
     order = {id(part): number for number, part in enumerate(scene.parts)}
-    return picture.convert("RGB"), sorted(things, key=lambda thing: order[id(thing[0])])
+    return picture if clear else picture.convert("RGB"), sorted(things, key=lambda thing: order[id(thing[0])])
 
 
 def _fitted(sides: tuple[int, int], place: Place, size: int) -> Box:

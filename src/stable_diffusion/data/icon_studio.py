@@ -19,7 +19,7 @@ from stable_diffusion.data.made import Captioned, write_captions
 TRAINING = "train_scenes"
 TEST_SCENES = 500
 """Most scenes of a split that tests."""
-SHARE = 0.6
+SHARE = 0.7
 """Of what training samples, the part that scenes are."""
 
 RULES = {TRAINING: "scenes that show nothing of what the other splits of scenes hold", **SCENE_SPLITS}
@@ -84,7 +84,7 @@ def write_scenes(
 
         def render(scene: Scene) -> tuple[Scene, bytes, list[dict[str, Any]]]:
             own = {part.object: files[scene.style, part.object] for part in scene.parts}
-            image, things = compose(scene, own, size)
+            image, things = compose(scene, own, size, alpha="alpha" in info)
             png = io.BytesIO()
             image.save(png, "PNG", compress_level=6)
             return scene, png.getvalue(), [_thing(part.object, part.colour, box) for part, box in things]

@@ -1,7 +1,7 @@
 """The set of icons in COCO's format: thousands of named things, drawn by several vendors, from npm packages.
 
-The packages are fetched once through the ``npm`` client and drawn here, on white; object and style (and skin
-tone, and gender) make a grid, of which ``icon_splits`` holds parts out.
+The packages are fetched once through the ``npm`` client and drawn here, on white or with their transparency;
+object and style (and skin tone, and gender) make a grid, of which ``icon_splits`` holds parts out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _VERSION = 4  # grows with every change of pictures, captions, fields, splits or
 
 
 def write_icons(
-    out: Path, size: int, packages: Path | None, scenes: int = 0
+    out: Path, size: int, packages: Path | None, scenes: int = 0, alpha: bool = False
 ) -> Generator[Progress, None, None]:
     """Makes ``{split}/``, ``annotations/captions_{split}.json``, README.md and dataset.json, as it is consumed.
 
@@ -64,12 +64,13 @@ def write_icons(
         packages: a folder where the packages' archives are kept; those that are not there yet are fetched into
             it. None keeps none.
         scenes: how many to compose for training; where there are any, up to ``TEST_SCENES`` of each split of scenes.
+        alpha: whether drawings, and scenes without a ground, stay transparent.
 
     Raises:
         InputError: npm or resvg-py is missing, a package cannot be had or read, or ``out`` holds something else or
             cannot be written.
     """
-    info = _info(size, scenes)
+    info = _info(size, scenes) | ({"alpha": True} if alpha else {})
 
     def fill(root: Path) -> Iterator[Progress]:
         with tempfile.TemporaryDirectory(dir=root) as workshop:
@@ -114,7 +115,7 @@ def _make(
             left_out["blank"] += 1
             continue
         name = _file(drawing.style, drawing.thing)
-        image.save(drawn / name, "PNG", compress_level=6)
+        (transparent if info.get("alpha") else image).save(drawn / name, "PNG", compress_level=6)
         left, top, right, bottom = transparent.getchannel("A").getbbox() or (0, 0, size, size)
         boxes[name] = [left, top, right - left, bottom - top]
         alike[drawing.style, hashlib.sha256(image.tobytes()).hexdigest()].append(drawing)

@@ -77,9 +77,9 @@ class Streams(Source, Protocol):
 
 
 class Joined:
-    """Sources one after the other, whose keys differ."""
+    """Sources of files one after the other, whose keys differ."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Files]) -> None:
         self._entries = [source.entries() for source in sources]
         self._sources = {
             entry.key: source for source, some in zip(sources, self._entries, strict=True) for entry in some
@@ -92,6 +92,10 @@ class Joined:
     def image(self, key: str) -> Image.Image:
         """The picture of an entry. Raises InputError if it cannot be decoded."""
         return self._sources[key].image(key)
+
+    def opened(self, key: str) -> AbstractContextManager[Image.Image]:
+        """The picture as it is stored, not decoded yet. Raises InputError, also inside the ``with`` block."""
+        return self._sources[key].opened(key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +119,11 @@ class Split:
 
 
 def squares(
-    source: Source, keys: Iterable[str], size: int, threads: int = THREADS
+    source: Source, keys: Iterable[str], size: int, threads: int = THREADS, *, alpha: bool = False
 ) -> Iterator[Image.Image | InputError]:
     """The pictures of these keys in their order, cut and scaled to squares of `size` pixels a side.
+
+    RGB, on white; with `alpha` RGBA where a file is transparent.
 
     They are made on threads a little ahead, unless the source ``Streams``. In place of a damaged one its error.
     """
@@ -127,7 +133,7 @@ def squares(
             if not isinstance(source, Files):
                 return images.cover(source.image(key), size, size)
             with source.opened(key) as image:  # as long as it is large, it counts for what may be decoded
-                return images.cover(images.decoded(image), size, size)
+                return images.cover(images.decoded(image, alpha=alpha), size, size)
         except InputError as error:
             return error
 

@@ -16,7 +16,7 @@ from stable_diffusion.errors import unknown_name
 from stable_diffusion.fields import Rule, Settings, from_dict, within
 
 if TYPE_CHECKING:
-    from stable_diffusion.data.item import Progress, Source
+    from stable_diffusion.data.item import Files, Progress, Source
 
 FilePath = Annotated[str, Rule("a path of a file", lambda path: "\0" not in path)]
 
@@ -36,7 +36,7 @@ class MadeConfig(Settings, ABC):
     def make(self, folder: Path) -> Generator[Progress, None, None]:
         """Makes the set in the folder, as it is consumed, or leaves one that was made with the same settings."""
 
-    def open(self, folder: Path) -> Source:
+    def open(self, folder: Path) -> Files:
         """The training split of the set in the folder."""
         captions = folder / "annotations" / "captions_train.json"
         return Coco(images=str(folder / "train"), captions=str(captions)).open(folder)
@@ -51,7 +51,7 @@ class Coco(Settings):
     captions: FilePath = ""
     """Its captions file."""
 
-    def open(self, folder: Path) -> Source:
+    def open(self, folder: Path) -> Files:
         """The pictures, wherever the folder is: they lie where the settings say."""
         from stable_diffusion.data.coco import CocoImageLoader
 
@@ -84,6 +84,8 @@ class Icons(MadeConfig):
     """Side of the pictures in pixels."""
     scenes: Annotated[int, within(0, 10_000_000)] = 60_000
     """Scenes of several things, counts, colours and places to learn from, and up to 500 of each kind to test with."""
+    alpha: bool = False
+    """Keep the drawings' transparency, for a decoder that gives opacity."""
     packages: FilePath | None = None
     """A folder to keep the npm packages in; by default they are not kept."""
 
@@ -92,9 +94,9 @@ class Icons(MadeConfig):
         from stable_diffusion.data.icons import write_icons
 
         packages = None if self.packages is None else Path(self.packages)
-        yield from write_icons(folder, self.size, packages, self.scenes)
+        yield from write_icons(folder, self.size, packages, self.scenes, self.alpha)
 
-    def open(self, folder: Path) -> Source:
+    def open(self, folder: Path) -> Files:
         """The drawings to learn from, and the scenes."""
         from stable_diffusion.data.item import Joined
 

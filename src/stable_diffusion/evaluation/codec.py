@@ -18,11 +18,11 @@ TOGETHER = 4
 
 @torch.no_grad()
 def round_trips(vae: AutoencoderKL | AutoencoderTiny, pictures: Array) -> Iterator[Array]:
-    """Uint8 pictures ``n h w 3``, encoded and decoded again, one after the other."""
+    """Uint8 pictures ``n h w 3``, encoded and decoded again, one after the other; on white."""
     for start in range(0, len(pictures), TOGETHER):
         pixels = images.to_tensor(list(map(Image.fromarray, pictures[start : start + TOGETHER])))
         decoded = vae.decode(vae.encode(pixels.to(vae.device, vae.dtype)))
-        yield from map(np.asarray, images.to_pil(decoded.float()))
+        yield from map(np.asarray, map(images.to_rgb, images.to_pil(decoded.float())))
 
 
 class PatchPCA:

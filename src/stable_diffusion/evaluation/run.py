@@ -251,7 +251,7 @@ def _generated(
     def blocks() -> Iterator[Array]:
         for start in range(0, len(captions), GENERATED_TOGETHER):
             some = generate(captions[start : start + GENERATED_TOGETHER], seed + start)
-            yield np.stack([np.asarray(images.cover(picture, size, size)) for picture in some])
+            yield np.stack([np.asarray(images.cover(images.to_rgb(picture), size, size)) for picture in some])
 
     for done in stored.fill(blocks()):
         yield Progress(f"{name}: generating", done, len(captions))

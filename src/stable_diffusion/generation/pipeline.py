@@ -97,7 +97,7 @@ def finished(steps: Steps) -> Result:
 @torch.no_grad()
 def generate(parts: Parts, request: Request, levels: list[Level], notes: list[str]) -> Steps:
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
-    image, mask = fitted(request, notes)
+    image, mask = fitted(parts, request, notes)
     embeds = encode_prompts(parts, request, notes)
     if any(request.negative_prompts):
         if parts.network.reads_guidance:
@@ -141,10 +141,15 @@ def plan(parts: Parts, request: Request) -> list[Level]:
     return levels[len(levels) - 1 - taken :]
 
 
-def fitted(request: Request, notes: list[str]) -> tuple[Image.Image | None, Image.Image | None]:
-    """The picture to change and the mask, black and white, at the request's size; a note says how a mask was read."""
-    size = (request.width, request.height)
-    image = None if request.image is None else images.cover(request.image, *size)
+def fitted(parts: Parts, request: Request, notes: list[str]) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to change and the mask, black and white, at the request's size; a note says how a mask was read.
+
+    The picture is of the mode that the model's pictures have.
+    """
+    size, image = (request.width, request.height), request.image
+    if image is not None:
+        image = image.convert("RGBA") if parts.config.alpha else images.to_rgb(image)
+        image = images.cover(image, *size)
     if request.mask_image is None:
         return image, None
     mask, note = images.binary_mask(request.mask_image, *size)

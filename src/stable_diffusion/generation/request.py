@@ -71,8 +71,9 @@ class Request:
     image: Image.Image | None = None
     """A picture to begin with."""
     mask_image: Image.Image | None = None
-    """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay. Of one
-    with transparency it is the opaque part if all of it is white, else the transparent part."""
+    """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay (on white,
+    for a model without opacity). Of one with transparency it is the opaque part if all of it is white, else the
+    transparent part."""
     strength: Annotated[float, Rule("above 0 and at most 1", lambda strength: 0 < strength <= 1)] = 0.8
     """How much to change the image, above 0 (hardly) up to 1 (nothing of it is kept)."""
     prediction_type: str | None = None
@@ -378,12 +379,14 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
     for name in PICTURES:
         value = values.get(name)
         if isinstance(value, (str, Path)):
-            pictures[name] = images.open_mask(value) if name == "mask_image" else images.open_image(value)
+            pictures[name] = (
+                images.open_mask(value) if name == "mask_image" else images.open_image(value, alpha=True)
+            )
             pictures[name].info = {_PATH: str(value)}  # type: ignore[dict-item]
         elif isinstance(value, Image.Image):
             if not all(value.size):
                 raise InputError(f"{name} must have pixels, got {value.width}x{value.height} of them")
-            pictures[name] = value if name == "mask_image" else images.to_rgb(value)
+            pictures[name] = value if name == "mask_image" else images.with_alpha(value)
         elif value is not None:
             raise InputError(f"{name} must be a picture or the path of one, got {shown(value)}")
     return values | pictures

@@ -250,6 +250,7 @@ class AutoencoderTiny(Placed):
         self.config = config
         widths, z, patch = config.block_out_channels, config.latent_channels, config.patch_size
         pixels = config.in_channels * patch**2
+        shown = pixels + config.alpha * patch**2
 
         def conv(c_in: int, c_out: int, *, stride: int = 1, bias: bool = True) -> nn.Module:
             return nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=bias)
@@ -262,20 +263,24 @@ class AutoencoderTiny(Placed):
             down += [_TinyBlock(width, width) for _ in range(blocks)]
         self.encoder = _Layers([*down, conv(widths[-1], z)])
 
+        widths = config.decoder_widths
         up: list[nn.Module] = [conv(z, widths[-1]), nn.ReLU()]
         for i in reversed(range(len(widths))):
             up += [_TinyBlock(widths[i], widths[i]) for _ in range(config.decoder_blocks[i])]
-            if i > 0:
+            if i >= len(config.decoder_widths) - len(config.block_out_channels) + 1:
                 up += [nn.Upsample(scale_factor=2), conv(widths[i], widths[i - 1], bias=False)]
-        up.append(conv(widths[0], pixels))
+            elif i > 0:  # finer than the encoder reads: each quarter has channels of its own
+                up += [conv(widths[i], 4 * widths[i - 1]), nn.PixelShuffle(2)]
+        up.append(conv(widths[0], shown))
         self.decoder = _Layers([*up, nn.PixelShuffle(patch)] if patch > 1 else up)
 
-    def encode(self, images: Float[Tensor, "b rgb height width"]) -> Float[Tensor, "b c h w"]:
-        """Latents of about unit standard deviation. Images are in [-1, 1]."""
+    def encode(self, images: Float[Tensor, "b rgba height width"]) -> Float[Tensor, "b c h w"]:
+        """Latents of about unit standard deviation. Images are in [-1, 1], on white; opacity is not read."""
+        images = F.avg_pool2d(images[:, : self.config.in_channels], self.config.encoder_pooling)
         return self.encoder((images + 1) / 2)
 
-    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rgb height width"]:
-        """Images in about [-1, 1]."""
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rgba height width"]:
+        """Images in about [-1, 1]; with ``alpha``, on white, and their opacity as a fourth channel from -1 to 1."""
         return self.decoder(torch.tanh(latents / 3) * 3) * 2 - 1
 
     @torch.no_grad()
@@ -288,6 +293,78 @@ class AutoencoderTiny(Placed):
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         last.weight /= std[:, None, None, None]
         last.bias.sub_(mean).div_(std)
+
+    @torch.no_grad()
+    def begin_as(self, other: AutoencoderTiny) -> None:
+        """Takes over the encoder of another one and, where the decoder's levels are the same, its pictures.
+
+        One level more begins as bicubic interpolation of the other's pictures, and opacity as how far they are from
+        white. Other levels begin with random weights, as does one that is too narrow to hold a picture.
+        """
+        self.encoder.load_state_dict(other.encoder.state_dict())
+        mine, others = (
+            list(zip(codec.config.decoder_widths, codec.config.decoder_blocks, strict=True))
+            for codec in (self, other)
+        )
+        more = len(mine) - len(others)
+        if mine[more:] != others:
+            return
+        own, state = self.decoder.state_dict(), other.decoder.state_dict()
+        same = {name: x for name, x in state.items() if name in own and own[name].shape == x.shape}
+        self.decoder.load_state_dict({**own, **same})
+        colours, patch = self.config.in_channels, self.config.patch_size
+        end = -1 if patch == 1 else -2
+        weight, bias = (x[: colours * patch**2] for x in _weights(other.decoder.layers[end]))
+        half = patch // 2
+        if more == 0:
+            darkness, its_bias = (x.unflatten(0, (colours, -1)).mean(0) for x in (weight, bias))
+            last, last_bias = _weights(self.decoder.layers[end])
+            last.copy_(torch.cat([weight, -darkness])[: len(last)])
+            last_bias.copy_(torch.cat([bias, 1 - its_bias])[: len(last)])
+        elif more == 1 and 0 < colours * half**2 <= self.config.decoder_widths[0]:
+            first = len(other.decoder.layers) + end
+            _begin_enlarging([*self.decoder.layers][first:], weight, bias, colours, half)
+
+
+def _weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A convolution's kernels and biases."""
+    assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+    return layer.weight, layer.bias
+
+
+def _begin_enlarging(
+    level: list[nn.Module],
+    weight: Float[Tensor, "pixels c 3 3"],
+    bias: Float[Tensor, " pixels"],
+    colours: int,
+    half: int,
+) -> None:
+    """Makes a decoder's new level of what were its last weights, and of bicubic interpolation of what they gave.
+
+    Of the level's channels the first are how far from white the pixels are, so that beyond the picture's edge is white,
+    too. The decoder worked in squares of pixels, of which the level has quarters, `half` as long.
+    """
+    (widen, widen_bias), (last, last_bias), patch = _weights(level[0]), _weights(level[-2]), 2 * half
+    for new, old in ((widen, weight), (widen_bias, bias)):
+        squares = old.unflatten(0, (colours, 2, half, 2, half))
+        quarters = squares.permute(0, 2, 4, 1, 3, *range(5, squares.ndim)).flatten(0, 4)
+        new[: len(quarters)] = -quarters
+    widen_bias[: len(bias)] += 1
+    for block in level:
+        if isinstance(block, _TinyBlock):  # begins as the identity
+            for parameter in block.conv[-1].parameters():
+                nn.init.zeros_(parameter)
+    # What each pixel of 3x3 quarters gives to those of the middle one, twice as many a side.
+    pixels = torch.eye(9 * half**2, device=weight.device).view(-1, 1, 3 * half, 3 * half)
+    shares = F.interpolate(pixels, scale_factor=2, mode="bicubic")[..., patch:-patch, patch:-patch]
+    shares = shares.reshape(3, half, 3, half, -1).permute(4, 1, 3, 0, 2).flatten(1, 2)
+    nn.init.zeros_(last)
+    ink = last[:, : colours * half**2].unflatten(1, (colours, -1))  # a view
+    for colour in range(colours):
+        ink[colour * patch**2 : (colour + 1) * patch**2, colour] = -shares
+        ink[colours * patch**2 :, colour] = shares[: len(last) - colours * patch**2] / colours
+    nn.init.zeros_(last_bias)
+    last_bias[: colours * patch**2] = 1
 
 
 AUTOENCODERS = {"kl": AutoencoderKL, "tiny": AutoencoderTiny}

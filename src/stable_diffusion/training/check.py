@@ -95,7 +95,7 @@ def overfit(
     prompts = [entry.captions[0] for entry in entries]
     request = Request.of(parts.config, prompt=prompts, seed=0, guidance_scale=1.0)
     steps = pipeline.stream(parts, request, pipeline.plan(parts, request))
-    rendered = _array(pipeline.finished(steps).pictures)
+    rendered = _array([images.to_rgb(picture) for picture in pipeline.finished(steps).pictures])
     wanted = _array([images.cover(few.image(entry.key), size, size) for entry in entries])
     distances = ((rendered[:, None] - wanted[None]) ** 2).mean(axis=(2, 3, 4)) ** 0.5
     right = int((distances.argmin(axis=1) == np.arange(len(entries))).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from stable_diffusion.data.cache import Array
@@ -18,13 +19,17 @@ LATENT_NOISE = 0.25  # most that a decoder must bear, in the latents' standard d
 
 
 class PictureStage(Stage):
-    """A stage whose batches are pictures in [-1, 1], and something of their latents' shape."""
+    """A stage whose batches are pictures in [-1, 1], and something of their latents' shape.
 
-    pictures: Array  # b h w 3, uint8
+    Pictures have three channels, or, where the autoencoder decodes opacity, four.
+    """
+
+    pictures: Array  # b h w c, uint8
 
     def __init__(self, parts: TrainableParts, settings: StageSettings) -> None:
         super().__init__(settings)
         self.size, self.latent_shape = parts.config.sample_size, latent_shape(parts.config)
+        self.channels = 3 + parts.config.alpha
 
     def prepare(self, workspace: Workspace) -> Iterator[TrainStep]:
         """Decodes the pictures."""
@@ -33,7 +38,7 @@ class PictureStage(Stage):
 
     def example(self, count: int) -> Batch:
         """Random pictures and latents."""
-        pixels = torch.rand(count, 3, self.size, self.size, **FLOAT32)
+        pixels = torch.rand(count, self.channels, self.size, self.size, **FLOAT32)
         return self.placed(pixels, torch.randn(count, *self.latent_shape, **FLOAT32))
 
     def noise(self, draw: Draw, most: float | None) -> Tensor:
@@ -43,6 +48,16 @@ class PictureStage(Stage):
         if most is not None:
             noise *= most * torch.rand(draw.batch_size, 1, 1, 1, generator=generator, **FLOAT32)
         return draw.share(noise)
+
+
+def on_grounds(
+    images: Float[Tensor, "b 4 h w"], grounds: Float[Tensor, "b 3 1 1"]
+) -> Float[Tensor, "b 3 h w"]:
+    """Pictures on white with their opacity, laid on grounds of other colours; all in [-1, 1].
+
+    What shows through is white, so far: of it, each ground takes away what it is darker (Porter & Duff 1984, "over").
+    """
+    return images[:, :3] - (1 - images[:, 3:]) * (1 - grounds) / 2
 
 
 def distance(error: Tensor) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from stable_diffusion.data.item import Entry, Source, squares
 from stable_diffusion.errors import InputError, three_of
 from stable_diffusion.files import read_json, write_json, writing
 from stable_diffusion.generation.pipeline import Parts
+from stable_diffusion.images import layers
 from stable_diffusion.nn.blocks import weight_bytes
 from stable_diffusion.nn.unet import UNet
 from stable_diffusion.nn.vae import AutoencoderKL, AutoencoderTiny
@@ -65,8 +66,9 @@ class Workspace:
         self.parts, self.data, self.folder, self.dtype = parts, data, folder, dtype
         self.kept = self.entries = entries
         self.captions = ["", *sorted({caption for entry in entries for caption in entry.captions} - {""})]
-        size = parts.config.sample_size
-        self._key = digest([(entry.key, entry.version) for entry in entries], size)
+        self.size, self.alpha = parts.config.sample_size, parts.config.alpha
+        of = (self.size, "alpha") if self.alpha else (self.size,)
+        self._key = digest([(entry.key, entry.version) for entry in entries], *of)
         self._pictures: Array | None = None
 
     @property
@@ -76,22 +78,23 @@ class Workspace:
         return [[number[caption] for caption in entry.captions] for entry in self.kept]
 
     def pictures(self) -> Generator[TrainStep, None, Array]:
-        """Every picture at the training size, ``b h w 3``, uint8."""
+        """Every picture at the training size, ``b h w 3``, uint8; ``b h w 4`` where the decoder gives opacity, too."""
         if self._pictures is not None:
             return self._pictures
-        count, size = len(self.entries), self.parts.config.sample_size
+        count, size, alpha = len(self.entries), self.size, self.alpha
         record = self.folder / "damaged.json"
 
         def blocks() -> Iterator[Array]:
             damaged: list[int] = []
-            for i, picture in enumerate(squares(self.data, [entry.key for entry in self.entries], size)):
+            keys = [entry.key for entry in self.entries]
+            for i, picture in enumerate(squares(self.data, keys, size, alpha=alpha)):
                 if isinstance(picture, InputError):  # named below; until now only its header was read
                     damaged.append(i)
                     picture = Image.new("RGB", (size, size))
-                yield np.asarray(picture)[None]
+                yield (layers(picture) if alpha else np.asarray(picture))[None]
             write_json(record, {"rows": damaged})
 
-        cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3), "uint8")
+        cache = ArrayCache(self.folder, "pictures", self._key, (count, size, size, 3 + alpha), "uint8")
         if PartialState().is_main_process and _rows(record, count) is None:
             with writing(cache.path):
                 cache.path.unlink(missing_ok=True)  # nobody knows which of its rows are blank
@@ -193,7 +196,7 @@ def _filled(
 
 def read_pixels(
     pictures: Array, indices: list[int], device: torch.device | str = "cpu"
-) -> Float[Tensor, "b 3 h w"]:
+) -> Float[Tensor, "b c h w"]:
     """Rows of the picture cache as floats in [-1, 1]."""
     return torch.from_numpy(pictures[indices]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
