@@ -41,7 +41,7 @@ SHARPNESS = 20.0
 """Of the classes: their logits are cosines times this."""
 AMONG = 5
 """Names that a thing may go by: the drawings of many objects are much alike."""
-LEAST = 0.3
+LEAST = 0.4
 """Probability of a centre from which it counts."""
 LARGE = 80.0
 """Side in pixels above which a thing's name is read in the picture at half its size: there it is as large as most that
@@ -96,7 +96,8 @@ class Detector(Placed):
     def __init__(self, names: Sequence[str], trunk: MobileNetV2 | None = None) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.trunk = (MobileNetV2() if trunk is None else trunk).features[:LAST]
+        blocks = (MobileNetV2() if trunk is None else trunk).features.children()
+        self.trunk = nn.Sequential(*itertools.islice(blocks, LAST))
         self.lateral = nn.ModuleDict({str(i): nn.Conv2d(ins, WIDTH, 1) for i, ins in READ.items()})
         self.coarse = _convolution(WIDTH, WIDTH, 3)
         self.joined = Residual(WIDTH)
@@ -112,8 +113,8 @@ class Detector(Placed):
         mean, std = (x.new_tensor(v)[:, None, None] for v in (MEAN, STD))
         x = (x - mean) / std
         maps = {}
-        for i in range(LAST):
-            x = self.trunk[i](x)
+        for i, block in enumerate(self.trunk):
+            x = block(x)
             if i in READ:
                 maps[i] = self.lateral[str(i)](F.pixel_unshuffle(x, 2) if i == FINEST else x)
         finest, fine, middle, coarse = maps.values()
