@@ -50,7 +50,7 @@ def test_the_command_s_options_are_the_fields(name: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         cli.main(["data", name, "--help"])
     words = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    options = dict(re.findall(r"^\W*--(\w+) (.*)", words, re.MULTILINE))
+    options = dict(re.findall(r"^\W*--(\w+)(?:, --no-\w+)? (.*)", words, re.MULTILINE))
     assert set(options) == {field.name for field in dataclasses.fields(SOURCES[name])} | {"out"}
     assert all(len(sentence.split()) > 4 for sentence in options.values()), options
     assert str(SOURCES[name].__doc__).split()[0] in words
