@@ -24,7 +24,7 @@ def scenes(cast: Cast, split: str, count: int) -> Iterator[Scene]:
             scene = make(cast, lots)
             if scene is not None and split == "train":
                 scene = _grounded(scene, lots)
-        yield replace(scene, captions=tuple(captions(cast, scene, lots)))
+        yield replace(scene, captions=tuple(captions(cast, scene, lots, exact=split != "train")))
 
 
 def _belongs(scene: Scene, split: str) -> bool:

@@ -12,11 +12,14 @@ from stable_diffusion.data.icon_scenes import Cast, Part, Scene, one_of
 _CAPTIONS = 3  # of each scene, where so many differ
 
 
-def captions(cast: Cast, scene: Scene, lots: random.Random) -> Iterator[str]:
-    """Up to three different captions of a scene, in other names and wordings; each says all that is special in it."""
+def captions(cast: Cast, scene: Scene, lots: random.Random, *, exact: bool) -> Iterator[str]:
+    """Up to three different captions of a scene, in other names and wordings; each says all that is special in it.
+
+    Where they are `exact`, as prompts of a test must be, none says "a few".
+    """
     seen: set[str] = set()
     for _ in range(_CAPTIONS):
-        parts = [_named(cast, part, lots) for part in scene.parts]
+        parts = [_named(cast, part, lots, exact) for part in scene.parts]
         if len(parts) == 1:
             (said,) = parts
         elif scene.relation == "next to" and len(parts) > 2:
@@ -35,7 +38,7 @@ def captions(cast: Cast, scene: Scene, lots: random.Random) -> Iterator[str]:
             yield caption
 
 
-def _named(cast: Cast, part: Part, lots: random.Random) -> str:
+def _named(cast: Cast, part: Part, lots: random.Random, exact: bool) -> str:
     """The part as a noun phrase, in its own name or another one."""
     count = len(part.places)
     said = [] if part.size is None else [one_of(lots, _SIZES[part.size])]
@@ -48,7 +51,9 @@ def _named(cast: Cast, part: Part, lots: random.Random) -> str:
     )
     phrase = own if own in among and lots.random() < 0.5 else one_of(lots, among)
     if count > 1:
-        adjectives = [one_of(lots, _NUMBERS[count]), *said, *([colour] if colour else [])]
+        number = one_of(lots, _NUMBERS[count])
+        number = _NUMBERS[count][0] if exact and number == "a few" else number
+        adjectives = [number, *said, *([colour] if colour else [])]
         return " ".join([*adjectives, plural(phrase)])
     if colour is not None and lots.random() < 0.15:
         return f"{with_adjectives(phrase, *said)} that is {colour}"
