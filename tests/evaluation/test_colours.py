@@ -8,7 +8,8 @@ from PIL import Image
 
 from stable_diffusion.data.icon_scenes import COLOURS as SCENE_COLOURS
 from stable_diffusion.data.icon_sprites import turned
-from stable_diffusion.evaluation.colours import COLOURS, EXAMPLES, oklab, thing_colours
+from stable_diffusion.data.oklab import to_oklab
+from stable_diffusion.evaluation.colours import COLOURS, EXAMPLES, thing_colours
 from tests.evaluation.real import NAMES, beside, sprite
 
 
@@ -20,7 +21,7 @@ def test_oklab_is_the_published_one() -> None:
     """Of white, red, green and blue, as the space's author gives them."""
     rgb = np.array([[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
     known = [[1, 0, 0], [0.628, 0.225, 0.126], [0.866, -0.234, 0.179], [0.452, -0.032, -0.312]]
-    np.testing.assert_allclose(oklab(rgb), known, atol=1e-3)
+    np.testing.assert_allclose(to_oklab(rgb), known, atol=1e-3)
 
 
 @pytest.mark.parametrize("colour", COLOURS)

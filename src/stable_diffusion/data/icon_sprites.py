@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from stable_diffusion.data.icon_scenes import Part, Place, Scene
+from stable_diffusion.data.oklab import from_oklab, to_oklab
 
 Pixels = npt.NDArray[Any]
 Box = tuple[int, int, int, int]
@@ -75,7 +76,7 @@ def turned(sprite: Image.Image, colour: str) -> Image.Image:
     angle = np.deg2rad(angle)
     new = np.stack([new_l, new_c * np.cos(angle), new_c * np.sin(angle)], axis=-1)
     mixed = pixels + region.weight[..., None] * (new - pixels)
-    rgb = np.clip(_from_oklab(mixed) * 255 + 0.5, 0, 255).astype(np.uint8)
+    rgb = np.clip(from_oklab(mixed) * 255 + 0.5, 0, 255).astype(np.uint8)
     return Image.fromarray(np.dstack([rgb, np.asarray(sprite)[..., 3]]), "RGBA")
 
 
@@ -86,7 +87,7 @@ def ground(colour: str | None) -> tuple[int, int, int]:
     lightness, chroma, hue = ANCHORS[colour]
     angle = np.deg2rad(hue)
     lab = np.array([lightness, 0.8 * chroma * np.cos(angle), 0.8 * chroma * np.sin(angle)])
-    red, green, blue = np.clip(_from_oklab(lab) * 255 + 0.5, 0, 255).astype(int).tolist()
+    red, green, blue = np.clip(from_oklab(lab) * 255 + 0.5, 0, 255).astype(int).tolist()
     return red, green, blue
 
 
@@ -151,32 +152,4 @@ def _difference(angle: Pixels, other: float) -> Pixels:
 def _pixels(image: Image.Image) -> tuple[Pixels, Pixels]:
     """OKLab and opacity of an RGBA picture."""
     rgba = np.asarray(image, dtype=np.float32) / 255
-    return _to_oklab(rgba[..., :3]), rgba[..., 3]
-
-
-# Ottosson 2020, "A perceptual color space for image processing", and the transfer function of sRGB (IEC 61966-2-1).
-_TO_LMS = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_TO_LAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
-
-
-def _to_oklab(rgb: Pixels) -> Pixels:
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return (np.cbrt(linear @ _TO_LMS.T) @ _TO_LAB.T).astype(np.float32)
-
-
-def _from_oklab(lab: Pixels) -> Pixels:
-    linear = (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_LMS).T
-    linear = np.clip(linear, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return to_oklab(rgba[..., :3]).astype(np.float32), rgba[..., 3]

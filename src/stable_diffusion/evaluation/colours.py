@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 
 from stable_diffusion.data.cache import Array
+from stable_diffusion.data.oklab import to_oklab
 from stable_diffusion.evaluation.ground import TOLERANCE
 from stable_diffusion.evaluation.ground import colours as ground_colours
 
@@ -37,28 +38,6 @@ LIGHTNESS = 0.5
 ENOUGH = 0.45
 """Part of a thing's pixels that colours need together to win over black, white and grey."""
 _LEVELS = 32  # of each channel, in the table of names
-
-# Ottosson 2020, https://bottosson.github.io/posts/oklab/: linear sRGB to the responses of cones, and these to OKLab.
-_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_AXES = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
-
-
-def oklab(rgb: Array) -> Array:
-    """Lightness 0 to 1, and the axes green to red and blue to yellow, of sRGB in [0, 1], ``... 3``."""
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _CONES.T) @ _AXES.T
 
 
 def thing_colours(picture: Array, boxes: Sequence[tuple[float, float, float, float]]) -> list[str]:
@@ -96,11 +75,11 @@ def _dominant(names: Array, things: Array, inner: Array, box: tuple[float, float
 def _table() -> Array:
     """The name's number of every colour, by its red, green and blue in ``_LEVELS`` steps."""
     axis = (np.arange(_LEVELS) + 0.5) / _LEVELS
-    points = oklab(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)).reshape(-1, 3)
+    points = to_oklab(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)).reshape(-1, 3)
     weights = np.array([LIGHTNESS, 1, 1])
     nearest = []
     for examples in EXAMPLES.values():
         rgb = np.array([list(bytes.fromhex(example)) for example in examples.split()]) / 255
-        distances = np.linalg.norm((points[:, None] - oklab(rgb)[None]) * weights, axis=2)
+        distances = np.linalg.norm((points[:, None] - to_oklab(rgb)[None]) * weights, axis=2)
         nearest.append(distances.min(1))
     return np.argmin(nearest, axis=0).reshape((_LEVELS,) * 3)

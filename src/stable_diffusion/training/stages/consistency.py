@@ -114,10 +114,6 @@ class ConsistencyStage(DenoiserStage):
     def _clean(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return to_x0(self.scheduler.config.prediction_type, output, x, alpha, sigma)
 
-    def _predict(self, unet: UNet, x: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        pooled = embeds.pooled if self.config.unet.pooled_projection_dim is not None else None
-        return unet(x, timesteps, embeds.tokens, embeds.mask, pooled).float()
-
 
 def _rows(texts: PromptEmbeds, choose: Callable[[Tensor], Tensor]) -> PromptEmbeds:
     tokens, mask, pooled = texts

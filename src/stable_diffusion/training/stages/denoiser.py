@@ -16,6 +16,7 @@ from stable_diffusion.data.cache import Array
 from stable_diffusion.diffusion.objective import loss_weight, target
 from stable_diffusion.diffusion.schedule import FLOAT64
 from stable_diffusion.nn.text import PromptEmbeds
+from stable_diffusion.nn.unet import UNet
 from stable_diffusion.training.draw import FLOAT32, Draw, Samples
 from stable_diffusion.training.events import TrainStep
 from stable_diffusion.training.stage import Batch, Stage, StageSettings
@@ -121,10 +122,13 @@ class DenoiserStage(Stage):
     ) -> dict[str, Tensor]:
         embeds = self._embeds(list(text), len(x0))
         alpha, sigma = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-        pooled = embeds.pooled if self.config.unet.pooled_projection_dim is not None else None
-        output = self.unet(alpha * x0 + sigma * noise, timesteps, embeds.tokens, embeds.mask, pooled)
+        output = self._predict(self.unet, alpha * x0 + sigma * noise, timesteps, embeds)
         wanted = target(self.scheduler.config.prediction_type, x0, noise, alpha, sigma)
-        return {"prediction": (weight * ((output.float() - wanted) ** 2).mean(dim=(1, 2, 3))).mean()}
+        return {"prediction": (weight * ((output - wanted) ** 2).mean(dim=(1, 2, 3))).mean()}
+
+    def _predict(self, unet: UNet, x: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        pooled = embeds.pooled if self.config.unet.pooled_projection_dim is not None else None
+        return unet(x, timesteps, embeds.tokens, embeds.mask, pooled).float()
 
     def _embeds(self, text: list[Tensor], count: int) -> PromptEmbeds:
         parts = []
