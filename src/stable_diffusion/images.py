@@ -79,7 +79,7 @@ def open_mask(path: str | Path) -> Image.Image:
     Raises InputError as ``open_image`` does.
     """
     with opened(path) as image:
-        mask = _loaded(image)
+        mask = loaded(image)
         return mask.convert("RGBA") if _is_transparent(mask) else mask.copy()
 
 
@@ -143,12 +143,12 @@ def _room_for(size: tuple[int, int]) -> Iterator[None]:
 
 def decoded(image: Image.Image, *, alpha: bool = False) -> Image.Image:
     """The picture of an opened file, fully decoded and upright: ``to_rgb``, or with `alpha` ``with_alpha``."""
-    picture = _loaded(image)
+    picture = loaded(image)
     return with_alpha(picture) if alpha else to_rgb(picture)
 
 
-def _loaded(image: Image.Image) -> Image.Image:
-    """The picture of an opened file, upright."""
+def loaded(image: Image.Image) -> Image.Image:
+    """The picture of an opened file as it is, fully decoded and upright."""
     if isinstance(image, JpegImageFile) and image.fp is not None:
         image.fp.seek(0)
         if image.fp.read().count(b"\xff\xda") > MAX_SCANS:

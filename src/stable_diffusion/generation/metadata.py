@@ -29,11 +29,17 @@ def save_png(image: Image.Image, path: str | Path, settings: dict[str, Any]) -> 
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"pictures are written as PNG: name {str(path)!r} with .png at the end")
+    chunks = png_chunks(settings)
+    return create(path, lambda building: image.save(building, format="PNG", pnginfo=chunks))
+
+
+def png_chunks(settings: dict[str, Any]) -> PngImagePlugin.PngInfo:
+    """The two text chunks of ``save_png``, for PIL's ``save``."""
     chunks = PngImagePlugin.PngInfo()
     # A command line can hold bytes that are not text (lone surrogates). UTF-8 has no form for them, JSON has.
     chunks.add_text("parameters", parameters(settings).encode("utf-8", "replace").decode("utf-8"))
     chunks.add_text("minisd", json.dumps(settings))
-    return create(path, lambda building: image.save(building, format="PNG", pnginfo=chunks))
+    return chunks
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

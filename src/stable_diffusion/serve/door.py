@@ -1,0 +1,208 @@
+"""The door: what clients send, which may be anything, as a request that one of the models can make."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from stable_diffusion import images
+from stable_diffusion.config import ModelConfig
+from stable_diffusion.errors import InputError, shown, unknown_name
+from stable_diffusion.generation.request import FIELDS, LOADING, PICTURES, Request, parse
+from stable_diffusion.generation.strangers import LIMITS, check_stranger
+from stable_diffusion.model import DiffusionModel
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 16_000_000
+"""Of a picture that a client sends."""
+
+
+class Refused(InputError):
+    """What a client may not ask for, or what is not there.
+
+    Attributes:
+        status: of HTTP.
+        field: the field that is at fault, as the client calls it.
+    """
+
+    def __init__(self, said: str, *, status: int = 400, field: str | None = None) -> None:
+        super().__init__(said)
+        self.status = status
+        self.field = field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model under the name by which clients choose it."""
+
+    name: str
+    model: DiffusionModel
+    created: int
+    """When it was loaded, in seconds since 1970."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs that were named at the start, each with its weight where a request says nothing."""
+        return dict(self.model.adapters.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request at a size that the model draws, and what makes the pictures those that were asked for."""
+
+    request: Request
+    finish: Callable[[Image.Image], Image.Image]
+
+
+class Models:
+    """The models that were named at the start; the first one draws where no other is chosen."""
+
+    def __init__(self, served: list[Served]) -> None:
+        assert served, "a server has a model"
+        self.all = {each.name: each for each in served}
+        self.default = served[0]
+
+    def named(self, name: Any) -> Served:
+        """The model of that name; None takes the default. Raises Refused, 404, for one that is not there."""
+        if name is None:
+            return self.default
+        if not isinstance(name, str) or name not in self.all:
+            error = unknown_name("model", name, self.all)
+            raise Refused(f"{error}; models are named when the server starts", status=404, field="model")
+        return self.all[name]
+
+
+def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
+    """A request from JSON values under the names of ``Request``.
+
+    Pictures are data URIs, base64, bytes, or PIL images that this server opened itself. Width and height may be any:
+    the picture is drawn at a size that the model knows, and scaled. Where a mask is given and the size is the image's,
+    the bytes outside of the mask are the image's.
+
+    Raises:
+        InputError: a field that is unknown, that clients do not choose, or has a value that it cannot have.
+    """
+    values = {name: value for name, value in fields.items() if value is not None}
+    for name in LOADING:
+        if name in values:
+            raise Refused(f"{name} is chosen when the server starts: leave it out", field=name)
+    pictures = {name: read_picture(values.pop(name), name) for name in PICTURES if name in values}
+    if "latents" in values:
+        raise Refused("latents are not taken over HTTP: leave them out", field="latents")
+    values = parse(values)
+    if "prompt" not in values:
+        raise Refused("prompt is missing: say what to draw", field="prompt")
+    check_stranger(values)
+    lora = values.get("lora", {})
+    for name in lora:
+        if name not in served.loras:
+            raise Refused(
+                f"{unknown_name('LoRA', name, served.loras)}; LoRAs are named when the server starts", field="lora"
+            )
+    image = pictures.get("image")
+    own = served.config.sample_size
+    size = image.size if image is not None else (own, own)
+    size = values.pop("width", size[0]), values.pop("height", size[1])
+    if max(size) > LIMITS["width"]:  # an image's own
+        size = scaled_down(size)
+    width, height = drawn_size(served.config, *size)
+    request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
+    request.check(served.config, served.model.origin)
+
+    def finish(picture: Image.Image) -> Image.Image:
+        if picture.size == size:
+            return picture
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        if image is not None and request.mask_image is not None:
+            mask, _ = images.binary_mask(request.mask_image, *size)
+            picture = Image.composite(picture, images.cover(image, *size).convert(picture.mode), mask)
+        return picture
+
+    return Asked(request=request, finish=finish)
+
+
+def scaled_down(size: tuple[int, int]) -> tuple[int, int]:
+    """A size in that shape whose longer side is the most that is allowed."""
+    factor = LIMITS["width"] / max(size)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def drawn_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
+    """The size to draw at for a picture of any size: that shape, multiples of the factor, and about the model's area.
+
+    Small models know one size. Those of 512 pixels and more, Stable Diffusion, also draw well at up to 2.25 times
+    their area (768x768).
+    """
+    factor, own = config.vae.factor, config.sample_size
+    area = width * height
+    largest = 2.25 * own**2 if own >= 512 else own**2
+    scale = 1.0
+    if not own**2 <= area <= largest:
+        scale = math.sqrt((largest if area > largest else own**2) / area)
+    sides = (max(factor, round(side * scale / factor) * factor) for side in (width, height))
+    wide, high = (min(side, 4 * own // factor * factor) for side in sides)
+    return wide, high
+
+
+def read_picture(value: Any, field: str) -> Image.Image:
+    """The picture of a data URI, of base64, or of a file's bytes; the content decides, not the name.
+
+    Raises:
+        Refused: anything else, other formats than ``FORMATS``, damage, or more than ``MOST_PIXELS``.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, str):
+        value = _decoded(value, field)
+    if not isinstance(value, bytes):
+        raise Refused(f"{field} must be a picture in base64, got {shown(value)}", field=field)
+    content = io.BytesIO(value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of large pictures
+            with Image.open(content, formats=FORMATS) as image:
+                width, height = image.size
+    except Exception as error:  # PIL's decoders raise many kinds on hostile headers
+        raise Refused(
+            f"{field} is not a picture that can be read: send a PNG, JPEG or WebP file", field=field
+        ) from error
+    if width * height > MOST_PIXELS:
+        raise Refused(
+            f"{field} has {width}x{height} pixels, and {MOST_PIXELS:,} are the most: make it smaller", field=field
+        )
+    content.seek(0)
+    try:
+        with images.opened(field, content) as image:
+            return images.loaded(image).copy()
+    except InputError as error:
+        raise Refused(str(error), field=field) from error
+
+
+def _decoded(text: str, field: str) -> bytes:
+    if text[:5].lower() == "data:":
+        text = text.partition(",")[2]
+    elif "://" in text[:12]:
+        raise Refused(f"{field} is an address, and nothing is fetched: send the picture itself in base64", field=field)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(f"{field} must be a picture in base64, got {shown(text, 40)}", field=field) from error
+
+
+def given(body: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a request that a body gives under another program's names, without those that are null."""
+    assert set(names.values()) <= FIELDS.keys()
+    return {ours: body[theirs] for theirs, ours in names.items() if body.get(theirs) is not None}
