@@ -20,7 +20,8 @@ from stable_diffusion.errors import InputError, shown
 from stable_diffusion.fields import typed
 from stable_diffusion.files import as_path, slug
 from stable_diffusion.generation import pipeline
-from stable_diffusion.generation.request import Request, check_size
+from stable_diffusion.generation.request import Request
+from stable_diffusion.generation.sizes import check_size
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.parts import ModelParts
 from stable_diffusion.runtime import first_process

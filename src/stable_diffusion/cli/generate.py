@@ -19,6 +19,7 @@ from stable_diffusion.config import ModelConfig, Styles, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.errors import InputError, shown
 from stable_diffusion.files import check_place, read_json, slug
+from stable_diffusion.generation.given import split_file
 from stable_diffusion.generation.request import (
     DOCS,
     FIELDS,
@@ -28,7 +29,6 @@ from stable_diffusion.generation.request import (
     PICTURES,
     SHORT,
     parse,
-    split_file,
 )
 from stable_diffusion.generation.strangers import check_stranger, named_files
 
