@@ -323,3 +323,16 @@ def test_a_sheet_says_that_it_is_one(tmp_path: Path) -> None:
 
 def json_like(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def test_mixed_prompts_are_read_in_the_syntax_of_the_request(model: DiffusionModel) -> None:
+    """Words have weights, and both prompts the same LoRAs."""
+    fields = {"prompt_syntax": "a1111", "mix_strength": 0.5}
+    heavy = bytes_of(model, mix_prompt="two (blue:1.5) stars", **fields)
+    assert heavy != bytes_of(model, mix_prompt="two blue stars", **fields)
+    ends = {"prompt": "two (blue:1.5) stars", "prompt_syntax": "a1111"}
+    assert bytes_of(model, mix_prompt=ends["prompt"], **fields | {"mix_strength": 1.0}) == bytes_of(
+        model, **ends
+    )
+    with pytest.raises(InputError, match="the prompts of one request share their LoRAs"):
+        model.stream(model.request("a", mix_prompt="b <lora:x:1>", **fields))

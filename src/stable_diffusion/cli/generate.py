@@ -50,7 +50,8 @@ MORE = {
     "hires_strength": f" By default {FIELDS['hires_strength'].default}.",
     "sampler": f" {', '.join(SAMPLERS)}.",
     "spacing": f" {', '.join(SPACINGS)}.",
-    "lora": " Here a name is a file: FILE or FILE:WEIGHT; may be repeated.",
+    "lora": " Here a name is a file: FILE or FILE:WEIGHT; may be repeated. In a prompt, <lora:NAME:WEIGHT> names"
+    " it without folder and ending.",
     "embedding": " May be repeated.",
 }
 """What the help adds to a field's sentence."""
@@ -133,13 +134,15 @@ def generate(
         raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
     draft = Request.of(config, **asked)
     asked |= {"seed": draft.seed, "variation_seed": draft.variation_seed}
-    work.requests(partial(Request.of, config), asked, draft.picture(0))
+    drafts = work.requests(partial(Request.of, config), asked, draft.picture(0))
     check_place(place(output, draft))
     embedding = reading.pop("embedding", ())
     model = DiffusionModel.from_pretrained(reading.pop("model", None), **reading)
     for note in model.notes:
         warnings.warn(note, stacklevel=1)
     _add(model, asked.get("lora", {}), embedding)
+    if model.adapters.weights and all(each.prompt_syntax == "plain" for each in drafts):
+        model.fuse_lora(keep=False)  # one weight for all pictures
     model = model.to(Config(device).DEVICE)
     request = model.request(**asked)
     model.stream(request)  # which says what the model cannot make
@@ -235,8 +238,6 @@ def _add(model: DiffusionModel, lora: Mapping[str, float], embedding: tuple[str,
     """Puts the files that the command names into the model, and says what was applied."""
     for file, weight in lora.items():
         tell(model.load_lora(file, weight, name=file))
-    if lora:
-        model.fuse_lora(keep=False)  # one weight for all pictures
     for text in embedding:
         words = model.load_textual_inversion(*split_file(text))
         tell(f"prompts can have {', '.join(words)}")

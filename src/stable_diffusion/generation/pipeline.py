@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 from stable_diffusion import images
-from stable_diffusion.config import ModelConfig, Styles
+from stable_diffusion.config import ModelConfig
 from stable_diffusion.diffusion.samplers import Step, initial_scale, sample, sampling_levels
 from stable_diffusion.diffusion.schedule import Level, Schedule
-from stable_diffusion.errors import InputError, shortened, shown
+from stable_diffusion.errors import InputError
 from stable_diffusion.generation import syntax
 from stable_diffusion.generation.denoise import Codec, Known, Network, denoiser
 from stable_diffusion.generation.interpolate import mixed, slerp
 from stable_diffusion.generation.request import Request
+from stable_diffusion.generation.text import encode_texts, encode_weighted, with_style, with_style_words
+from stable_diffusion.generation.weights import Prompt, lora_weights, parse, unobeyed, without_loras
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 
 Latents = Float[Tensor, "b c h w"]
+T = TypeVar("T", str, Prompt)
 
 _SEVERAL_SIZES = 512
 """Pixels a side from which models, Stable Diffusion, also draw larger pictures well than they were trained on."""
@@ -113,18 +115,20 @@ def finished(steps: Steps) -> Result:
 def generate(parts: Parts, request: Request, passes: list[Pass], notes: list[str]) -> Steps:
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
     image, mask = fitted(parts, request, notes)
-    embeds = encode_prompts(parts, request, notes)
+    lora = lora_weights(request)
+    with parts.adapted(lora):
+        embeds = encode_prompts(parts, request, notes)
     notes.extend(without_effect(parts, request))
     latents, done, total = None, 0, sum(len(each.levels) - 1 for each in passes)
     for each in passes:
         start, noise = seeded_noise(parts, request, each.scale)
         known = encode_image(parts, image, mask, start) if latents is None else enlarge(latents, start)
         x = begin(parts, request, each, start, known)
-        with parts.adapted(request.lora):
+        with parts.adapted(lora):
             denoise = denoiser(parts.network, parts.scheduler, embeds, request.guidance, known, each.levels)
         steps = sample(request.sampler_config, denoise, x, each.levels, noise=noise)
         for index in range(done, done + len(each.levels) - 1):
-            with parts.adapted(request.lora):
+            with parts.adapted(lora):
                 step = replace(next(steps), index=index, total=total)
             _check_finite("the U-Net", step.x, f" at step {index + 1} of {total}")
             if index + 1 == total and known is not None and known.kept is not None:
@@ -193,55 +197,42 @@ def fitted(parts: Parts, request: Request, notes: list[str]) -> tuple[Image.Imag
 
 
 def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """Embeddings of the prompts and of the negative prompts; each distinct text is encoded once."""
-    styled, second = (
-        tuple(with_style(prompt, parts.config.styles) for prompt in prompts)
-        for prompts in (request.prompts, [request.mix_prompt or ""] * len(request.prompts))
-    )
+    """Embeddings of the prompts, with what is mixed in, and of the negative ones; each distinct one is encoded once."""
+    styles, negative = parts.config.styles, request.negative_prompts
+    ends = [request.prompts, (request.mix_prompt or "",) * len(request.prompts)]
     if request.mix_strength in (0, 1):
-        styled = second = second if request.mix_strength else styled
-    texts = sorted({*styled, *second, *request.negative_prompts})
-    with parts.adapted(request.lora):
-        embeds = encode_texts(parts.text_encoder, texts, notes)
+        ends = [ends[int(request.mix_strength)]]
+    if request.prompt_syntax == "plain":
+        styled = [[with_style(prompt, styles) for prompt in end] for end in ends]
+        *prompts, negatives = _encoded(parts, [*styled, [*negative]], encode_texts, notes)
+    else:
+        texts = [[without_loras(prompt)[0] for prompt in end] for end in ends]
+        if note := syntax.note_of(map(unobeyed, sorted({*negative}.union(*texts))), plain=False):
+            notes.append(note)
+        weighed = [[with_style_words(parse(text), styles) for text in end] for end in texts]
+        *prompts, negatives = _encoded(parts, [*weighed, [*map(parse, negative)]], encode_weighted, notes)
+    if len(prompts) == 1:
+        return prompts[0], negatives
+    return mixed(prompts[0], prompts[1], request.mix_strength), negatives
+
+
+def _encoded(
+    parts: Parts,
+    batches: list[list[T]],
+    encode: Callable[[PromptEncoder, list[T], list[str]], PromptEmbeds],
+    notes: list[str],
+) -> list[PromptEmbeds]:
+    """Embeddings of each batch of prompts, from those of the distinct ones among all."""
+    distinct: list[T] = sorted({prompt for batch in batches for prompt in batch})
+    embeds = encode(parts.text_encoder, distinct, notes)
     _check_finite("the text encoder", embeds.tokens)
 
-    def rows(prompts: tuple[str, ...]) -> PromptEmbeds:
-        index = torch.tensor([texts.index(prompt) for prompt in prompts], device=embeds.tokens.device)
+    def rows(prompts: list[T]) -> PromptEmbeds:
+        index = torch.tensor([distinct.index(prompt) for prompt in prompts], device=embeds.tokens.device)
         mask = None if embeds.mask is None else embeds.mask[index]
         return PromptEmbeds(embeds.tokens[index], mask, embeds.pooled[index])
 
-    prompts = rows(styled) if second == styled else mixed(rows(styled), rows(second), request.mix_strength)
-    return prompts, rows(request.negative_prompts)
-
-
-def encode_texts(text_encoder: PromptEncoder, texts: list[str], notes: list[str]) -> PromptEmbeds:
-    """Embeddings of texts; notes name the words beyond an encoder's context, and what other programs would obey."""
-    if note := syntax.note_of(texts):
-        notes.append(note)
-    batches = text_encoder.tokenize(texts)
-    for batch, tokenizer in zip(batches, text_encoder.tokenizers, strict=True):
-        for text, cut in zip(texts, batch.cut, strict=True):
-            if cut:
-                notes.append(
-                    f"the prompt {shortened(text, 40)!r} is longer than the {tokenizer.context_length} tokens that the"
-                    f" model reads; these words are left out: {shown(cut, 1000)}"
-                )
-    return text_encoder.embed(batches, len(texts))
-
-
-def with_style(prompt: str, styles: Styles) -> str:
-    """The prompt with the default style at its end, unless it is empty or names a style.
-
-    A style's words count in upper and lower case, but not as parts of longer words.
-    """
-    bare = prompt.rstrip(" \t\n,.")
-    if not bare or not styles.default:
-        return prompt
-    text = " ".join(bare.split()).casefold()
-    named = (re.escape(" ".join(phrase.split()).casefold()) for phrase in (*styles.words, styles.default))
-    if any(re.search(rf"(?<!\w){phrase}(?!\w)", text) for phrase in named):
-        return prompt
-    return f"{bare}, {styles.default}"
+    return [rows(batch) for batch in batches]
 
 
 def seeded_noise(parts: Parts, request: Request, scale: float = 1.0) -> tuple[Latents, Callable[[], Latents]]:
