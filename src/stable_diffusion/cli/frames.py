@@ -30,8 +30,9 @@ class Frames:
     As PNGs, each of which can be made again; or in one animated WebP, there and back, so that it has no jump.
     """
 
-    def __init__(self, count: int | None, *, prompt: str | None, seed: int | None) -> None:
+    def __init__(self, count: int | None, *, prompt: str | None, seed: int | None, animated: bool) -> None:
         self.count = FRAMES if count is None else count
+        self.animated = animated
         if not 2 <= self.count <= MOST_FRAMES:
             raise InputError(f"--frames must be from 2 to {MOST_FRAMES}, got {self.count}")
         ends = {"mix_strength": prompt, "variation_strength": seed}
@@ -54,12 +55,15 @@ class Frames:
         # The first is the plain picture, also in what its file says.
         changes: list[dict[str, Any]] = [{IDLE[strength]: None for strength in self.ends}]
         changes += [dict.fromkeys(self.ends, number / (self.count - 1)) for number in range(1, self.count)]
-        return [replace(one, **change) for change in changes]
+        requests = [replace(one, **change) for change in changes]
+        if self.animated:
+            check_pixels(requests, "an animation")
+        return requests
 
     def make(self, model: DiffusionModel, requests: Sequence[Request], output: Path) -> Iterator[Made]:
         from stable_diffusion.generation.metadata import save_png, save_webp
 
-        if output.suffix.lower() != ".webp":
+        if not self.animated:
             first, digits = place(output, requests[0], "-frame"), len(str(self.count))
             for number, request in enumerate(requests, start=1):
                 frame = draw(model, request)
@@ -67,7 +71,6 @@ class Frames:
                 path = save_png(frame.picture, path, frame.settings)
                 yield Made(path=path, settings=frame.settings, seconds=frame.seconds, notes=frame.notes)
             return
-        check_pixels(requests, "an animation")
         drawn = [draw(model, request) for request in requests]
         there = [each.picture for each in drawn]
         times = [REST_MS, *[FRAME_MS] * (self.count - 2), REST_MS, *[FRAME_MS] * (self.count - 2)]

@@ -133,7 +133,7 @@ def generate(
         example = (*config.prompts, "a red circle")[0]
         raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
     draft = Request.of(config, **asked)
-    asked |= {"seed": draft.seed, "variation_seed": draft.variation_seed}
+    asked |= {name: getattr(draft, name) for name in ("seed", "variation_seed", *PICTURES)}  # once for all
     drafts = work.requests(partial(Request.of, config), asked, draft.picture(0))
     check_place(place(output, draft))
     embedding = reading.pop("embedding", ())
@@ -176,13 +176,9 @@ def _work(
         raise InputError(f"{said}; .webp is for the frames of --interpolate")
     if sweep:
         return Sweep(sweep, _size)
-    return (
-        Frames(frames, prompt=prompt, seed=seed)
-        if interpolates
-        else Progressive()
-        if progressive
-        else Plain()
-    )
+    if interpolates:
+        return Frames(frames, prompt=prompt, seed=seed, animated=animated)
+    return Progressive() if progressive else Plain()
 
 
 def _given(options: Any) -> dict[str, Any]:
