@@ -116,7 +116,9 @@ def test_several_pictures_have_seeds_in_a_row(client: Any) -> None:
     assert three[2].b64_json == alone.b64_json != three[1].b64_json
 
 
-@pytest.mark.parametrize(("size", "file_size"), [("256x192", (256, 192)), ("auto", (128, 128)), (None, (128, 128))])
+@pytest.mark.parametrize(
+    ("size", "file_size"), [("256x192", (256, 192)), ("auto", (128, 128)), (None, (128, 128))]
+)
 def test_size_is_the_size_of_the_file(client: Any, size: str | None, file_size: tuple[int, int]) -> None:
     """The model draws at about its own area in that shape, which the settings keep."""
     asked = {"model": "icons-128", "extra_body": {"seed": 1, "steps": 1}}
@@ -249,10 +251,17 @@ def test_an_edit_without_a_mask_keeps_its_size(client: Any, photo: Image.Image) 
 
 def test_a_stream_of_partial_images(client: Any) -> None:
     """They come before the picture, which is the one without a stream, in files of its size."""
-    asked = {"prompt": "a fox", "model": "icons-128", "extra_body": {"seed": 1, "steps": 4}, "size": "160x160"}
+    asked = {
+        "prompt": "a fox",
+        "model": "icons-128",
+        "extra_body": {"seed": 1, "steps": 4},
+        "size": "160x160",
+    }
     *partial, last = client.images.generate(**asked, stream=True, partial_images=3)
     assert {event.type for event in partial} == {"image_generation.partial_image"}
-    assert 1 <= len(partial) <= 3 and [event.partial_image_index for event in partial] == [*range(len(partial))]
+    assert 1 <= len(partial) <= 3 and [event.partial_image_index for event in partial] == [
+        *range(len(partial))
+    ]
     assert last.type == "image_generation.completed" and last.usage.total_tokens == 0
     assert last.b64_json == client.images.generate(**asked).data[0].b64_json != partial[-1].b64_json
     for event in (*partial, last):
@@ -401,7 +410,9 @@ def test_models(client: Any) -> None:
 
 def long_job(server: Server) -> Job:
     served = server.models.named("icons-128")
-    return server.jobs.add(Job(model=served.model, request=served.model.request("a fox", num_inference_steps=150)))
+    return server.jobs.add(
+        Job(model=served.model, request=served.model.request("a fox", num_inference_steps=150))
+    )
 
 
 def test_a_full_queue_is_asked_again(client: Any, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +424,9 @@ def test_a_full_queue_is_asked_again(client: Any, server: Server, monkeypatch: p
     held.append(long_job(server))
     with pytest.raises(openai.RateLimitError) as full:
         client.images.generate(**QUICK)
-    assert 1 <= int(full.value.response.headers["retry-after"]) < 60 and full.value.code == "rate_limit_exceeded"
+    assert (
+        1 <= int(full.value.response.headers["retry-after"]) < 60 and full.value.code == "rate_limit_exceeded"
+    )
     answers: list[int] = []
 
     def answered(response: Any) -> None:

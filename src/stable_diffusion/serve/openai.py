@@ -21,7 +21,7 @@ from stable_diffusion import images
 from stable_diffusion.errors import unknown_name
 from stable_diffusion.serve.door import Refused, Served, asked
 from stable_diffusion.serve.jobs import Job
-from stable_diffusion.serve.openai_fields import Wanted, opened, read, read_form
+from stable_diffusion.serve.openai_fields import Wanted, opened, read
 from stable_diffusion.serve.replies import encoded, finished, json_body, problem, server_of
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ async def edits(request: Request) -> Response:
                 texts[name] = (
                     part if isinstance(part, str) else (await part.read()).decode("utf-8", "replace")
                 )
-    wanted = read_form(texts)
+    wanted = read(texts, form=True)
     for name, found in files.items():
         if len(found) > 1:
             raise Refused(
@@ -90,7 +90,8 @@ async def edits(request: Request) -> Response:
             )
     if not files["image"]:
         raise Refused("image is missing: give the picture to change", field="image")
-    pictures = await asyncio.to_thread(opened, files["image"][0], *(files["mask"] or [None]))
+    mask = files["mask"][0] if files["mask"] else None
+    pictures = await asyncio.to_thread(opened, files["image"][0], mask)
     return await _answer(request, wanted, "image_edit", pictures)
 
 
@@ -178,7 +179,9 @@ def _described(picture: Image.Image, wanted: Wanted) -> dict[str, Any]:
     return {
         "size": f"{picture.width}x{picture.height}",
         "output_format": wanted.output_format,
-        "background": "transparent" if picture.mode == "RGBA" and wanted.output_format != "jpeg" else "opaque",
+        "background": "transparent"
+        if picture.mode == "RGBA" and wanted.output_format != "jpeg"
+        else "opaque",
     }
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -110,62 +110,59 @@ _OWN = {
 }
 
 
-def read(body: Mapping[str, Any]) -> Wanted:
-    """What a JSON body asks for; null is a field that is not given.
+def read(body: Mapping[str, Any], *, form: bool = False) -> Wanted:
+    """What a body asks for; null is a field that is not given.
+
+    Args:
+        body: the fields as JSON has them.
+        form: whether they are the texts of a form instead, in which numbers and the like are written as in JSON.
 
     Raises:
         Refused: what upstream does and this server does not, or a value that a field cannot have.
     """
-    return _read(body, lambda check, value: check(value))
-
-
-def read_form(parts: Mapping[str, str]) -> Wanted:
-    """What the text parts of a form ask for, as ``read``; numbers and the like are in JSON."""
-    return _read(parts, _of_text)
-
-
-def _of_text(check: Callable[[Any], Any], text: str) -> Any:
-    try:
-        return check(text)
-    except InputError:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = text
-        return check(value)
-
-
-def _read(body: Mapping[str, Any], checked: Callable[[Callable[[Any], Any], Any], Any]) -> Wanted:
     own: dict[str, Any] = {}
     extras: dict[str, Any] = {}
     ignored: list[str] = []
     for name, value in body.items():
         if value is None or name in IGNORED:
             continue
-        if name.partition("[")[0] in REFUSED:  # svg[model] in a form
-            raise Refused(f"{name} is not done here: leave it out", field=name.partition("[")[0])
+        bare = name.partition("[")[0]  # svg[model] in a form
+        if bare in REFUSED:
+            raise Refused(f"{bare} is not done here: leave it out", field=bare)
+        if name not in _OWN and name not in EXTRAS:
+            ignored.append(name)
+            continue
         try:
-            if name in _OWN:
-                own[name] = checked(lambda given, name=name: typed(_OWN[name], given, name), value)
-            elif name in EXTRAS:
-                extras |= checked(lambda given, name=name: _extra(name, given), value)
-            else:
-                ignored.append(name)
+            parsed = _from_text(name, value) if form else _parsed(name, value)
         except InputError as error:
             raise Refused(str(error), field=name) from error
+        (own if name in _OWN else extras).update(parsed)
     if "prompt" not in own:
         raise Refused("prompt is missing: say what to draw", field="prompt")
     return Wanted(**own, extras=extras, ignored=tuple(ignored))
 
 
-def _extra(name: str, value: Any) -> dict[str, Any]:
-    """The plain value under the name that it has here. Raises InputError for one that it cannot have."""
+def _parsed(name: str, value: Any) -> dict[str, Any]:
+    """The value under the name that it has here. Raises InputError for one that it cannot have."""
+    if name in _OWN:
+        return {name: typed(_OWN[name], value, name)}
     ours = OTHER_NAMES.get(name, name)
     try:
         check_stranger(parse({ours: value}))
     except InputError as error:
         raise InputError(str(error).replace(ours, name)) from error
     return {ours: value}
+
+
+def _from_text(name: str, text: str) -> dict[str, Any]:
+    try:
+        return _parsed(name, text)
+    except InputError as error:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise error from None
+        return _parsed(name, value)
 
 
 def opened(image: bytes | str, mask: bytes | str | None) -> dict[str, Image.Image]:
