@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import stable_diffusion
-from benchmarks import loading, startup, training_step
+from benchmarks import loading, serving, startup, training_step
 from stable_diffusion import config, images
 from stable_diffusion.data.coco import coco_splits
 from tests.evaluation.drawings import OBJECTS, UNSEEN, write_drawings
@@ -35,7 +35,7 @@ def test_every_script_is_here() -> None:
     assert found == {
         module.__name__.split(".")[-1]
         for module in (
-            *(loading, startup, training_step),
+            *(loading, serving, startup, training_step),
             *(attention_maps, board, make_text_weights, train_detector),
         )
     }
@@ -47,6 +47,14 @@ def test_startup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.endswith("1 runs")
     assert [line[:26].strip() for line in lines] == list(startup.ROWS)
+
+
+def test_serving(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(WEIGHTS.parents[1]))
+    serving.main(["--quick"])
+    _, *lines = capsys.readouterr().out.splitlines()
+    starts = ["start", "bare loop", "4 askers at once", "/health", "longest wait", "lead of the luckiest"]
+    assert [line[:20].strip() for line in lines] == starts
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")

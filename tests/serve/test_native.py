@@ -158,6 +158,9 @@ def test_a_mask_keeps_the_other_bytes(tiny: Running, size: dict[str, int]) -> No
         ({"prompt": "a", "seed": -1}, "seed", "seed must be from 0"),
         ({"prompt": "a", "vae": "x"}, "vae", "when the server starts"),
         ({"prompt": "a", "lora": {"x": 1}}, "lora", "unknown LoRA 'x'"),
+        ({"prompt": "a <lora:x:1>"}, None, "x"),
+        ({"prompt": "a", "spacing": "karras"}, "spacing", "flow"),
+        ({"prompt": "a", "width": 1024, "hires": 4}, "width", "times hires may be at most 2048"),
         ({"prompt": "a", "image": "/etc/passwd"}, "image", "must be a picture in base64"),
         ({"prompt": "a", "image": "http://127.0.0.1/x.png"}, "image", "nothing is fetched"),
         (
@@ -205,3 +208,13 @@ def test_half_a_letter_is_no_fault(tiny: Running) -> None:
     whole = b'{"prompt": "a \\ud83d\\ude00", "seed": 1, "num_inference_steps": 1}'
     answer = tiny.post("/api/jobs", whole, **{"Content-Type": "application/json"})
     assert tiny.over(answer.json["id"])["pictures"][0]["settings"]["prompt"] == "a \U0001f600"
+
+
+def test_prompts_are_read_as_the_server_says(tiny: Running) -> None:
+    """Unless the request says how, also where it says null."""
+    asked = [{}, {"prompt_syntax": None}, {"prompt_syntax": "plain"}]
+    syntaxes = []
+    for fields in asked:
+        id = tiny.job(prompt="a (red:1.3) circle", seed=1, num_inference_steps=1, **fields)
+        syntaxes.append(tiny.over(id)["pictures"][0]["settings"].get("prompt_syntax", "plain"))
+    assert syntaxes == ["a1111", "a1111", "plain"]

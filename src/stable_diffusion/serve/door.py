@@ -141,7 +141,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
             size = scaled_down(size)
         width, height = drawn_size(served.config, *size)
         request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
-        request.check(served.config, served.model.origin)
+        served.model.stream(request).close()  # says what is wrong with it, and draws nothing
         return _fitted(served.config, request, size)
     except Refused:
         raise

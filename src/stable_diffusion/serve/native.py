@@ -120,8 +120,8 @@ async def _submitted(request: Request, live: bool = False) -> Job:
         previews = typed(Annotated[int, within(0, 20)], 0 if previews is None else previews, "previews")
     except InputError as refused:
         raise Refused(str(refused), field="previews") from None
-    if "prompt_syntax" in FIELDS:
-        body.setdefault("prompt_syntax", server.prompt_syntax)
+    if body.get("prompt_syntax") is None:
+        body["prompt_syntax"] = server.prompt_syntax
     return await submit(request, served, body, client=client, previews=previews, live=live)
 
 
