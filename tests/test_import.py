@@ -25,6 +25,7 @@ DEFAULTS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
 ROOMS: list[set[str]] = [
     {"__main__"},
     {"cli"},
+    {"serve"},
     {"__init__"},
     {"model"},
     {"parts", "progress"},

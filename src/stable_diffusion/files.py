@@ -339,12 +339,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_object(path, read_bytes(path))
 
 
-def json_object(place: object, text: str | bytes) -> dict[str, Any]:
+def json_object(
+    place: object, text: str | bytes, advice: str = "copy or download it again"
+) -> dict[str, Any]:
     """The JSON object that a text is, in UTF-8, UTF-16 or UTF-32. Raises InputError, which names `place`, otherwise."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON ({error}): copy or download it again") from None
+        raise InputError(f"{place} is not JSON ({error}): {advice}") from None
     if _nested(content, NESTING):
         raise InputError(f"{place} nests lists and objects more than {NESTING} deep: it holds no settings")
     if not isinstance(content, dict):

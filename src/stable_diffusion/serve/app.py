@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.serve import native, openai, page, webui
-from stable_diffusion.serve.guard import Guard, Rules
+from stable_diffusion.serve.guard import MAX_BODY, Guard, Rules
 from stable_diffusion.serve.replies import ErrorForm, Server, problem, server_of
-
-logger = logging.getLogger(__name__)
 
 FORMS: dict[str, ErrorForm] = {"/v1": openai.error, "/sdapi": webui.error}
 """How errors look below a path; elsewhere as ours."""
-MAX_BODY = 32 << 20
 
 
-def health(request: Request) -> Response:
+async def health(request: Request) -> Response:
     """Says that the server answers, and how much waits; it needs no key."""
     jobs = server_of(request).jobs
     return JSONResponse({"status": "ok", "waiting": jobs.waiting, "running": jobs.running is not None})
@@ -49,13 +44,11 @@ def error_response(path: str, error: Exception) -> Response:
     return form(found.status, found.message, found.field, found.headers)
 
 
-def _failed(request: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
+    """The answer to what a route raised. A fault of ours is raised again behind it, so that it stands in the log."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    answer = error_response(request.url.path, error)
-    if answer.status_code == 500:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return answer
+    return error_response(request.url.path, error)
 
 
 def application(server: Server, rules: Rules, more: Iterable[Route] = ()) -> Starlette:
@@ -72,13 +65,14 @@ def application(server: Server, rules: Rules, more: Iterable[Route] = ()) -> Sta
         yield
         server.jobs.close()
 
-    handlers = dict.fromkeys((HTTPException, InputError, ClientDisconnect, Exception), _failed)
     app = Starlette(
         routes=[*ROUTES, *more],
-        middleware=[Middleware(Guard, rules=rules, refuse=error_response)],
-        exception_handlers=handlers,
+        exception_handlers=dict.fromkeys((HTTPException, InputError, ClientDisconnect, Exception), _failed),
         lifespan=lifespan,
         max_body_size=MAX_BODY,
     )
+    app.router.redirect_slashes = False
     app.state.server = server
+    # Outside of Starlette's own middlewares, whose answers (413, 500) are guarded too.
+    app.middleware_stack = Guard(app.build_middleware_stack(), rules=rules, refuse=error_response)
     return app

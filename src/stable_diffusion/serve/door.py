@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,12 +33,21 @@ class Refused(InputError):
     Attributes:
         status: of HTTP.
         field: the field that is at fault, as the client calls it.
+        headers: of the answer.
     """
 
-    def __init__(self, said: str, *, status: int = 400, field: str | None = None) -> None:
+    def __init__(
+        self,
+        said: str,
+        *,
+        status: int = 400,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(said)
         self.status = status
         self.field = field
+        self.headers = dict(headers or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +75,12 @@ class Asked:
     """A request at a size that the model draws, and what makes the pictures those that were asked for."""
 
     request: Request
+    """Its image and mask have the size that is drawn."""
     finish: Callable[[Image.Image], Image.Image]
+    notes: tuple[str, ...] = ()
+    """What the mask was taken for, say."""
+    bytes: int = 0
+    """Of the pictures that both of them hold."""
 
 
 class Models:
@@ -93,45 +109,78 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
     the bytes outside of the mask are the image's.
 
     Raises:
-        InputError: a field that is unknown, that clients do not choose, or has a value that it cannot have.
+        InputError: a field that is unknown, that clients do not choose, or has a value that it cannot have; Refused
+            where it is known which.
     """
     values = {name: value for name, value in fields.items() if value is not None}
     for name in LOADING:
         if name in values:
             raise Refused(f"{name} is chosen when the server starts: leave it out", field=name)
-    pictures = {name: read_picture(values.pop(name), name) for name in PICTURES if name in values}
     if "latents" in values:
         raise Refused("latents are not taken over HTTP: leave them out", field="latents")
-    values = parse(values)
+    pictures = {name: read_picture(values.pop(name), name) for name in PICTURES if name in values}
+    for name in values:
+        try:
+            values |= parse({name: values[name]})
+        except InputError as error:
+            raise Refused(str(error), field=name) from None
     if "prompt" not in values:
         raise Refused("prompt is missing: say what to draw", field="prompt")
-    check_stranger(values)
-    lora = values.get("lora", {})
-    for name in lora:
+    for name in values.get("lora", {}):
         if name not in served.loras:
             raise Refused(
-                f"{unknown_name('LoRA', name, served.loras)}; LoRAs are named when the server starts", field="lora"
+                f"{unknown_name('LoRA', name, served.loras)}; LoRAs are named when the server starts",
+                field="lora",
             )
-    image = pictures.get("image")
-    own = served.config.sample_size
-    size = image.size if image is not None else (own, own)
-    size = values.pop("width", size[0]), values.pop("height", size[1])
-    if max(size) > LIMITS["width"]:  # an image's own
-        size = scaled_down(size)
-    width, height = drawn_size(served.config, *size)
-    request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
-    request.check(served.config, served.model.origin)
+    try:
+        check_stranger(values)
+        own = served.config.sample_size
+        size = pictures["image"].size if "image" in pictures else (own, own)
+        size = values.pop("width", size[0]), values.pop("height", size[1])
+        if max(size) > LIMITS["width"]:  # an image's own
+            size = scaled_down(size)
+        width, height = drawn_size(served.config, *size)
+        request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
+        request.check(served.config, served.model.origin)
+        return _fitted(served.config, request, size)
+    except Refused:
+        raise
+    except InputError as error:
+        first = re.match(r"\w+", str(error))
+        raise Refused(str(error), field=first[0] if first and first[0] in FIELDS else None) from None
+
+
+def _fitted(config: ModelConfig, request: Request, size: tuple[int, int]) -> Asked:
+    """The request with its pictures at the size that is drawn: what waits in the queue takes no more memory."""
+    image, mask = request.image, request.mask_image
+    drawn = request.width, request.height
+    notes: list[str] = []
+    kept: tuple[Image.Image, Image.Image] | None = None
+    if image is not None:
+        # The steps, in their order, of `pipeline.fitted`, which finds nothing left to do.
+        image = image.convert("RGBA") if config.alpha else images.to_rgb(image)
+        if mask is not None:
+            at_size, note = images.binary_mask(mask, *size)
+            notes.extend(() if note is None else (note,))
+            if size != drawn:
+                kept = images.cover(image, *size), at_size
+            mask, _ = images.binary_mask(mask, *drawn)
+        image = images.cover(image, *drawn)
+        image.info = {}  # which may hold a file's every text
+        request = dataclasses.replace(request, image=image, mask_image=mask)
 
     def finish(picture: Image.Image) -> Image.Image:
         if picture.size == size:
             return picture
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-        if image is not None and request.mask_image is not None:
-            mask, _ = images.binary_mask(request.mask_image, *size)
-            picture = Image.composite(picture, images.cover(image, *size).convert(picture.mode), mask)
+        if kept is not None:
+            before, mask = kept
+            picture = Image.composite(picture, before.convert(picture.mode), mask)
         return picture
 
-    return Asked(request=request, finish=finish)
+    pictures = (request.image, request.mask_image, *(kept or ()))
+    held = sum(each.width * each.height * len(each.getbands()) for each in pictures if each is not None)
+    return Asked(request=request, finish=finish, notes=tuple(notes), bytes=held)
 
 
 def scaled_down(size: tuple[int, int]) -> tuple[int, int]:
@@ -181,7 +230,8 @@ def read_picture(value: Any, field: str) -> Image.Image:
         ) from error
     if width * height > MOST_PIXELS:
         raise Refused(
-            f"{field} has {width}x{height} pixels, and {MOST_PIXELS:,} are the most: make it smaller", field=field
+            f"{field} has {width}x{height} pixels, and {MOST_PIXELS:,} are the most: make it smaller",
+            field=field,
         )
     content.seek(0)
     try:
@@ -195,7 +245,9 @@ def _decoded(text: str, field: str) -> bytes:
     if text[:5].lower() == "data:":
         text = text.partition(",")[2]
     elif "://" in text[:12]:
-        raise Refused(f"{field} is an address, and nothing is fetched: send the picture itself in base64", field=field)
+        raise Refused(
+            f"{field} is an address, and nothing is fetched: send the picture itself in base64", field=field
+        )
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -23,9 +24,11 @@ from stable_diffusion.generation.request import Request
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 64
+MOST_BYTES = 256 << 20
+"""Of the pictures that clients sent with jobs that wait."""
 KEPT_SECONDS = 600
 KEPT_BYTES = 64 << 20
-"""Of finished jobs' pictures, as they lie in memory."""
+"""Of finished jobs, with their pictures as they lie in memory."""
 LONGEST_WAIT = 2.0
 """Seconds for which live jobs go before the others."""
 
@@ -40,15 +43,37 @@ class Model(Protocol):
 
 
 class Busy(InputError):
-    """More jobs wait than the queue takes, or the server is closing.
+    """More jobs wait than the queue takes, or the server is stopping.
 
     Attributes:
         retry_after: seconds after which to ask again.
+        status: of HTTP.
     """
 
-    def __init__(self, said: str, retry_after: int) -> None:
+    def __init__(self, said: str, retry_after: int, status: int = 429) -> None:
         super().__init__(said)
         self.retry_after = retry_after
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a job is; one object, so that its parts belong together."""
+
+    picture: int = 0
+    """The one in work, from 0."""
+    step: int = 0
+    """Steps of it that are done."""
+    total: int = 0
+    """Steps that it takes; 0 before the first one."""
+    preview: Image.Image | None = None
+    """What the network sees in the noise, at the model's own size."""
+    previewed: int = 0
+    """Previews of the job so far."""
+
+
+def _unchanged(picture: Image.Image) -> Image.Image:
+    return picture
 
 
 @dataclass(eq=False, kw_only=True)
@@ -57,9 +82,12 @@ class Job:
 
     model: Model
     request: Request
-    """Its pictures are made one by one: each has the bytes that it has alone."""
-    finish: Callable[[Image.Image], Image.Image] = lambda picture: picture
+    """Its pictures are made one by one: each has the bytes that it has alone. When it is over, those to begin with
+    are gone."""
+    finish: Callable[[Image.Image], Image.Image] = _unchanged
     """What becomes of each picture: scaling, say. Its ``info["settings"]`` stay."""
+    bytes: int = 0
+    """Of the pictures to begin with, as they lie in memory."""
     client: str = ""
     """Clients take turns, whoever asked for how much."""
     live: bool = False
@@ -68,14 +96,9 @@ class Job:
     """How many steps of a picture are decoded too, evenly spread; 0 for none."""
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     status: Status = "queued"
-    step: int = 0
-    """Steps done, of the picture in work."""
-    total: int = 0
-    preview: Image.Image | None = None
-    """What the network sees in the noise, at the model's own size."""
-    previewed: int = 0
-    """Previews so far."""
+    progress: Progress = Progress()
     pictures: list[Image.Image] = field(default_factory=list)
+    """Those that are done, also of a job that was cancelled."""
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     created: float = field(default_factory=time.time)
@@ -90,7 +113,23 @@ class Job:
         """Whether nothing of it will change any more."""
         return self.status in ("done", "failed", "cancelled")
 
-    async def changes(self, every: float | None = None) -> AsyncIterator[None]:
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def total(self) -> int:
+        return self.progress.total
+
+    @property
+    def preview(self) -> Image.Image | None:
+        return self.progress.preview
+
+    @property
+    def previewed(self) -> int:
+        return self.progress.previewed
+
+    async def changes(self, every: float | None = None) -> AsyncGenerator[None, None]:
         """Yields now and after each change, of which several may come as one, until it is over.
 
         Args:
@@ -106,13 +145,12 @@ class Job:
                 if over:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(event.wait(), every)
+                    async with asyncio.timeout(every):
+                        await event.wait()
         finally:
             del self._watchers[event]
 
-    def _changed(self, **values: Any) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
+    def _changed(self) -> None:
         for event, loop in list(self._watchers.items()):
             with contextlib.suppress(RuntimeError):  # a loop that was closed
                 loop.call_soon_threadsafe(event.set)
@@ -121,13 +159,17 @@ class Job:
 class Jobs:
     """The queue, and the thread that draws what is in it.
 
-    Live jobs go first, for at most ``LONGEST_WAIT`` seconds while others wait; those others go in turns of their clients.
+    Live jobs go first, for at most ``LONGEST_WAIT`` seconds while others wait; those go in turns of their clients.
     """
 
     def __init__(self) -> None:
         self._live: OrderedDict[str, Job] = OrderedDict()
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._kept: OrderedDict[str, Job] = OrderedDict()
+        self._known: dict[str, Job] = {}
+        self._over: deque[tuple[Job, float, int]] = (
+            deque()
+        )  # with the moment on the clock, and bytes; the oldest first
+        self._over_bytes = 0
         self._running: Job | None = None
         self._changed = threading.Condition()
         self._held_since: float | None = None
@@ -140,30 +182,34 @@ class Jobs:
         """Puts a job into the queue. Raises Busy where it is full, or closed."""
         with self._changed:
             if self._closed:
-                raise Busy("the server is stopping: ask again when it runs", 5)
+                raise Busy("the server is stopping: ask again when it runs", 5, status=503)
+            older = self._live.get(job.client) if job.live else None
+            self._check_room(job, older)
             if job.live:
-                if older := self._live.pop(job.client, None):
-                    self._finish(older, "cancelled")
-                self._live[job.client] = job
+                self._live[job.client] = job  # at the older one's place
             else:
-                self._check_room()
                 self._waiting.setdefault(job.client, deque()).append(job)
-            self._kept[job.id] = job
+            self._known[job.id] = job
+            if older is not None:
+                self._finish(older, "cancelled")
             self._changed.notify()
         return job
 
-    def _check_room(self) -> None:
-        if (count := self.waiting) >= MOST_WAITING:
-            seconds = max(1, min(600, round(count * self._pace)))
-            raise Busy(
-                f"{count} jobs are waiting, which is the most: ask again in {seconds} seconds", seconds
-            )
+    def _check_room(self, job: Job, older: Job | None) -> None:
+        waiting = [each for each in self._order() if each is not older]
+        if len(waiting) < MOST_WAITING and sum(each.bytes for each in (*waiting, job)) <= MOST_BYTES:
+            return
+        seconds = max(1, min(600, round(len(waiting) * self._pace)))
+        what = f"{len(waiting)} jobs are waiting, which is the most"
+        if len(waiting) < MOST_WAITING:
+            what = f"the pictures of the {len(waiting)} jobs that are waiting take all the room there is"
+        raise Busy(f"{what}: ask again in {seconds} seconds", seconds)
 
     def get(self, id: str) -> Job | None:
         """The job of that id; None where there is none, or none any more."""
         with self._changed:
             self._forget()
-            return self._kept.get(id)
+            return self._known.get(id)
 
     def cancel(self, job: Job) -> None:
         """Ends a job: at once where it waits, within a step where it is drawn. One that is over stays as it is."""
@@ -176,22 +222,23 @@ class Jobs:
     def cancel_all(self, client: str) -> None:
         """Ends all jobs of a client."""
         with self._changed:
-            for job in [job for job in self._kept.values() if job.client == client and not job.over]:
+            for job in [job for job in self._known.values() if job.client == client and not job.over]:
                 self.cancel(job)
 
     def close(self, seconds: float = 30.0) -> None:
-        """Ends every job, takes no more, and waits for the thread."""
+        """Ends every job, takes no more, and waits for the thread so long."""
         with self._changed:
             self._closed = True
-            for job in [job for job in self._kept.values() if not job.over]:
+            for job in [job for job in self._known.values() if not job.over]:
                 self.cancel(job)
             self._changed.notify()
         self._thread.join(seconds)
 
     @property
     def waiting(self) -> int:
-        """How many jobs wait that are not live."""
-        return sum(map(len, self._waiting.values()))
+        """How many jobs wait."""
+        with self._changed:
+            return len(self._live) + sum(map(len, self._waiting.values()))
 
     @property
     def running(self) -> Job | None:
@@ -201,15 +248,19 @@ class Jobs:
     def position(self, job: Job) -> int:
         """How many jobs go before a job that waits; 0 for one that does not."""
         with self._changed:
-            order = [*self._live.values(), *self._in_turn()]
-            return order.index(job) + (self._running is not None) if job in order else 0
+            for before, each in enumerate(self._order()):
+                if each is job:
+                    return before + (self._running is not None)
+            return 0
 
-    def _in_turn(self) -> Iterator[Job]:
+    # What follows runs in the thread, or holds the lock.
+
+    def _order(self) -> Iterator[Job]:
+        """The jobs that wait, as they would be drawn if no more came and the live ones were quick."""
+        yield from self._live.values()
         queues = [list(queue) for queue in self._waiting.values()]
         for turn in range(max(map(len, queues), default=0)):
             yield from (queue[turn] for queue in queues if turn < len(queue))
-
-    # What follows runs in the thread, or holds the lock.
 
     def _next(self) -> Job | None:
         """The next job, and None at the end."""
@@ -217,84 +268,107 @@ class Jobs:
             self._changed.wait_for(lambda: self._closed or self._live or self._waiting)
             if self._closed:
                 return None
-            now = time.monotonic()
-            if self._live and self._waiting and self._held_since is None:
-                self._held_since = now
-            held = self._held_since is not None and now - self._held_since > LONGEST_WAIT
-            if self._live and not (held and self._waiting):
+            if self._live and (not self._waiting or self._held() <= LONGEST_WAIT):
                 _, job = self._live.popitem(last=False)
             else:
-                client = next(iter(self._waiting))
-                job = self._waiting[client].popleft()
+                client, queue = next(iter(self._waiting.items()))
+                job = queue.popleft()
                 self._waiting.move_to_end(client)
-                if not self._waiting[client]:
+                if not queue:
                     del self._waiting[client]
                 self._held_since = None
             self._running = job
-            job._changed(status="running")
+            job.status = "running"
+            job._changed()
             return job
+
+    def _held(self) -> float:
+        """For how many seconds live jobs have gone before others that wait."""
+        now = time.monotonic()
+        if self._held_since is None:
+            self._held_since = now
+        return now - self._held_since
 
     def _take_out(self, job: Job) -> None:
         if job.live:
-            self._live.pop(job.client, None)
-        elif job in (queue := self._waiting[job.client]):
-            queue.remove(job)
-            if not queue:
-                del self._waiting[job.client]
+            del self._live[job.client]
+            return
+        queue = self._waiting[job.client]
+        queue.remove(job)
+        if not queue:
+            del self._waiting[job.client]
+        if not self._waiting:
+            self._held_since = None
 
     def _finish(self, job: Job, status: Status, error: Exception | None = None) -> None:
-        job._changed(status=status, error=error, finished=time.time(), preview=None)
+        job.request = dataclasses.replace(job.request, image=None, mask_image=None)
+        job.finish = _unchanged
+        job.progress = dataclasses.replace(job.progress, preview=None)
+        job.error = error
+        job.finished = time.time()
+        job.status = status  # last: who sees it sees the rest
+        job._changed()
         if job.live:
-            self._kept.pop(job.id, None)
+            del self._known[job.id]
+        else:
+            self._over.append((job, time.monotonic(), size := _size(job)))
+            self._over_bytes += size
         self._forget()
 
     def _forget(self) -> None:
-        """Forgets finished jobs that are too old, and all but the newest where their pictures are too large together."""
-        over = sorted((job for job in self._kept.values() if job.over), key=lambda job: job.finished or 0.0)
-        size = sum(_bytes(job) for job in over)
-        for job in over:
-            fits = size <= KEPT_BYTES or job is over[-1]
-            if fits and time.time() - (job.finished or 0.0) < KEPT_SECONDS:
+        """Forgets finished jobs that are too old, and all but the newest where they are too large together."""
+        oldest = time.monotonic() - KEPT_SECONDS
+        while self._over:
+            job, finished, size = self._over[0]
+            if finished > oldest and (self._over_bytes <= KEPT_BYTES or len(self._over) == 1):
                 break
-            size -= _bytes(job)
-            del self._kept[job.id]
+            self._over.popleft()
+            self._over_bytes -= size
+            del self._known[job.id]
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
-            began = time.perf_counter()
-            status: Status = "failed"
-            error: Exception | None = None
-            try:
-                status = "done" if self._draw(job) else "cancelled"
-            except InputError as refused:
-                error = refused
-            except Exception as fault:  # the next job has nothing to do with it
-                error = fault
-                if not lacks_memory(fault):
-                    logger.exception("a job failed")
-            job.seconds = time.perf_counter() - began
-            if status == "done":
-                self._pace += (job.seconds - self._pace) / 8
-            with self._changed:
-                self._running = None
-                self._finish(job, status, error)
+            self._run(job)
+            del job  # and its pictures, while the next one is awaited
 
-    def _draw(self, job: Job) -> bool:
-        """Draws the pictures of a job; False where it was cancelled."""
+    def _run(self, job: Job) -> None:
+        began = time.perf_counter()
+        error: Exception | None = None
+        try:
+            self._draw(job)
+        except Exception as fault:  # the next job has nothing to do with it
+            if not isinstance(fault, InputError) and not lacks_memory(fault):
+                logger.exception("a job failed")
+            # What its frames hold, a network's activations, would stay for as long as the job.
+            fault.__traceback__ = fault.__cause__ = fault.__context__ = None
+            error = fault
+        job.seconds = time.perf_counter() - began
+        with self._changed:
+            self._running = None
+            if error is not None:
+                self._finish(job, "failed", error)
+            elif job._stop.is_set():
+                self._finish(job, "cancelled")
+            else:
+                self._pace += (job.seconds - self._pace) / 8
+                self._finish(job, "done")
+
+    def _draw(self, job: Job) -> None:
         for index in range(len(job.request.prompts)):
-            steps = job.model.stream(job.request.picture(index))
-            result = self._walk(job, steps)
+            job.progress = Progress(picture=index, previewed=job.previewed)
+            result = self._walk(job, job.model.stream(job.request.picture(index)))
             if result is None:
-                return False
+                return
             (picture,) = result.pictures
             settings = picture.info["settings"]
             picture = job.finish(picture)
             picture.info["settings"] = settings
-            notes = tuple(dict.fromkeys((*job.notes, *result.notes)))
-            job._changed(pictures=[*job.pictures, picture], notes=notes, step=0, preview=None)
-        return True
+            job.notes = tuple(dict.fromkeys((*job.notes, *result.notes)))
+            job.pictures = [*job.pictures, picture]
+            job._changed()
 
     def _walk(self, job: Job, steps: Steps) -> Result | None:
+        """The result of a picture's steps; None where the job was stopped."""
         with contextlib.closing(steps):
             while not job._stop.is_set():
                 try:
@@ -302,15 +376,25 @@ class Jobs:
                 except StopIteration as end:
                     result: Result = end.value
                     return result
-                done, preview = step.index + 1, job.preview
-                if done < step.total and done * (job.previews + 1) // step.total > step.index * (
-                    job.previews + 1
-                ) // step.total:
-                    (preview,) = job.model.decode(step.x0)
-                    job.previewed += 1
-                job._changed(step=done, total=step.total, preview=preview)
+                now = dataclasses.replace(job.progress, step=step.index + 1, total=step.total)
+                if _is_previewed(now.step, now.total, job.previews):
+                    with contextlib.suppress(
+                        InputError
+                    ):  # NaN: of the picture itself, `stream` knows what to do
+                        (preview,) = job.model.decode(step.x0)
+                        now = dataclasses.replace(now, preview=preview, previewed=now.previewed + 1)
+                job.progress = now
+                job._changed()
         return None
 
 
-def _bytes(job: Job) -> int:
-    return sum(picture.width * picture.height * len(picture.getbands()) for picture in job.pictures)
+def _is_previewed(step: int, total: int, previews: int) -> bool:
+    """Whether so many previews, with the picture at the end, divide the steps evenly after this one."""
+    parts = previews + 1
+    return step < total and step * parts // total > (step - 1) * parts // total
+
+
+def _size(job: Job) -> int:
+    """Bytes in memory, about."""
+    letters = sum(map(len, (*job.request.prompt, *job.request.negative_prompt)))
+    return 4096 + 4 * letters + sum(each.width * each.height * len(each.getbands()) for each in job.pictures)

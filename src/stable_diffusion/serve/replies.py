@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from stable_diffusion import images
 from stable_diffusion.errors import InputError
-from stable_diffusion.files import lacks_memory
+from stable_diffusion.files import json_object, lacks_memory
 from stable_diffusion.generation.metadata import png_chunks
 from stable_diffusion.serve.door import Models, Refused, Served, asked
 from stable_diffusion.serve.jobs import Busy, Job, Jobs
@@ -54,9 +58,10 @@ class Problem:
 def problem(error: BaseException) -> Problem:
     """What a client is told of an error; what is a fault of ours stands in the log alone."""
     if isinstance(error, Busy):
-        return Problem(status=429, message=str(error), headers={"Retry-After": str(error.retry_after)})
+        headers = {"Retry-After": str(error.retry_after)}
+        return Problem(status=error.status, message=str(error), headers=headers)
     if isinstance(error, Refused):
-        return Problem(status=error.status, message=str(error), field=error.field, headers={})
+        return Problem(status=error.status, message=str(error), field=error.field, headers=error.headers)
     if isinstance(error, InputError):
         return Problem(status=400, message=str(error), headers={})
     if isinstance(error, Exception) and lacks_memory(error):
@@ -72,16 +77,29 @@ def server_of(request: Request) -> Server:
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises Refused for anything else, 415 where it is not said to be JSON."""
+    """The body as a JSON object of whole characters. Raises Refused for anything else, 415 for another type."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused("the body must be JSON: send Content-Type: application/json", status=415)
+    raw = await request.body()
     try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not JSON ({error}): send an object of settings") from error
-    if not isinstance(body, dict):
-        raise Refused("the body must be a JSON object of settings")
-    return body
+        body = json_object("the body", raw.decode(), "send an object of settings")
+    except UnicodeDecodeError as error:
+        raise Refused("the body is not JSON: it must be text in UTF-8") from error
+    except InputError as error:
+        raise Refused(str(error)) from None
+    whole: dict[str, Any] = _whole(body) if b"\\u" in raw else body
+    return whole
+
+
+def _whole(value: Any) -> Any:
+    """JSON with U+FFFD in place of half characters (lone surrogates), which no text in UTF-8 can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return value
 
 
 async def submit(request: Request, served: Served, fields: Mapping[str, Any], **settings: Any) -> Job:
@@ -97,7 +115,14 @@ async def submit(request: Request, served: Served, fields: Mapping[str, Any], **
         InputError: what ``asked`` refuses, or Busy.
     """
     wanted = await asyncio.to_thread(asked, served, fields)
-    job = Job(model=served.model, request=wanted.request, finish=wanted.finish, **settings)
+    job = Job(
+        model=served.model,
+        request=wanted.request,
+        finish=wanted.finish,
+        notes=wanted.notes,
+        bytes=wanted.bytes,
+        **settings,
+    )
     return server_of(request).jobs.add(job)
 
 
@@ -105,28 +130,77 @@ async def finished(request: Request, job: Job) -> list[Image.Image]:
     """The job's pictures, when they are there; a client that goes away ends it within a step.
 
     Raises:
-        Exception: what the drawing raised; Refused, 409, where somebody cancelled it.
+        InputError: what the drawing raised; Refused, 409, where somebody cancelled it, and 5xx for a fault of ours.
+        ClientDisconnect: the client went away.
     """
     try:
-        async for _ in job.changes(every=GONE_AFTER):
-            if not job.over and await request.is_disconnected():
-                raise ClientDisconnect
+        async with aclosing(job.changes(every=GONE_AFTER)) as changes:
+            async for _ in changes:
+                if not job.over and await request.is_disconnected():
+                    raise ClientDisconnect
     finally:
         server_of(request).jobs.cancel(job)  # nothing where it is over
     if job.error is not None:
-        raise job.error
+        raise told(job.error)
     if job.status == "cancelled":
         raise Refused("the job was cancelled", status=409)
     return job.pictures
 
 
+def told(error: Exception) -> InputError:
+    """The error of a job as one to raise: what is no client's fault stands in the log already."""
+    if isinstance(error, InputError):
+        return error
+    found = problem(error)
+    return Refused(found.message, status=found.status, headers=found.headers)
+
+
+def event(name: str, data: Mapping[str, Any]) -> bytes:
+    """A server-sent event with JSON as its data."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+class Stream(StreamingResponse):
+    """Server-sent events, such as ``event`` makes.
+
+    Args:
+        events: as bytes; it is closed when the client goes away.
+        gone: called at the end, also where the client went away before the first event: cancels a job, say.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], gone: Callable[[], object] = lambda: None
+    ) -> None:
+        headers = {
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+        }  # nginx else collects some kB first
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events, self._gone = events, gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._gone()
+            await self._events.aclose()
+
+
 def encoded(picture: Image.Image, format: str = "png", quality: int = 90) -> bytes:
-    """The file of a picture: png, with its settings in it, or jpeg or webp of that quality, 0 to 100."""
+    """The file of a picture: png, with its settings in it, or jpeg or webp of that quality, 0 to 100.
+
+    A large one takes a second, for which other clients wait: ``await asyncio.to_thread(encoded, …)``.
+    """
     content = io.BytesIO()
     settings = picture.info.get("settings")
     if format == "png":
         picture.save(content, format="PNG", pnginfo=None if settings is None else png_chunks(settings))
     else:
-        rgb = picture.convert("RGB") if format == "jpeg" else picture
-        rgb.save(content, format=format.upper(), quality=quality)
+        flat = images.to_rgb(picture) if format == "jpeg" else picture
+        flat.save(content, format=format.upper(), quality=quality)
     return content.getvalue()
+
+
+def data_uri(picture: Image.Image, format: str = "png", quality: int = 90) -> str:
+    """The same as a text that stands where an address could."""
+    return f"data:image/{format};base64,{base64.b64encode(encoded(picture, format, quality)).decode()}"

@@ -1,0 +1,99 @@
+"""From a free port to the last answer: uvicorn, set up for this application."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+
+from stable_diffusion.errors import InputError
+from stable_diffusion.serve.jobs import Jobs
+
+GRACE = 10
+"""Seconds for answers that are being sent when the server stops."""
+
+
+class Listener(uvicorn.Server):
+    """Answers until ``should_exit`` is set; every job ends then, within a step, and so does what waits for it.
+
+    Signals are the caller's.
+
+    Args:
+        app: the application.
+        jobs: its jobs.
+        ready: called when it answers.
+    """
+
+    def __init__(self, app: Starlette, jobs: Jobs, ready: Callable[[], object] = lambda: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="on",
+                log_config=None,  # errors go where Python's log goes
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE,
+                h11_max_incomplete_event_size=32 << 10,  # of a request's line and headers
+            )
+        )
+        self._jobs, self._ready = jobs, ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves them as they are."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to answer."""
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the jobs, for whose answers it then waits."""
+        self._jobs.close(0)
+        await super().shutdown(sockets)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens: what asks from now on is answered when there is who answers.
+
+    Raises:
+        InputError: no such address here, or the port is taken or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise InputError(f"there is no address {host!r} here ({error}): give another --host") from None
+    listening = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # on Windows it would let two programs have one port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"port {port} is in use, perhaps by another minisd serve: give another --port"
+            ) from None
+        said = error.strerror or error
+        raise InputError(
+            f"cannot listen at {host} on port {port}: {said}; give another --host or --port"
+        ) from None
+    return listening
+
+
+def is_loopback(listening: socket.socket) -> bool:
+    """Whether only programs of this machine reach a socket."""
+    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
