@@ -78,7 +78,10 @@ def _unchanged(picture: Image.Image) -> Image.Image:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that draws."""
+    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that draws.
+
+    `previews` may be changed by any, also while it is drawn.
+    """
 
     model: Model
     request: Request
@@ -102,6 +105,7 @@ class Job:
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     created: float = field(default_factory=time.time)
+    started: float | None = None
     finished: float | None = None
     seconds: float = 0.0
     """Spent drawing."""
@@ -219,10 +223,15 @@ class Jobs:
                 self._take_out(job)
                 self._finish(job, "cancelled")
 
+    def of(self, client: str) -> list[Job]:
+        """A client's jobs that are not over, the oldest first."""
+        with self._changed:
+            return [job for job in self._known.values() if job.client == client and not job.over]
+
     def cancel_all(self, client: str) -> None:
         """Ends all jobs of a client."""
         with self._changed:
-            for job in [job for job in self._known.values() if job.client == client and not job.over]:
+            for job in self.of(client):
                 self.cancel(job)
 
     def close(self, seconds: float = 30.0) -> None:
@@ -278,6 +287,7 @@ class Jobs:
                     del self._waiting[client]
                 self._held_since = None
             self._running = job
+            job.started = time.time()
             job.status = "running"
             job._changed()
             return job
