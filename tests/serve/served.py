@@ -9,11 +9,12 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from starlette.routing import Route
 
 from stable_diffusion.model import DiffusionModel
 from stable_diffusion.serve.app import application
@@ -149,13 +150,19 @@ def until(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
 
 
 @contextlib.contextmanager
-def serving(models: Mapping[str, Any], *, jobs: Jobs | None = None, **rules: Any) -> Iterator[Running]:
-    """A server of these models, the first of which is the default one."""
+def serving(models: Mapping[str, Any], *, more: Iterable[Route] = (), **rules: Any) -> Iterator[Running]:
+    """A server of these models, the first of which is the default one.
+
+    Args:
+        models: by name.
+        more: routes beside the application's.
+        rules: fields of ``Rules``.
+    """
     served = [Served(name=name, model=model, created=1) for name, model in models.items()]
-    jobs = Jobs() if jobs is None else jobs
+    jobs = Jobs()
     server = Server(models=Models(served), jobs=jobs)
     ready = threading.Event()
-    listener = Listener(application(server, Rules(**{"hosts": HOSTS, **rules})), jobs, ready.set)
+    listener = Listener(application(server, Rules(**{"hosts": HOSTS, **rules}), more), jobs, ready.set)
     with contextlib.closing(bound("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=listener.run, args=([listening],), daemon=True)
         thread.start()

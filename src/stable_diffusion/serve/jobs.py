@@ -8,10 +8,10 @@ import dataclasses
 import logging
 import secrets
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
+from time import monotonic, perf_counter, time
 from typing import Any, Literal, Protocol
 
 from PIL import Image
@@ -104,7 +104,7 @@ class Job:
     """Those that are done, also of a job that was cancelled."""
     notes: tuple[str, ...] = ()
     error: Exception | None = None
-    created: float = field(default_factory=time.time)
+    created: float = field(default_factory=time)
     started: float | None = None
     finished: float | None = None
     seconds: float = 0.0
@@ -287,14 +287,14 @@ class Jobs:
                     del self._waiting[client]
                 self._held_since = None
             self._running = job
-            job.started = time.time()
+            job.started = time()
             job.status = "running"
             job._changed()
             return job
 
     def _held(self) -> float:
         """For how many seconds live jobs have gone before others that wait."""
-        now = time.monotonic()
+        now = monotonic()
         if self._held_since is None:
             self._held_since = now
         return now - self._held_since
@@ -315,19 +315,19 @@ class Jobs:
         job.finish = _unchanged
         job.progress = dataclasses.replace(job.progress, preview=None)
         job.error = error
-        job.finished = time.time()
+        job.finished = time()
         job.status = status  # last: who sees it sees the rest
         job._changed()
         if job.live:
             del self._known[job.id]
         else:
-            self._over.append((job, time.monotonic(), size := _size(job)))
+            self._over.append((job, monotonic(), size := _size(job)))
             self._over_bytes += size
         self._forget()
 
     def _forget(self) -> None:
         """Forgets finished jobs that are too old, and all but the newest where they are too large together."""
-        oldest = time.monotonic() - KEPT_SECONDS
+        oldest = monotonic() - KEPT_SECONDS
         while self._over:
             job, finished, size = self._over[0]
             if finished > oldest and (self._over_bytes <= KEPT_BYTES or len(self._over) == 1):
@@ -342,7 +342,7 @@ class Jobs:
             del job  # and its pictures, while the next one is awaited
 
     def _run(self, job: Job) -> None:
-        began = time.perf_counter()
+        began = perf_counter()
         error: Exception | None = None
         try:
             self._draw(job)
@@ -352,7 +352,7 @@ class Jobs:
             # What its frames hold, a network's activations, would stay for as long as the job.
             fault.__traceback__ = fault.__cause__ = fault.__context__ = None
             error = fault
-        job.seconds = time.perf_counter() - began
+        job.seconds = perf_counter() - began
         with self._changed:
             self._running = None
             if error is not None:

@@ -39,6 +39,7 @@ class Listener(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,  # errors go where Python's log goes
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=GRACE,
