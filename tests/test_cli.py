@@ -142,6 +142,7 @@ def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: s
     given = {
         "model": model,
         "negative_prompt": "blurry",
+        "prompt_syntax": "a1111",
         "seed": 0,
         "num_inference_steps": 6,
         "guidance_scale": 3.5,

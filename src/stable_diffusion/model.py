@@ -21,6 +21,7 @@ from stable_diffusion.fields import typed
 from stable_diffusion.files import as_path, slug
 from stable_diffusion.generation import pipeline
 from stable_diffusion.generation.request import Request, check_size
+from stable_diffusion.generation.weights import lora_weights
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.parts import ModelParts
 from stable_diffusion.runtime import first_process
@@ -118,7 +119,7 @@ class DiffusionModel(ModelParts):
             raise InputError(f"stream takes a Request, such as model.request(prompt), got {request!r}")
         self._check_weights()
         request.check(self.config, self.origin)
-        self.adapters.check(request.lora)
+        self.adapters.check(lora_weights(request))
         return pipeline.stream(self, request, pipeline.plan(self, request))
 
     def generate(

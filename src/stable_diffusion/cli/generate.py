@@ -46,7 +46,8 @@ MORE = {
     "strength": f" By default {FIELDS['strength'].default}.",
     "sampler": f" {', '.join(SAMPLERS)}.",
     "spacing": f" {', '.join(SPACINGS)}.",
-    "lora": " Here a name is a file: FILE or FILE:WEIGHT; may be repeated.",
+    "lora": " Here a name is a file: FILE or FILE:WEIGHT; may be repeated. In a prompt, <lora:NAME:WEIGHT> names"
+    " it without folder and ending.",
     "embedding": " May be repeated.",
 }
 """What the help adds to a field's sentence."""
@@ -116,6 +117,8 @@ def generate(
     for note in model.notes:
         warnings.warn(note, stacklevel=1)
     _add(model, settings.get("lora", {}), embedding)
+    if model.adapters.weights and settings.get("prompt_syntax", "plain") == "plain":
+        model.fuse_lora(keep=False)  # one weight for all pictures
     model = model.to(Config(device).DEVICE)
     first = settings.pop("seed", None)
     if first is None:
@@ -173,8 +176,6 @@ def _add(model: DiffusionModel, lora: Mapping[str, float], embedding: tuple[str,
     """Puts the files that the command names into the model, and says what was applied."""
     for file, weight in lora.items():
         tell(model.load_lora(file, weight, name=file))
-    if lora:
-        model.fuse_lora(keep=False)  # one weight for all pictures
     for text in embedding:
         words = model.load_textual_inversion(*split_file(text))
         tell(f"prompts can have {', '.join(words)}")

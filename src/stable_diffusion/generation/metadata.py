@@ -17,6 +17,7 @@ from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES,
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import create, json_object
 from stable_diffusion.generation.request import split_file
+from stable_diffusion.generation.weights import LORA, lora_name
 from stable_diffusion.images import opened
 
 
@@ -80,11 +81,21 @@ def parameters(settings: dict[str, Any]) -> str:
         "Model": settings.get("model"),
         "VAE": None if settings.get("vae") is None else re.split(r"[\\/]", settings["vae"])[-1],
         "Denoising strength": settings.get("strength"),
-        "Lora hashes": _hashes({_name(file): _hash(file, True) for file in loras}),
-        "TI hashes": _hashes({_name(word or file): _hash(file, False) for file, word in embeddings}),
+        "Lora hashes": _hashes({lora_name(file): _hash(file, True) for file in loras}),
+        "TI hashes": _hashes({lora_name(word or file): _hash(file, False) for file, word in embeddings}),
     }
-    words = [str(settings.get("prompt") or "")]
-    lines = [" ".join([*filter(None, words), *(f"<lora:{_name(file)}:{loras[file]:g}>" for file in loras)])]
+    words = str(settings.get("prompt") or "")
+    named = (
+        {found[1].strip() for found in LORA.finditer(words)}
+        if settings.get("prompt_syntax") == "a1111"
+        else ()
+    )
+    tags = (
+        f"<lora:{lora_name(file)}:{loras[file]:g}>"
+        for file in loras
+        if file not in named and lora_name(file) not in named
+    )
+    lines = [" ".join(filter(None, (words, *tags)))]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None))
@@ -122,11 +133,6 @@ def _unquoted(text: str) -> str:
         with contextlib.suppress(ValueError):
             return str(json.loads(text))
     return text.strip()
-
-
-def _name(file: str) -> str:
-    name = re.sub(r"\.(safetensors|ckpt|pt|pth|bin)$", "", re.split(r"[\\/]", file)[-1])
-    return re.sub(r"[:<>,]", "_", name)
 
 
 @lru_cache

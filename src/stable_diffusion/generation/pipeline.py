@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,20 @@ from stable_diffusion.errors import InputError, shortened, shown
 from stable_diffusion.generation import syntax
 from stable_diffusion.generation.denoise import Codec, Known, Network, denoiser
 from stable_diffusion.generation.request import Request
+from stable_diffusion.generation.weights import (
+    Piece,
+    Prompt,
+    lora_weights,
+    parse,
+    unobeyed,
+    without_loras,
+    words_of,
+)
+from stable_diffusion.nn import weighted
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 
 Latents = Float[Tensor, "b c h w"]
+T = TypeVar("T", str, Prompt)
 
 
 class Parts(Protocol):
@@ -98,7 +109,9 @@ def finished(steps: Steps) -> Result:
 def generate(parts: Parts, request: Request, levels: list[Level], notes: list[str]) -> Steps:
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
     image, mask = fitted(parts, request, notes)
-    embeds = encode_prompts(parts, request, notes)
+    lora = lora_weights(request)
+    with parts.adapted(lora):
+        embeds = encode_prompts(parts, request, notes)
     if any(request.negative_prompts):
         if parts.network.reads_guidance:
             notes.append("the negative prompt has no effect: this model reads its guidance as a number")
@@ -109,11 +122,11 @@ def generate(parts: Parts, request: Request, levels: list[Level], notes: list[st
     start = drawn if request.latents is None else request.latents.to(drawn)
     known = encode_image(parts, image, mask, start)
     x = begin(parts, request, levels, start, known)
-    with parts.adapted(request.lora):
+    with parts.adapted(lora):
         denoise = denoiser(parts.network, parts.scheduler, embeds, request.guidance, known, levels)
     steps = sample(request.sampler_config, denoise, x, levels, noise=noise)
     while True:
-        with parts.adapted(request.lora):
+        with parts.adapted(lora):
             step = next(steps)
         _check_finite("the U-Net", step.x, f" at step {step.index + 1} of {step.total}")
         last = step.index + 1 == step.total
@@ -158,19 +171,36 @@ def fitted(parts: Parts, request: Request, notes: list[str]) -> tuple[Image.Imag
 
 
 def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """Embeddings of the prompts and of the negative prompts; each distinct text is encoded once."""
-    styled = tuple(with_style(prompt, parts.config.styles) for prompt in request.prompts)
-    texts = sorted({*styled, *request.negative_prompts})
-    with parts.adapted(request.lora):
-        embeds = encode_texts(parts.text_encoder, texts, notes)
+    """Embeddings of the prompts and of the negative prompts; each distinct one is encoded once."""
+    styles, negative = parts.config.styles, request.negative_prompts
+    if request.prompt_syntax == "plain":
+        styled = [with_style(prompt, styles) for prompt in request.prompts]
+        return _encoded(parts, [*styled, *negative], encode_texts, notes)
+    texts = [without_loras(prompt)[0] for prompt in request.prompts]
+    if note := syntax.note_of(map(unobeyed, sorted({*texts, *negative})), plain=False):
+        notes.append(note)
+    prompts = [with_style_words(parse(text), styles) for text in texts]
+    return _encoded(parts, [*prompts, *map(parse, negative)], encode_weighted, notes)
+
+
+def _encoded(
+    parts: Parts,
+    prompts: list[T],
+    encode: Callable[[PromptEncoder, list[T], list[str]], PromptEmbeds],
+    notes: list[str],
+) -> tuple[PromptEmbeds, PromptEmbeds]:
+    """Embeddings of the first half of the prompts and of the second, from those of the distinct ones among all."""
+    distinct: list[T] = sorted(set(prompts))
+    embeds = encode(parts.text_encoder, distinct, notes)
     _check_finite("the text encoder", embeds.tokens)
 
-    def rows(prompts: tuple[str, ...]) -> PromptEmbeds:
-        index = torch.tensor([texts.index(prompt) for prompt in prompts], device=embeds.tokens.device)
+    def rows(prompts: list[T]) -> PromptEmbeds:
+        index = torch.tensor([distinct.index(prompt) for prompt in prompts], device=embeds.tokens.device)
         mask = None if embeds.mask is None else embeds.mask[index]
         return PromptEmbeds(embeds.tokens[index], mask, embeds.pooled[index])
 
-    return rows(styled), rows(request.negative_prompts)
+    half = len(prompts) // 2
+    return rows(prompts[:half]), rows(prompts[half:])
 
 
 def encode_texts(text_encoder: PromptEncoder, texts: list[str], notes: list[str]) -> PromptEmbeds:
@@ -179,13 +209,35 @@ def encode_texts(text_encoder: PromptEncoder, texts: list[str], notes: list[str]
         notes.append(note)
     batches = text_encoder.tokenize(texts)
     for batch, tokenizer in zip(batches, text_encoder.tokenizers, strict=True):
-        for text, cut in zip(texts, batch.cut, strict=True):
-            if cut:
-                notes.append(
-                    f"the prompt {shortened(text, 40)!r} is longer than the {tokenizer.context_length} tokens that the"
-                    f" model reads; these words are left out: {shown(cut, 1000)}"
-                )
+        _note_cut(texts, batch.cut, f"{tokenizer.context_length} tokens", notes)
     return text_encoder.embed(batches, len(texts))
+
+
+def encode_weighted(text_encoder: PromptEncoder, prompts: list[Prompt], notes: list[str]) -> PromptEmbeds:
+    """Embeddings of prompts whose words have weights; notes name the words that a BERT has no room for."""
+    batches = weighted.tokenize(text_encoder, prompts)
+    texts, berts = [words_of(prompt) for prompt in prompts], []
+    for batch, config in zip(batches, text_encoder.configs, strict=True):
+        berts.append(config.architecture == "bert")
+        most = f"{config.context_length} tokens" if berts[-1] else f"{weighted.MOST} chunks"
+        _note_cut(texts, batch.cut, most, notes)
+    if all(berts) and any(len(prompt) > 1 for prompt in prompts):
+        notes.append("BREAK begins nothing new: this model reads a prompt in one piece")
+    return weighted.embed(text_encoder, batches, len(prompts))
+
+
+def _note_cut(texts: list[str], cuts: list[str], limit: str, notes: list[str]) -> None:
+    """Adds a note for each text of which an encoder leaves words out."""
+    for text, cut in zip(texts, cuts, strict=True):
+        if cut:
+            notes.append(
+                f"the prompt {shortened(text, 40)!r} is longer than the {limit} that the model reads; these"
+                f" words are left out: {shown(cut, 1000)}"
+            )
+
+
+STYLE_STRIPS = " \t\n,."
+"""Characters at a prompt's end for which the comma before the style stands."""
 
 
 def with_style(prompt: str, styles: Styles) -> str:
@@ -193,7 +245,7 @@ def with_style(prompt: str, styles: Styles) -> str:
 
     A style's words count in upper and lower case, but not as parts of longer words.
     """
-    bare = prompt.rstrip(" \t\n,.")
+    bare = prompt.rstrip(STYLE_STRIPS)
     if not bare or not styles.default:
         return prompt
     text = " ".join(bare.split()).casefold()
@@ -201,6 +253,18 @@ def with_style(prompt: str, styles: Styles) -> str:
     if any(re.search(rf"(?<!\w){phrase}(?!\w)", text) for phrase in named):
         return prompt
     return f"{bare}, {styles.default}"
+
+
+def with_style_words(prompt: Prompt, styles: Styles) -> Prompt:
+    """``with_style`` for a prompt whose words have weights; the style's have the weight 1."""
+    words = words_of(prompt)
+    if with_style(words, styles) == words:
+        return prompt
+    *before, last = prompt
+    *pieces, (text, weight) = last or (Piece("", 1.0),)
+    kept, style = text.rstrip(STYLE_STRIPS), f", {styles.default}"
+    end = (Piece(kept + style, 1.0),) if weight == 1 else (Piece(kept, weight), Piece(style, 1.0))
+    return (*before, (*pieces, *end))
 
 
 def seeded_noise(parts: Parts, request: Request) -> Callable[[], Latents]:

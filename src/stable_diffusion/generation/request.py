@@ -6,11 +6,10 @@ import dataclasses
 import math
 import os
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from PIL import Image
 
@@ -44,6 +43,8 @@ class Request:
     """What to generate. One that names none of the model's styles gets its default style, if it has one."""
     negative_prompt: tuple[str, ...]
     """What to steer away from: one text for all prompts, or one for each."""
+    prompt_syntax: Literal["plain", "a1111"] = "plain"
+    """How prompts are read: as text, or with AUTOMATIC1111's (word:1.3), [word], BREAK, chunks and <lora:name:0.8>."""
     seed: Annotated[int, within(0, LARGEST_SEED)]
     """Seed of the first picture, 0 to 2**63 - 1; each further picture takes the next number."""
     num_inference_steps: Annotated[int, within(1, 100_000)]
@@ -255,7 +256,7 @@ class Request:
 
 
 FIELDS = {described.name: described for described in dataclasses.fields(Request)}
-HINTS = typing.get_type_hints(Request, include_extras=True)
+HINTS = get_type_hints(Request, include_extras=True)
 REQUIRED = [
     name
     for name, described in FIELDS.items()
