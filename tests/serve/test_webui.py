@@ -26,6 +26,7 @@ from stable_diffusion.model import DiffusionModel
 from stable_diffusion.serve.door import Served
 from stable_diffusion.serve.webui_fields import ONLY, ONLY_HIRES, ONLY_SETTINGS, read, repainted, sampler_of
 from tests.generation.test_metadata import A1111
+from tests.lively import lively
 from tests.serve.served import PATIENCE, Gated, Running, gated_job, serving, until
 from tests.tiny import TINY, tiny_model
 
@@ -51,9 +52,11 @@ def colours(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server of two models, the second with a LoRA."""
-    second = tiny_model(DISCRETE, seed=1)
+    first, second = tiny_model(), tiny_model(DISCRETE, seed=1)
+    for model in (first, second):
+        lively(model.unet)
     second.load_lora(lora_file(second, tmp_path_factory.mktemp("loras") / "fox.safetensors"), 0.0)
-    with serving({"tiny": tiny_model(), "discrete": second}) as running:
+    with serving({"tiny": first, "discrete": second}) as running:
         yield running
 
 
@@ -61,7 +64,8 @@ def lora_file(model: DiffusionModel, file: Any) -> Any:
     """A LoRA of one layer, as kohya's scripts name it."""
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     outputs, inputs = dict(model.unet.named_modules())[name].weight.shape
-    tensors = {"up": torch.full((outputs, 1), 3.0), "down": torch.ones(1, inputs)}
+    values = torch.linspace(-1, 1, inputs)
+    tensors = {"up": torch.ones(outputs, 1), "down": values[None]}
     module = f"lora_unet_{name.replace('.', '_')}"
     save_file({f"{module}.lora_{key}.weight": value for key, value in tensors.items()}, file)
     return file
@@ -408,8 +412,15 @@ def test_loras(api: webuiapi.WebUIApi) -> None:
     plain, with_lora = (api.txt2img(prompt=f"a fox{tag}", **given) for tag in ("", " <lora:fox:1>"))
     assert plain.image.tobytes() != with_lora.image.tobytes()
     assert "<lora:fox:1>" in with_lora.info["infotexts"][0]
-    with pytest.raises(RuntimeError, match=r"422.*unknown LoRA 'cat'"):
+    with pytest.raises(RuntimeError, match="422.*unknown LoRA"):
         api.txt2img(prompt="a fox <lora:cat:1>", **given)
+
+
+def test_prompts_have_the_webuis_syntax(api: webuiapi.WebUIApi) -> None:
+    given = {"seed": 1, "width": 32, "height": 32}
+    texts = ("a red fox", "a (red fox:1.0)", "a (red fox:1.6)")
+    plain, same, heavier = (api.txt2img(prompt=text, **given).image.tobytes() for text in texts)
+    assert plain == same != heavier
 
 
 def test_what_clients_ask_for_when_they_start(api: webuiapi.WebUIApi, running: Running) -> None:

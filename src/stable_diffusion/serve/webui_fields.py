@@ -118,12 +118,8 @@ def read(body: Mapping[str, Any], served: Served, *, syntax: str, with_images: b
     """
     check_only(body, ONLY)
     check_only(settings_of(body), ONLY_SETTINGS, "override_settings.")
-    fields: dict[str, Any] = {
-        "prompt": _text(body, "prompt") or "",
-        "negative_prompt": _text(body, "negative_prompt"),
-    }
-    if "prompt_syntax" in FIELDS:
-        fields["prompt_syntax"] = syntax
+    fields: dict[str, Any] = {"prompt": _text(body, "prompt") or "", "prompt_syntax": syntax}
+    fields["negative_prompt"] = _text(body, "negative_prompt")
     fields["num_inference_steps"] = _whole(body, "steps", 1, LIMITS["num_inference_steps"])
     fields["guidance_scale"] = _number(body, "cfg_scale", -1000, 1000)
     for side in ("width", "height"):
@@ -177,7 +173,7 @@ def not_done(name: str, accepted: tuple[Any, ...]) -> Refused:
     return Refused(f"{name} asks for what is not done here: leave it out{harmless}", field=name)
 
 
-def sampler_of(name: str) -> tuple[str, str | None]:
+def sampler_of(name: str, field: str = "sampler_name") -> tuple[str, str | None]:
     """Our sampler and spacing of a name such as ``DPM++ 2M Karras``. Raises Refused for an unknown one."""
     lower = name.lower()
     ending = max((alias for alias in _SPACINGS if lower.endswith(f" {alias}")), key=len, default=None)
@@ -185,7 +181,7 @@ def sampler_of(name: str) -> tuple[str, str | None]:
     sampler = ALIASES.get(bare, bare)
     if sampler not in SAMPLERS:
         known = ", ".join(row.webui for row in SAMPLERS.values())
-        raise Refused(f"unknown sampler_name {shown(name)}: choose one of {known}", field="sampler_name")
+        raise Refused(f"unknown {field} {shown(name)}: choose one of {known}", field=field)
     return sampler, None if ending is None else _SPACINGS[ending]
 
 
@@ -202,8 +198,9 @@ def repainted(mask: Image.Image, *, invert: bool) -> Image.Image:
 def _sampling(body: Mapping[str, Any], served: Served) -> dict[str, Any]:
     """The sampler, its spacing and its eta, each only where it is said."""
     fields: dict[str, Any] = {}
-    if name := _text(body, "sampler_name") or _text(body, "sampler_index"):
-        fields["sampler"], spacing = sampler_of(name)
+    field = "sampler_name" if _text(body, "sampler_name") else "sampler_index"
+    if name := _text(body, field):
+        fields["sampler"], spacing = sampler_of(name, field)
         if spacing and (SPACINGS[spacing].flow or served.config.schedule.kind != "flow"):
             fields["spacing"] = spacing  # a rectified flow has its own; clients write Karras behind any name
     scheduler = (_text(body, "scheduler") or "automatic").lower()
