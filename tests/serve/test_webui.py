@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from stable_diffusion.config import SamplerConfig, ScheduleConfig
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.generation.metadata import parameters
+from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.model import DiffusionModel
 from stable_diffusion.serve.door import Served
 from stable_diffusion.serve.webui_fields import ONLY, ONLY_HIRES, ONLY_SETTINGS, read, repainted, sampler_of
@@ -233,6 +234,29 @@ def test_resize_modes(running: Running) -> None:
     assert cropped["image"].size == (40, 20) and fields(width=80, height=40)["image"].size == (40, 20)
 
 
+@pytest.mark.skipif("hires" not in FIELDS, reason="no second pass yet")
+def test_a_second_larger_pass(api: webuiapi.WebUIApi) -> None:
+    """The file is so many times as large as was asked for, whatever the size that is drawn."""
+    given = {"prompt": "a fox", "width": 64, "height": 32, "enable_hr": True, "hr_scale": 1.5}
+    result = api.txt2img(**given, denoising_strength=0.5)
+    assert result.image.size == (96, 48) and result.info["denoising_strength"] == 0.5
+    assert "Hires upscale: 1.5" in result.info["infotexts"][0]
+    with pytest.raises(RuntimeError, match=r"422.*hr_scale"):
+        api.txt2img(**given | {"width": 2048})
+
+
+@pytest.mark.skipif("variation_seed" not in FIELDS, reason="no variations yet")
+def test_variations_of_a_picture(api: webuiapi.WebUIApi) -> None:
+    """They share the seed, and the other seed counts up."""
+    given = {"prompt": "a fox", "seed": 3, "width": 32, "height": 32}
+    result = api.txt2img(**given, subseed=9, subseed_strength=0.3, batch_size=2)
+    assert (result.info["all_seeds"], result.info["all_subseeds"]) == ([3, 3], [9, 10])
+    assert "Variation seed: 10" in result.info["infotexts"][1]
+    assert api.txt2img(**given, subseed_strength=0.3).info["subseed"] >= 0
+    plain = api.txt2img(**given)
+    assert plain.info["all_subseeds"] == [-1] and plain.image.tobytes() != result.images[0].tobytes()
+
+
 # Names.
 
 
@@ -412,7 +436,7 @@ def test_loras(api: webuiapi.WebUIApi) -> None:
     plain, with_lora = (api.txt2img(prompt=f"a fox{tag}", **given) for tag in ("", " <lora:fox:1>"))
     assert plain.image.tobytes() != with_lora.image.tobytes()
     assert "<lora:fox:1>" in with_lora.info["infotexts"][0]
-    with pytest.raises(RuntimeError, match="422.*unknown LoRA"):
+    with pytest.raises(RuntimeError, match=r"422.*unknown LoRA"):
         api.txt2img(prompt="a fox <lora:cat:1>", **given)
 
 

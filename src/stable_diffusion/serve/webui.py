@@ -20,6 +20,7 @@ from stable_diffusion.serve.jobs import Job
 from stable_diffusion.serve.replies import Server, encoded, finished, json_body, server_of, submit
 from stable_diffusion.serve.webui_fields import (
     CHOICE,
+    ONLY_HIRES,
     check_only,
     flag,
     read,
@@ -73,17 +74,18 @@ async def _draw(request: Request, *, with_images: bool) -> Response:
     echo = json.loads(json.dumps(echo), parse_constant=lambda _: None)  # NaN, which the answer cannot hold
     files = await asyncio.to_thread(lambda: [_base64(encoded(picture)) for picture in job.pictures])
     names = ", ".join(name for name in ignored if name.replace(".", "").isidentifier() and name.isascii())
-    info = json.dumps(_info(job, served, body, with_images=with_images))
+    info = json.dumps(_info(job, served, body))
     return JSONResponse(
         {"images": files, "parameters": echo, "info": info},
         headers={"x-minisd-ignored": names[:1000]} if names else {},
     )
 
 
-def _info(job: Job, served: Served, body: Mapping[str, Any], *, with_images: bool) -> dict[str, Any]:
+def _info(job: Job, served: Served, body: Mapping[str, Any]) -> dict[str, Any]:
     """What A1111 says of pictures, beside them."""
     request, pictures, count = job.request, job.pictures, len(job.pictures)
     prompts, negatives = request.prompts[:count], request.negative_prompts[:count]
+    settings = [picture.info["settings"] for picture in pictures]
     return {
         "prompt": prompts[0],
         "all_prompts": prompts,
@@ -91,6 +93,9 @@ def _info(job: Job, served: Served, body: Mapping[str, Any], *, with_images: boo
         "all_negative_prompts": negatives,
         "seed": request.seeds[0],
         "all_seeds": request.seeds[:count],
+        "subseed": settings[0].get("variation_seed", -1),
+        "all_subseeds": [each.get("variation_seed", -1) for each in settings],
+        "subseed_strength": settings[0].get("variation_strength", 0),
         "width": pictures[0].width,
         "height": pictures[0].height,
         "sampler_name": SAMPLERS[request.sampler].webui,
@@ -99,8 +104,8 @@ def _info(job: Job, served: Served, body: Mapping[str, Any], *, with_images: boo
         "batch_size": int(body.get("batch_size") or 1),
         "sd_model_name": served.name,
         "sd_model_hash": None,
-        "denoising_strength": request.strength if with_images else None,
-        "infotexts": [parameters(picture.info["settings"]) for picture in pictures],
+        "denoising_strength": settings[0].get("strength", settings[0].get("hires_strength")),
+        "infotexts": list(map(parameters, settings)),
         "index_of_first_image": 0,
         "styles": [],
         "extra_generation_params": {},
@@ -158,7 +163,7 @@ def _state(job: Job | None) -> dict[str, Any]:
         "job_timestamp": "0" if job is None else _stamp(job),
         "job_no": 0 if job is None else job.progress.picture,
         "sampling_step": 0 if job is None else job.progress.step,
-        "sampling_steps": 0 if job is None else job.request.num_inference_steps,
+        "sampling_steps": 0 if job is None else job.progress.total or job.request.num_inference_steps,
     }
 
 
@@ -222,7 +227,7 @@ LISTS: dict[str, Any] = {
     "cmd-flags": {},
     "face-restorers": [],
     "hypernetworks": [],
-    "latent-upscale-modes": [],
+    "latent-upscale-modes": [{"name": name} for name in ONLY_HIRES["hr_upscaler"]],
     "prompt-styles": [],
     "realesrgan-models": [],
     "script-info": [],
