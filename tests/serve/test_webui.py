@@ -26,7 +26,7 @@ from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.model import DiffusionModel
 from stable_diffusion.serve.door import Served
 from stable_diffusion.serve.webui_fields import ONLY, ONLY_HIRES, ONLY_SETTINGS, read, repainted, sampler_of
-from tests.generation.test_metadata import A1111
+from tests.generation.test_infotext import A1111
 from tests.lively import lively
 from tests.serve.served import PATIENCE, Gated, Running, gated_job, serving, until
 from tests.tiny import TINY, tiny_model

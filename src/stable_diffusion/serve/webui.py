@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
-from stable_diffusion.generation.metadata import parameters, read_parameters
+from stable_diffusion.generation.infotext import read_parameters
+from stable_diffusion.generation.metadata import parameters
 from stable_diffusion.serve.door import Refused, Served, read_picture
 from stable_diffusion.serve.jobs import Job
 from stable_diffusion.serve.replies import Server, encoded, finished, json_body, server_of, submit

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stable_diffusion.generation.metadata import parameters, read_parameters
+from stable_diffusion.generation.infotext import read_parameters
+from stable_diffusion.generation.metadata import parameters
 
 A1111 = (
     "a (fox:1.2), best: quality\nin two lines\nNegative prompt: blurry\nSteps: 20, Sampler: DPM++ 2M, Schedule type:"
