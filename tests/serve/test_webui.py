@@ -24,7 +24,7 @@ from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.generation.metadata import parameters
 from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.model import DiffusionModel
-from stable_diffusion.serve.door import Served
+from stable_diffusion.serve.door import Refused, Served
 from stable_diffusion.serve.webui_fields import ONLY, ONLY_HIRES, ONLY_SETTINGS, read, repainted, sampler_of
 from tests.generation.test_infotext import A1111
 from tests.lively import lively
@@ -305,7 +305,10 @@ def test_karras_behind_a_samplers_name(running: Running) -> None:
     assert (spacing(flow), spacing(discrete)) == (None, "karras")
     assert spacing(discrete, scheduler="Beta") == "karras"  # as in the webui
     assert spacing(flow, scheduler="normal") == "linspace"
-    assert spacing(flow, sampler_name="DPM++ 2M", scheduler="Karras") == "karras"
+    with pytest.raises(
+        Refused, match="the model 'tiny' has no scheduler 'karras': choose one of Automatic, leading"
+    ):
+        spacing(flow, scheduler="Karras")
 
 
 # Jobs.

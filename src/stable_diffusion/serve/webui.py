@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
+from stable_diffusion.diffusion.names import SAMPLERS
 from stable_diffusion.generation.infotext import read_parameters
 from stable_diffusion.generation.metadata import parameters
 from stable_diffusion.serve.door import Refused, Served, read_picture
@@ -27,6 +27,7 @@ from stable_diffusion.serve.webui_fields import (
     read,
     refusals,
     settings_of,
+    spacings_of,
     unread,
 )
 
@@ -204,9 +205,7 @@ async def loras(request: Request) -> Response:
 
 async def schedulers(request: Request) -> Response:
     """The spacings that the client's model can have."""
-    is_flow = _chosen(server_of(request), _client(request)).config.schedule.kind == "flow"
-    rows = {"automatic": "Automatic"}
-    rows |= {name: row.webui or name for name, row in SPACINGS.items() if row.flow or not is_flow}
+    rows = {"automatic": "Automatic", **spacings_of(_chosen(server_of(request), _client(request)))}
     plain = {"aliases": None, "default_rho": -1.0, "need_inner_model": False}
     return JSONResponse([{"name": name, "label": label, **plain} for name, label in rows.items()])
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from stable_diffusion import images
 from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES, SPACINGS
 from stable_diffusion.errors import InputError, shown
-from stable_diffusion.generation.request import FIELDS, LARGEST_SEED
+from stable_diffusion.generation.request import LARGEST_SEED
 from stable_diffusion.generation.strangers import LIMITS
 from stable_diffusion.serve.door import Refused, Served, read_picture
 from stable_diffusion.serve.jobs import Busy
@@ -127,8 +127,6 @@ def read(body: Mapping[str, Any], served: Served, *, syntax: str, with_images: b
     fields["num_images_per_prompt"] = _count(body)
     fields["seed"] = _seed(body, "seed")
     if strength := _number(body, "subseed_strength", 0, 1):
-        if "variation_strength" not in FIELDS:
-            raise not_done("subseed_strength", (0,))
         fields |= {"variation_seed": _seed(body, "subseed"), "variation_strength": strength}
     fields |= _sampling(body, served)
     if with_images:
@@ -137,8 +135,6 @@ def read(body: Mapping[str, Any], served: Served, *, syntax: str, with_images: b
     elif flag(body, "enable_hr"):
         check_only(body, ONLY_HIRES)
         fields |= {"hires": _number(body, "hr_scale", 1, 4) or 2.0, "hires_strength": _strength(body)}
-        if "hires" not in FIELDS:
-            raise not_done("enable_hr", (False,))
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -185,6 +181,12 @@ def sampler_of(name: str, field: str = "sampler_name") -> tuple[str, str | None]
     return sampler, None if ending is None else _SPACINGS[ending]
 
 
+def spacings_of(served: Served) -> dict[str, str]:
+    """The spacings that a model can have, each with the webui's name or ours."""
+    is_flow = served.config.schedule.kind == "flow"
+    return {name: row.webui or name for name, row in SPACINGS.items() if row.flow or not is_flow}
+
+
 def repainted(mask: Image.Image, *, invert: bool) -> Image.Image:
     """A mask in black and white, as A1111 reads one: by opacity where it is RGBA and not all opaque, else by grey."""
     if mask.mode == "RGBA" and mask.getchannel("A").getextrema() != (255, 255):
@@ -198,17 +200,19 @@ def repainted(mask: Image.Image, *, invert: bool) -> Image.Image:
 def _sampling(body: Mapping[str, Any], served: Served) -> dict[str, Any]:
     """The sampler, its spacing and its eta, each only where it is said."""
     fields: dict[str, Any] = {}
+    possible = spacings_of(served)
     field = "sampler_name" if _text(body, "sampler_name") else "sampler_index"
     if name := _text(body, field):
         fields["sampler"], spacing = sampler_of(name, field)
-        if spacing and (SPACINGS[spacing].flow or served.config.schedule.kind != "flow"):
+        if spacing in possible:
             fields["spacing"] = spacing  # a rectified flow has its own; clients write Karras behind any name
     scheduler = (_text(body, "scheduler") or "automatic").lower()
     if scheduler != "automatic" and "spacing" not in fields:
-        if scheduler not in _SPACINGS:
-            known = ", ".join(["Automatic", *(row.webui or name for name, row in SPACINGS.items())])
-            raise Refused(f"unknown scheduler {shown(scheduler)}: choose one of {known}", field="scheduler")
-        fields["spacing"] = _SPACINGS[scheduler]
+        fields["spacing"] = _SPACINGS.get(scheduler)
+        if fields["spacing"] not in possible:
+            known = ", ".join(("Automatic", *possible.values()))
+            said = f"the model {served.name!r} has no scheduler {shown(scheduler)}: choose one of {known}"
+            raise Refused(said, field="scheduler")
     eta = _number(body, "eta", 0, 1)
     sampler = fields.get("sampler", served.config.sampler.name)
     if "eta" in SAMPLERS[sampler].settings:
