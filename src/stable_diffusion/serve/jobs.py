@@ -78,10 +78,7 @@ def _unchanged(picture: Image.Image) -> Image.Image:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that draws.
-
-    `previews` may be changed by any, also while it is drawn.
-    """
+    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that draws."""
 
     model: Model
     request: Request
@@ -96,7 +93,7 @@ class Job:
     live: bool = False
     """Goes before others; a newer one of the client takes its place while it waits."""
     previews: int = 0
-    """How many steps of a picture are decoded too, evenly spread; 0 for none."""
+    """How many steps of a picture are decoded too, evenly spread; 0 for none. Any thread may change it on the way."""
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     status: Status = "queued"
     progress: Progress = Progress()
@@ -170,9 +167,8 @@ class Jobs:
         self._live: OrderedDict[str, Job] = OrderedDict()
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._known: dict[str, Job] = {}
-        self._over: deque[tuple[Job, float, int]] = (
-            deque()
-        )  # with the moment on the clock, and bytes; the oldest first
+        # With the moment on the clock, and bytes; the oldest first.
+        self._over: deque[tuple[Job, float, int]] = deque()
         self._over_bytes = 0
         self._running: Job | None = None
         self._changed = threading.Condition()
@@ -227,12 +223,6 @@ class Jobs:
         """A client's jobs that are not over, the oldest first."""
         with self._changed:
             return [job for job in self._known.values() if job.client == client and not job.over]
-
-    def cancel_all(self, client: str) -> None:
-        """Ends all jobs of a client."""
-        with self._changed:
-            for job in self.of(client):
-                self.cancel(job)
 
     def close(self, seconds: float = 30.0) -> None:
         """Ends every job, takes no more, and waits for the thread so long."""
@@ -388,9 +378,8 @@ class Jobs:
                     return result
                 now = dataclasses.replace(job.progress, step=step.index + 1, total=step.total)
                 if _is_previewed(now.step, now.total, job.previews):
-                    with contextlib.suppress(
-                        InputError
-                    ):  # NaN: of the picture itself, `stream` knows what to do
+                    # NaN: of the picture itself, `stream` knows what to do
+                    with contextlib.suppress(InputError):
                         (preview,) = job.model.decode(step.x0)
                         now = dataclasses.replace(now, preview=preview, previewed=now.previewed + 1)
                 job.progress = now
