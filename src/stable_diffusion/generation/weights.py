@@ -113,9 +113,10 @@ def lora_weights(request: Request) -> dict[str, float]:
     weights = dict(request.lora)
     if request.prompt_syntax == "plain":
         return weights
-    for text in (*request.prompt, *request.negative_prompt):
+    prompts = (*request.prompt, *([] if request.mix_prompt is None else [request.mix_prompt]))
+    for text in (*prompts, *request.negative_prompt):
         parse(text)
-    first, *others = (without_loras(prompt)[1] for prompt in request.prompt)
+    first, *others = (without_loras(prompt)[1] for prompt in prompts)
     if any(other != first for other in others):
         raise InputError(
             "the prompts of one request share their LoRAs: give <lora:…> the same weights in each of them, or make"
