@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from stable_diffusion.config import SamplerConfig, ScheduleConfig
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.generation.metadata import parameters
-from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.model import DiffusionModel
 from stable_diffusion.serve.door import Refused, Served
 from stable_diffusion.serve.webui_fields import ONLY, ONLY_HIRES, ONLY_SETTINGS, read, repainted, sampler_of
@@ -234,7 +233,6 @@ def test_resize_modes(running: Running) -> None:
     assert cropped["image"].size == (40, 20) and fields(width=80, height=40)["image"].size == (40, 20)
 
 
-@pytest.mark.skipif("hires" not in FIELDS, reason="no second pass yet")
 def test_a_second_larger_pass(api: webuiapi.WebUIApi) -> None:
     """The file is so many times as large as was asked for, whatever the size that is drawn."""
     given = {"prompt": "a fox", "width": 64, "height": 32, "enable_hr": True, "hr_scale": 1.5}
@@ -243,9 +241,10 @@ def test_a_second_larger_pass(api: webuiapi.WebUIApi) -> None:
     assert "Hires upscale: 1.5" in result.info["infotexts"][0]
     with pytest.raises(RuntimeError, match=r"422.*hr_scale"):
         api.txt2img(**given | {"width": 2048})
+    (mode,) = {row["name"] for row in api.get_latent_upscale_modes()} - {"Latent"}
+    assert f"Hires upscaler: {mode}" in result.info["infotexts"][0]
 
 
-@pytest.mark.skipif("variation_seed" not in FIELDS, reason="no variations yet")
 def test_variations_of_a_picture(api: webuiapi.WebUIApi) -> None:
     """They share the seed, and the other seed counts up."""
     given = {"prompt": "a fox", "seed": 3, "width": 32, "height": 32}

@@ -139,16 +139,13 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
         size = values.pop("width", size[0]), values.pop("height", size[1])
         if max(size) > LIMITS["width"]:  # an image's own
             size = scaled_down(size)
-        hires = values.get("hires", 1)
-        final = round(size[0] * hires), round(size[1] * hires)
-        if max(final) > LIMITS["width"]:
-            raise Refused(
-                f"hires may make it {LIMITS['width']} pixels wide or high, not {max(final)}", field="hires"
-            )
+        if (longest := round(max(size) * values.get("hires", 1))) > LIMITS["width"]:
+            said = f"hires would make the picture {longest} pixels long, and {LIMITS['width']} are the most: lower it"
+            raise Refused(said, field="hires")
         width, height = drawn_size(served.config, *size)
         request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
         request.check(served.config, served.model.origin)
-        return _fitted(served.config, request, final)
+        return _fitted(served.config, request, size)
     except Refused:
         raise
     except InputError as error:
