@@ -41,7 +41,9 @@ def test_a_job_from_words_to_picture(tiny: Running) -> None:
 def test_a_second_pass_makes_the_picture_larger_than_the_size(tiny: Running) -> None:
     """Also where that is drawn at another one, and scaled."""
     for width, drawn in ((32, 32), (24, 32)):
-        done = tiny.over(tiny.job(prompt="a", seed=7, width=width, height=width, hires=2, num_inference_steps=1))
+        done = tiny.over(
+            tiny.job(prompt="a", seed=7, width=width, height=width, hires=2, num_inference_steps=1)
+        )
         picture = tiny.get(done["pictures"][0]["url"]).picture
         assert picture.size == (2 * width, 2 * width)
         assert done["pictures"][0]["settings"]["width"] == drawn

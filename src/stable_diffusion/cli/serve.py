@@ -17,7 +17,8 @@ import tyro
 
 from stable_diffusion.cli.show import say, tell
 from stable_diffusion.errors import InputError, shown
-from stable_diffusion.generation.request import parse, split_file
+from stable_diffusion.generation.given import split_file
+from stable_diffusion.generation.request import parse
 from stable_diffusion.runtime import stop_signals
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def serve(
         from stable_diffusion.serve.replies import Server
 
         server = Server(
-            models=Models(_loaded(model, lora, embedding, vae, device)),
+            models=Models(loaded(model, lora, embedding, vae, device)),
             jobs=Jobs(),
             prompt_syntax=prompt_syntax,
         )
@@ -146,7 +147,7 @@ def _address(socket_name: Sequence[Any]) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _loaded(
+def loaded(
     paths: Sequence[str], lora: Sequence[str], embedding: Sequence[str], vae: str | None, device: str | None
 ) -> list[Any]:
     """The models under their names, with what was named for them."""

@@ -1,4 +1,4 @@
-"""The Model Context Protocol: a tool that draws and one that lists models, for programs in which a language model works."""
+"""The Model Context Protocol: one tool draws and one lists models, for programs in which a language model works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
     @server.tool(title="Draw pictures", structured_output=False)
     async def draw(
         context: Context,
-        prompt: Annotated[str, Field(description="What to draw. list_models has example prompts and styles.")],
+        prompt: Annotated[
+            str, Field(description="What to draw. list_models has example prompts and styles.")
+        ],
         negative_prompt: Annotated[str, Field(description="What to steer away from.")] = "",
         model: Annotated[str | None, Field(description="One of list_models; by default the first.")] = None,
         seed: Annotated[int | None, Field(ge=0, description="Equal seeds give equal pictures.")] = None,
@@ -39,7 +41,9 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
         width: Annotated[int | None, Field(ge=16, le=2048, description="In pixels.")] = None,
         height: Annotated[int | None, Field(ge=16, le=2048, description="In pixels.")] = None,
         image: Annotated[str | None, Field(description="A picture in base64 to begin with.")] = None,
-        strength: Annotated[float | None, Field(gt=0, le=1, description="How much to change the image.")] = None,
+        strength: Annotated[
+            float | None, Field(gt=0, le=1, description="How much to change the image.")
+        ] = None,
     ) -> list[Any]:
         """Draws pictures from words, on this machine, and returns them as PNG with the seed of each."""
         fields = {
@@ -56,20 +60,32 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
         try:
             served = models.named(model)
             wanted = asked(served, fields)
-            job = jobs.add(Job(model=served.model, request=wanted.request, finish=wanted.finish))
+            job = jobs.add(
+                Job(
+                    model=served.model,
+                    request=wanted.request,
+                    finish=wanted.finish,
+                    bytes=wanted.bytes,
+                    notes=wanted.notes,
+                )
+            )
         except InputError as error:
             raise ToolError(str(error)) from error
         try:
             async for _ in job.changes():
-                if job.total:
-                    done = len(job.pictures) + job.step / job.total
-                    await context.report_progress(done, count)
+                progress = job.progress
+                if progress.total:
+                    await context.report_progress(progress.picture + progress.step / progress.total, count)
         finally:
             jobs.cancel(job)  # nothing where it is over
         if job.status != "done":
             raise ToolError("the job was cancelled" if job.error is None else problem(job.error).message)
         seeds = ", ".join(str(picture.info["settings"]["seed"]) for picture in job.pictures)
-        return [*(Image(data=encoded(picture), format="png") for picture in job.pictures), f"seed: {seeds}", *job.notes]
+        return [
+            *(Image(data=encoded(picture), format="png") for picture in job.pictures),
+            f"seed: {seeds}",
+            *job.notes,
+        ]
 
     @server.tool(title="List models and styles")
     def list_models() -> list[dict[str, Any]]:
