@@ -23,8 +23,18 @@ from stable_diffusion.config import SamplerConfig, ScheduleConfig
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
 from stable_diffusion.generation.metadata import parameters
 from stable_diffusion.model import DiffusionModel
+from stable_diffusion.serve import page
 from stable_diffusion.serve.door import Refused, Served
-from stable_diffusion.serve.webui_fields import ONLY, ONLY_HIRES, ONLY_SETTINGS, read, repainted, sampler_of
+from stable_diffusion.serve.webui_fields import (
+    DONE,
+    DONE_WITH_IMAGES,
+    ONLY,
+    ONLY_HIRES,
+    ONLY_SETTINGS,
+    read,
+    repainted,
+    sampler_of,
+)
 from tests.generation.test_infotext import A1111
 from tests.lively import lively
 from tests.serve.served import PATIENCE, Gated, Running, gated_job, serving, until
@@ -520,6 +530,16 @@ def test_requests_of_other_programs(
     assert info["cfg_scale"] == body.get("cfg_scale", 2.0) and info["infotexts"][0].startswith(body["prompt"])
     ignored = "url, auth, hr_additional_modules" if body is SILLY_TAVERN else None
     assert answer.headers.get("x-minisd-ignored") == ignored and "auth" not in answer.json()["parameters"]
+
+
+def test_the_description_has_the_fields_that_are_done() -> None:
+    schemas = json.loads(page.FILES["/openapi.json"].content)["components"]["schemas"]
+    both = schemas["WebuiRequest"]["properties"].keys()
+    texts, images = (
+        schemas[name]["allOf"][1]["properties"].keys() for name in ("WebuiText2Image", "WebuiImage2Image")
+    )
+    assert both | texts == {*DONE, "hr_upscaler"}
+    assert images == {*DONE_WITH_IMAGES, "denoising_strength"}
 
 
 # Refusals.
