@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from stable_diffusion import DiffusionModel
-from tests.serve.served import Running, serving
-from tests.tiny import tiny_model
+from tests.serve.served import PATIENCE, Running, serving
+from tests.tiny import FINE, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,21 @@ def packaged() -> Iterator[Running]:
     """The package's own model."""
     with serving({"icons-128": DiffusionModel.from_pretrained()}) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def several(packaged: Running, tiny: Running) -> Iterator[Running]:
+    """The package's model, a tiny one, and a tiny one whose pictures have opacity."""
+    models = {"icons-128": packaged.server.models.default.model, "tiny": tiny.server.models.default.model}
+    with serving({**models, "owner/fine": tiny_model(FINE)}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def openai_client(several: Running) -> Iterator[Any]:
+    """OpenAI's own client, which says at once when something is refused."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(
+        base_url=f"{several.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE
+    ) as client:
+        yield client

@@ -24,6 +24,7 @@ from stable_diffusion.runtime import version
 from stable_diffusion.serve.door import MOST_PIXELS, Refused, Served
 from stable_diffusion.serve.jobs import MOST_WAITING, Job, Jobs, Progress
 from stable_diffusion.serve.replies import (
+    SILENCE,
     Stream,
     data_uri,
     encoded,
@@ -38,8 +39,6 @@ FORMATS = ("png", "jpeg", "webp")
 CLIENT = re.compile(r"[\w-]{1,64}", re.ASCII)
 LOOK_AGAIN = 1.0
 """Seconds after which a job that waits is asked for its position."""
-SILENCE = 15.0
-"""Seconds after which a stream says that it is there, so that nothing on the way takes it for dead."""
 
 
 def error(status: int, message: str, field: str | None, headers: Mapping[str, str]) -> Response:

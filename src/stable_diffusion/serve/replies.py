@@ -25,6 +25,8 @@ from stable_diffusion.serve.jobs import Busy, Job, Jobs
 
 GONE_AFTER = 0.1
 """Seconds between two looks whether a client is still there."""
+SILENCE = 15.0
+"""Seconds after which a stream says that it is there, so that nothing on the way takes it for dead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +106,20 @@ def _whole(value: Any) -> Any:
     return value
 
 
-async def submit(request: Request, served: Served, fields: Mapping[str, Any], **settings: Any) -> Job:
+async def submit(
+    request: Request,
+    served: Served,
+    fields: Mapping[str, Any],
+    then: Callable[[Image.Image], Image.Image] | None = None,
+    **settings: Any,
+) -> Job:
     """Puts the request of these fields into the queue; pictures are decoded in a thread of their own.
 
     Args:
         request: the HTTP request.
         served: the model.
         fields: of ``Request``, as ``door.asked`` takes them.
+        then: what becomes of each picture at the size that was asked for.
         settings: of ``Job``: `client`, `live`, `previews`.
 
     Raises:
@@ -120,7 +129,7 @@ async def submit(request: Request, served: Served, fields: Mapping[str, Any], **
     job = Job(
         model=served.model,
         request=wanted.request,
-        finish=wanted.finish,
+        finish=wanted.finish if then is None else lambda picture: then(wanted.finish(picture)),
         notes=wanted.notes,
         bytes=wanted.bytes,
         **settings,
