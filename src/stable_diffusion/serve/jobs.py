@@ -93,7 +93,7 @@ class Job:
     live: bool = False
     """Goes before others; a newer one of the client takes its place while it waits."""
     previews: int = 0
-    """How many steps of a picture are decoded too, evenly spread; 0 for none."""
+    """How many steps of a picture are decoded too, evenly spread; 0 for none. Any thread may change it on the way."""
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     status: Status = "queued"
     progress: Progress = Progress()
@@ -102,6 +102,7 @@ class Job:
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     created: float = field(default_factory=time)
+    started: float | None = None
     finished: float | None = None
     seconds: float = 0.0
     """Spent drawing."""
@@ -166,9 +167,8 @@ class Jobs:
         self._live: OrderedDict[str, Job] = OrderedDict()
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._known: dict[str, Job] = {}
-        self._over: deque[tuple[Job, float, int]] = (
-            deque()
-        )  # with the moment on the clock, and bytes; the oldest first
+        # With the moment on the clock, and bytes; the oldest first.
+        self._over: deque[tuple[Job, float, int]] = deque()
         self._over_bytes = 0
         self._running: Job | None = None
         self._changed = threading.Condition()
@@ -219,11 +219,10 @@ class Jobs:
                 self._take_out(job)
                 self._finish(job, "cancelled")
 
-    def cancel_all(self, client: str) -> None:
-        """Ends all jobs of a client."""
+    def of(self, client: str) -> list[Job]:
+        """A client's jobs that are not over, the oldest first."""
         with self._changed:
-            for job in [job for job in self._known.values() if job.client == client and not job.over]:
-                self.cancel(job)
+            return [job for job in self._known.values() if job.client == client and not job.over]
 
     def close(self, seconds: float = 30.0) -> None:
         """Ends every job, takes no more, and waits for the thread so long."""
@@ -278,6 +277,7 @@ class Jobs:
                     del self._waiting[client]
                 self._held_since = None
             self._running = job
+            job.started = time()
             job.status = "running"
             job._changed()
             return job
@@ -378,9 +378,8 @@ class Jobs:
                     return result
                 now = dataclasses.replace(job.progress, step=step.index + 1, total=step.total)
                 if _is_previewed(now.step, now.total, job.previews):
-                    with contextlib.suppress(
-                        InputError
-                    ):  # NaN: of the picture itself, `stream` knows what to do
+                    # NaN: of the picture itself, `stream` knows what to do
+                    with contextlib.suppress(InputError):
                         (preview,) = job.model.decode(step.x0)
                         now = dataclasses.replace(now, preview=preview, previewed=now.previewed + 1)
                 job.progress = now
