@@ -46,7 +46,7 @@ export async function draw({ count = desk.count, each = null } = {}) {
     const job = await submitted({ ...body, ...differing });
     if (!job) return;
     if (mine !== round) return void api.cancel(job.id).catch(() => {});
-    jobs.push({ ...job, batch, time: Date.now(), prompt: body.prompt, image, mask, step: 0, total: 0, preview: null });
+    jobs.push({ ...job, batch, time: Date.now(), prompt: body.prompt, model: body.model, image, mask, step: 0, total: 0, preview: null });
     await rememberJob(jobs.at(-1)).catch(() => {});
     show.jobs();
     follow();
@@ -118,9 +118,9 @@ async function watch(job, signal) {
     if (name === "queued") job.position = data.position;
     else if (name === "step") Object.assign(job, { step: data.step, total: data.total, preview: data.preview ?? job.preview });
     else if (name === "picture") {
-      const { id, image, mask, batch } = job;
+      const { id, image, mask, model, batch } = job;
       const blob = await api.picture(data.url);
-      picture = { ...pictureOf({ ...data, blob, image, mask, id, time: Date.now() }), batch };
+      picture = { ...pictureOf({ ...data, blob, image, mask, model, id, time: Date.now() }), batch };
     } else if (name === "done") return finish(job, picture, data);
     else if (name === "failed") return lose(job, api.sentence(data.error));
     else if (name === "cancelled") return drop(job);

@@ -116,7 +116,7 @@ async function follow(body, signal) {
       Object.assign(flight, { step: data.step, total: data.total });
       show.step(data);
     } else if (name === "picture") {
-      picture = pictureOf({ ...data, blob: blobOf(data.png), image, mask });
+      picture = pictureOf({ ...data, blob: blobOf(data.png), image, mask, model: body.model });
       await show.picture(picture);
     } else if (name === "done" && picture) {
       picture.seconds = data.seconds;

@@ -191,9 +191,9 @@ function endComparison() {
 const ACTS = {
   begin: ({ blob }) => input.begin(blob),
 
-  async vary({ settings, width, height, image, mask }) {
+  async vary(chosen) {
     const { locked, count } = desk;
-    restore({ settings, kind: "minisd", unknown: [], width, height }, { image, mask, locked });
+    restore({ ...chosen, kind: "minisd", unknown: [] }, { ...chosen, locked });
     live.stop();
     const many = count > 1 ? count : VARIATIONS;
     followed = { pictures: [], count: many };
@@ -201,8 +201,8 @@ const ACTS = {
     await drawing.draw({ count: many, each: () => ({ variation_seed: dice(), variation_strength }) });
   },
 
-  settings({ settings, width, height, image, mask }) {
-    const notes = restore({ settings, kind: "minisd", unknown: [], width, height }, { image, mask });
+  settings(chosen) {
+    const notes = restore({ ...chosen, kind: "minisd", unknown: [] }, chosen);
     live.stop();
     say("Its settings are on the desk, with its seed locked.", { notes });
   },

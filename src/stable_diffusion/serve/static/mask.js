@@ -41,14 +41,14 @@ export class Mask {
   begin(x, y, thickness, erases) {
     if (this.#strokes.length >= MOST) this.#flatten();
     this.#strokes.push({ kind: "line", thickness, erases, points: [[x, y]] });
-    this.#line(this.#strokes.at(-1), 0);
+    this.#part(this.#strokes.at(-1), 0);
   }
 
   /** Goes on with the stroke. */
   move(x, y) {
     const stroke = this.#strokes.at(-1);
     stroke.points.push([x, y]);
-    this.#line(stroke, stroke.points.length - 2);
+    this.#part(stroke, stroke.points.length - 1);
   }
 
   clear() {
@@ -96,22 +96,21 @@ export class Mask {
 
   #paint(stroke) {
     const { width, height } = this;
-    if (stroke.kind === "line") return this.#line(stroke, 0);
+    if (stroke.kind === "line") return stroke.points.forEach((_, at) => this.#part(stroke, at));
     this.#context.fillStyle = COLOUR;
     this.#context.globalCompositeOperation = stroke.kind === "clear" ? "destination-out" : "xor";
     this.#context.fillRect(0, 0, width, height);
   }
 
-  /** A stroke, from one of its points on. */
-  #line({ thickness, erases, points }, from) {
+  /** A part of a stroke: its beginning, or the way to a later point. Repainting it gives the same pixels. */
+  #part({ thickness, erases, points }, at) {
     const context = this.#context;
     context.globalCompositeOperation = erases ? "destination-out" : "source-over";
-    Object.assign(context, { strokeStyle: COLOUR, lineWidth: thickness, lineCap: "round", lineJoin: "round" });
+    Object.assign(context, { strokeStyle: COLOUR, lineWidth: thickness, lineCap: "round" });
+    const [[x, y], [toX, toY]] = [points[Math.max(0, at - 1)], points[at]];
     context.beginPath();
-    const [x, y] = points[from];
     context.moveTo(x, y);
-    context.lineTo(x + 0.01, y); // a line of no length may be left out
-    for (const point of points.slice(from + 1)) context.lineTo(...point);
+    context.lineTo(toX + 0.01, toY); // a line of no length may be left out
     context.stroke();
   }
 

@@ -3,13 +3,13 @@
 const urls = new WeakMap();
 
 /**
- * A picture: `blob` is its file, `settings` what made it, `image` and `mask` the files that it began from;
- * `id` and `time` are there once it is kept.
+ * A picture: `blob` is its file, `settings` what made it, `image` and `mask` the files that it began from, `model` the
+ * name under which its model was served; `id` and `time` are there once it is kept.
  */
 export function pictureOf({ blob, settings, seed, width, height, seconds = 0, image = null, mask = null, ...more }) {
   const prompt = [settings.prompt].flat().join("\n");
-  const { id = null, time = 0 } = more;
-  return { id, time, blob, settings, prompt, seed: String(seed), width, height, seconds, image, mask };
+  const { id = null, time = 0, model = null } = more;
+  return { id, time, model, blob, settings, prompt, seed: String(seed), width, height, seconds, image, mask };
 }
 
 /** An address for a picture's file, for as long as the file is kept. */

@@ -17,7 +17,7 @@ export async function readPng(blob) {
     const kind = latin(bytes.subarray(at + 4, at + 8));
     const data = bytes.subarray(at + 8, at + 8 + length);
     if (data.length < length || kind === "IEND") break;
-    if (/^[tzi]TXt$/.test(kind) && length < MOST_TEXT) {
+    if (/^(tEXt|zTXt|iTXt)$/.test(kind) && length < MOST_TEXT) {
       const [key, text] = await textOf(kind, data).catch(() => [null]);
       if (key && !(key in found.texts)) found.texts[key] = text;
     }

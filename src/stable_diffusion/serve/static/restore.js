@@ -35,9 +35,10 @@ export function ofText(text) {
 /**
  * Puts settings on the desk, the seed locked, and gives the notes on what could not be taken.
  * @param found what `settingsOf` gave; the picture's own size is the one that was asked for
- * @param more the picture to begin with and the mask, where they are known, and whether the seed is locked
+ * @param more the picture to begin with, the mask and the model's name, where they are known, and whether the seed is
+ *   locked
  */
-export function restore({ settings, kind, unknown, width, height }, { image = null, mask = null, locked = true } = {}) {
+export function restore({ settings, kind, unknown, width, height }, { image = null, mask = null, locked = true, model: made = settings.model } = {}) {
   const notes = [...unknown];
   const fields = Object.fromEntries(Object.keys(desk.fields).map((name) => [name, undefined]));
   for (const [name, value] of Object.entries(settings)) {
@@ -47,8 +48,8 @@ export function restore({ settings, kind, unknown, width, height }, { image = nu
   fields.prompt ??= "";
   fields.seed = /^\d+$/.test(fields.seed) ? fields.seed : desk.fields.seed;
   fields.prompt_syntax ??= "plain"; // what the library takes where nothing is said
-  const chosen = server.models.find((each) => each.name === settings.model);
-  if (settings.model && !chosen) notes.push(`another model made it: ${settings.model}`);
+  const chosen = server.models.find((each) => each.name === made);
+  if (made && !chosen) notes.push(`another model made it: ${made}`);
   const used = chosen ?? model();
   if (kind === "a1111") {
     takeLoras(fields, used, notes);
