@@ -27,7 +27,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help setup image test test-slow lint bench golden
+.PHONY: help setup image serve test test-slow lint bench golden
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -36,6 +36,9 @@ setup: $(VENV)/.installed ## create the environment, in venv/
 
 image: $(VENV)/.installed ## draw PROMPT and print the picture's path (ARGS: more options)
 	@$(BIN)/minisd generate "$$PROMPT" $(ARGS)
+
+serve: $(VENV)/.installed-serve ## open a page that draws (ARGS: models and options)
+	@$(BIN)/minisd serve --open $(ARGS)
 
 test: lint ## check style and types, then run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -58,6 +61,10 @@ golden: $(VENV)/.installed-dev ## draw the golden pictures anew, after a change 
 # The user's environment takes the versions of the lock too, so that both words install the same torch.
 $(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.lock | $(VENV)/pyvenv.cfg
 	$(PIP) -r requirements.txt -c requirements-dev.lock
+	@touch $@
+
+$(VENV)/.installed-serve: $(VENV)/.installed
+	$(PIP) -e ".[serve]" -c requirements-dev.lock
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml requirements-dev.lock | $(VENV)/pyvenv.cfg

@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 import warnings
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from safetensors.torch import load_file, save_file
 import stable_diffusion
 from benchmarks import loading, startup, training_step
 from stable_diffusion import config, images
+from stable_diffusion.data.coco import coco_splits
 from tests.evaluation.drawings import OBJECTS, UNSEEN, write_drawings
+from tests.evaluation.test_tasks import entries
 from tests.tiny import TEXT, TINY, shapes, tiny_model
 from tools import attention_maps, board, make_text_weights, train_detector
 
@@ -71,22 +74,48 @@ def test_training_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("batch    2 ") and line.endswith("% of the product's")
 
 
+def write_scenes(folder: Path) -> Path:
+    """The scenes of the benchmark's own tests, in COCO's layout."""
+    found = defaultdict(list)
+    for split, caption, fields, picture in entries():
+        found[split].append((caption, fields, picture))
+    (folder / "annotations").mkdir(parents=True)
+    for split, rows in found.items():
+        (folder / split).mkdir()
+        captions: dict[str, list[dict[str, object]]] = {"images": [], "annotations": []}
+        for id, (caption, fields, picture) in enumerate(rows):
+            picture.save(folder / split / f"{id}.png")
+            captions["images"].append({"id": id, "file_name": f"{id}.png", **fields})
+            captions["annotations"].append({"id": id, "image_id": id, "caption": caption})
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(captions))
+    return folder
+
+
 def test_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One column a prompt: a picture of each model, then the real one."""
-    drawings = write_drawings(tmp_path / "drawings")
+    """One column a prompt: a picture of each model, then the real one; of each task that the set has."""
+    scenes = write_scenes(tmp_path / "scenes")
     models = [tmp_path / "first", tmp_path / "second"]
     for seed, folder in enumerate(models):
         tiny_model(seed=seed).save_pretrained(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*too long|.*left out|.*cut")
-        board.main([str(tmp_path / "board.png"), str(drawings), *map(str, models)])
+        board.main([str(tmp_path / "board.png"), str(scenes), *map(str, models)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "board.png")
+    counts = {split.name: len(split.entries) for split in coco_splits(scenes)}
+    tasks = {
+        "two": "pair",
+        "position": "position",
+        "counting": "count",
+        "colour": "colour",
+        "single": "plain",
+    }
+    prompts = sum(min(board.EACH[task], counts[f"test_{split}"]) for task, split in tasks.items())
     with Image.open(tmp_path / "board.png") as picture:
-        each = board.SIDE + board.GAP
-        assert picture.size == (board.COLUMNS * each, 4 * (3 * board.SIDE + board.TEXT + board.GAP))
+        rows, each = -(-prompts // board.COLUMNS), board.SIDE + board.GAP
+        assert picture.size == (board.COLUMNS * each, rows * (3 * board.SIDE + board.TEXT + board.GAP))
         cells = [picture.crop((0, i * board.SIDE, board.SIDE, (i + 1) * board.SIDE)) for i in range(3)]
-    real = [images.cover(Image.open(path), 128, 128).tobytes() for path in drawings.glob("test_style/*.png")]
-    assert [cell.tobytes() in real for cell in cells] == [False, False, True]
+    real = [images.cover(Image.open(path), 128, 128).tobytes() for path in scenes.glob("test_pair/*.png")]
+    assert [cell.tobytes() in real for cell in cells] == [False, False, True], "pairs come first"
     assert cells[0].tobytes() != cells[1].tobytes(), "two models"
 
 

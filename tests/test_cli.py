@@ -142,6 +142,7 @@ def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: s
     given = {
         "model": model,
         "negative_prompt": "blurry",
+        "prompt_syntax": "a1111",
         "seed": 0,
         "num_inference_steps": 6,
         "guidance_scale": 3.5,
@@ -166,8 +167,16 @@ def test_every_option_reaches_the_picture_and_its_settings(minisd: Any, model: s
         "text_encoder",
         "lora",
         "embedding",
+        "variation_seed",
+        "variation_strength",
+        "mix_prompt",
+        "mix_strength",
+        "hires",
+        "hires_strength",
     }
-    assert given.keys() | added == FIELDS.keys() - {"prompt", "latents"}, "the others: tests/checkpoints"
+    assert given.keys() | added == FIELDS.keys() - {"prompt", "latents"}, (
+        "the others: tests/checkpoints, test_generate_command"
+    )
     pictures = []
     none: dict[str, str] = {}
     for names in (none, SHORT):
@@ -573,7 +582,7 @@ def test_too_little_memory_is_one_sentence(minisd: Any, model: str, monkeypatch:
         def failing(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(DiffusionModel, "generate", failing)
+        monkeypatch.setattr(DiffusionModel, "stream", failing)
         result = minisd("generate", "a", "--model", model)
         assert result.code == 2
         assert result.err.startswith("minisd: there is too little memory") and result.err.count("\n") == 1

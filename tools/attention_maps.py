@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stable_diffusion import DiffusionModel
 from stable_diffusion.errors import InputError
-from stable_diffusion.generation.pipeline import with_style
+from stable_diffusion.generation.text import with_style
 from stable_diffusion.nn.blocks import Attention, TransformerBlock
 from stable_diffusion.nn.tokenizer import Tokenizer
 

@@ -270,7 +270,7 @@ class Guidance(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Styles(Settings):
-    """What styles prompts can name (`generation.pipeline.with_style`); ``str`` is a sentence for the user."""
+    """What styles prompts can name (`generation.text.with_style`); ``str`` is a sentence for the user."""
 
     words: tuple[str, ...] = ()
     """Phrases any of which in a prompt names a style, such as "noto style" or "black line drawing"."""

@@ -20,7 +20,10 @@ from stable_diffusion.errors import InputError, shown
 from stable_diffusion.fields import typed
 from stable_diffusion.files import as_path, slug
 from stable_diffusion.generation import pipeline
-from stable_diffusion.generation.request import Request, check_size
+from stable_diffusion.generation.request import Request
+from stable_diffusion.generation.sizes import check_size
+from stable_diffusion.generation.text import encode_texts
+from stable_diffusion.generation.weights import lora_weights
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.parts import ModelParts
 from stable_diffusion.runtime import first_process
@@ -88,7 +91,7 @@ class DiffusionModel(ModelParts):
         texts = [texts] if isinstance(texts, str) else list(typed(tuple[str, ...], texts, "texts"))
         if not texts:
             raise InputError("encode_prompt takes a text or a list of texts, got none")
-        embeds = pipeline.encode_texts(self.text_encoder, texts, notes)
+        embeds = encode_texts(self.text_encoder, texts, notes)
         for note in notes:
             warnings.warn(note, stacklevel=3)  # of no_grad's wrapper the caller
         return embeds
@@ -118,7 +121,7 @@ class DiffusionModel(ModelParts):
             raise InputError(f"stream takes a Request, such as model.request(prompt), got {request!r}")
         self._check_weights()
         request.check(self.config, self.origin)
-        self.adapters.check(request.lora)
+        self.adapters.check(lora_weights(request))
         return pipeline.stream(self, request, pipeline.plan(self, request))
 
     def generate(

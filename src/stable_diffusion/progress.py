@@ -82,7 +82,7 @@ def show_steps(steps: Steps, whole: int, callback: Callable[[Step], bool | None]
             while True:
                 step = steps.send(stop)
                 bar.total = step.total
-                bar.set_description("steps" if step.total == whole else f"{step.total} of {whole} steps")
+                bar.set_description("steps" if step.total >= whole else f"{step.total} of {whole} steps")
                 bar.update(step.index + 1 - bar.n)
                 stop = None if callback is None else callback(step)
         except StopIteration as end:

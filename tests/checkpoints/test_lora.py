@@ -17,6 +17,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -713,6 +714,33 @@ def test_a_picture_with_additions_is_made_again(
     assert Path(again).read_bytes() == Path(first).read_bytes()
     other, _ = minisd("generate", "--from", first, "--lora", "1.safetensors:1.5")
     assert read_settings(other) == read_settings(first) | {"lora": {"1.safetensors": 1.5}}
+
+
+def test_a_prompt_names_a_lora_by_its_file(
+    minisd: Any, model: DiffusionModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without folder and ending; each of several prompts has its own weights, as if it were made alone."""
+    monkeypatch.setattr(tokenizer, "_clip", lambda folder: CLIP)  # building it takes longer than the rest
+    written(kohya(model, seed=7), tmp_path / "style.v1.safetensors")
+    base = ("--model", folder, "--steps", 2, "--seed", 1, "--lora", "style.v1.safetensors")
+    syntax = ("--prompt-syntax", "a1111")
+    prompts = ("a fox <lora:style.v1:0.5>", "a fox <lora:style.v1:0>", "a fox")
+    paths = minisd("generate", *prompts, *base, *syntax)[0].splitlines()
+    first, none, _ = (Path(path).read_bytes() for path in paths)
+    with Image.open(paths[0]) as image:
+        assert image.info["parameters"].startswith("a fox <lora:style.v1:0.5>\nSteps: 2,")
+    assert read_settings(paths[0])["lora"] == {"style.v1.safetensors": 1.0}
+    again, _ = minisd("generate", "--from", paths[0])
+    assert Path(again).read_bytes() == first
+    other, _ = minisd("generate", "--from", paths[0], "--prompt-syntax", "plain")
+    assert Path(other).read_bytes() != first
+    _, told = minisd("generate", "a <lora:stile:1>", *base, *syntax)
+    assert told.splitlines()[-1] == "minisd: unknown LoRA 'stile': choose one of style.v1.safetensors"
+
+    plain = Path(minisd("generate", "a fox", "--model", folder, "--steps", 2, "--seed", 2)[0])
+    with Image.open(plain) as one, Image.open(paths[1]) as two, Image.open(paths[2]) as three:
+        assert one.tobytes() == two.tobytes() != three.tobytes(), "at the weight 0 it does not act"
+    assert none != first
 
 
 def test_another_word_for_an_embedding(minisd: Any, folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from stable_diffusion.diffusion.samplers import Step
 from stable_diffusion.errors import InputError as SameError
 from stable_diffusion.generation import pipeline
 from stable_diffusion.generation.metadata import read_settings, save_png
+from stable_diffusion.generation.text import with_style
 from stable_diffusion.nn.unet import UNet
 from tests.lively import lively
 from tests.tiny import FINE, KL, TINY, UNCONDITIONAL, tiny_model
@@ -319,17 +320,17 @@ STYLES = Styles(words=("noto style", "line icon style", "3d render"), default="n
     ],
 )
 def test_a_prompt_that_names_no_style_gets_the_default_one(prompt: str, styled: str | None) -> None:
-    assert pipeline.with_style(prompt, STYLES) == (prompt if styled is None else styled)
-    assert pipeline.with_style(pipeline.with_style(prompt, STYLES), STYLES) == (styled or prompt)
-    assert pipeline.with_style(prompt, Styles()) == prompt
-    assert pipeline.with_style(prompt, replace(STYLES, default="")) == prompt
+    assert with_style(prompt, STYLES) == (prompt if styled is None else styled)
+    assert with_style(with_style(prompt, STYLES), STYLES) == (styled or prompt)
+    assert with_style(prompt, Styles()) == prompt
+    assert with_style(prompt, replace(STYLES, default="")) == prompt
 
 
 def test_words_are_words_and_no_patterns() -> None:
     styles = Styles(words=("b+w",), default="flat (2d)")
-    assert pipeline.with_style("a fox, B+W", styles) == "a fox, B+W"
-    assert pipeline.with_style("a fox, flat (2d)", styles) == "a fox, flat (2d)"
-    assert pipeline.with_style("a fox, bbw", styles) == "a fox, bbw, flat (2d)"
+    assert with_style("a fox, B+W", styles) == "a fox, B+W"
+    assert with_style("a fox, flat (2d)", styles) == "a fox, flat (2d)"
+    assert with_style("a fox, bbw", styles) == "a fox, bbw, flat (2d)"
 
 
 def test_the_default_style_is_drawn_and_not_stored(flow: DiffusionModel) -> None:

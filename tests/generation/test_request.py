@@ -19,7 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from stable_diffusion import Guidance, InputError, SamplerConfig
 from stable_diffusion.cli.generate import Options
 from stable_diffusion.config import ModelConfig, documented
-from stable_diffusion.generation.request import FIELDS, REQUIRED, Request, parse, split_file
+from stable_diffusion.generation.given import split_file
+from stable_diffusion.generation.request import FIELDS, REQUIRED, Request, parse
 from stable_diffusion.generation.strangers import FILES, LIMITS, check_stranger, named_files
 from tests.tiny import KL, TINY, UNCONDITIONAL
 

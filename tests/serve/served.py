@@ -47,19 +47,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server, its address and what is inside."""
+class Address:
+    """Where a server is, and how to ask it."""
 
     port: int
-    server: Server
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def jobs(self) -> Jobs:
-        return self.server.jobs
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
@@ -109,6 +104,17 @@ class Running:
             if connection.sock is not None:
                 connection.sock.close()
             connection.close()
+
+
+@dataclass(frozen=True)
+class Running(Address):
+    """A server in this process, and what is inside."""
+
+    server: Server
+
+    @property
+    def jobs(self) -> Jobs:
+        return self.server.jobs
 
 
 def send(

@@ -38,6 +38,17 @@ def test_a_job_from_words_to_picture(tiny: Running) -> None:
         assert tiny.get(f"/api/jobs/{id}/pictures/{missing}").status == 404
 
 
+def test_a_second_pass_makes_the_picture_larger_than_the_size(tiny: Running) -> None:
+    """Also where that is drawn at another one, and scaled."""
+    for width, drawn in ((32, 32), (24, 32)):
+        done = tiny.over(
+            tiny.job(prompt="a", seed=7, width=width, height=width, hires=2, num_inference_steps=1)
+        )
+        picture = tiny.get(done["pictures"][0]["url"]).picture
+        assert picture.size == (2 * width, 2 * width)
+        assert done["pictures"][0]["settings"]["width"] == drawn
+
+
 def test_models_say_what_can_be_asked(tiny: Running) -> None:
     found = tiny.get("/api/models").json
     (model,) = found["models"]

@@ -14,7 +14,7 @@ from stable_diffusion.cli.show import finished
 from stable_diffusion.config import CLIP_MINI, MINI, MINILM, from_dict, to_dict
 from stable_diffusion.data.icon_captions import STYLES, Thing, captions
 from stable_diffusion.data.sources import Coco, Shapes, open_source
-from stable_diffusion.generation.pipeline import with_style
+from stable_diffusion.generation.text import with_style
 from stable_diffusion.training.recipe import Recipe, read_recipe
 from stable_diffusion.training.stage import OptimizerSettings
 from stable_diffusion.training.stages import DEFAULT, AutoencoderSettings, DecoderSettings, DenoiserSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stable_diffusion.cli import data, evaluate, export, generate, info, train
+from stable_diffusion.cli import data, evaluate, export, generate, info, mcp, serve, train
 from stable_diffusion.cli.parse import parsed
 from stable_diffusion.cli.show import OUTPUT, printing, say, tell
 from stable_diffusion.errors import InputError, printable
@@ -22,6 +22,8 @@ from stable_diffusion.runtime import first_process, stop_signals, version
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate.generate,
+    "serve": serve.serve,
+    "mcp": mcp.mcp,
     "train": train.train,
     "data": data.data,
     "evaluate": evaluate.evaluate,

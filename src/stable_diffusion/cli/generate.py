@@ -6,35 +6,37 @@ import dataclasses
 import os
 import re
 import textwrap
-import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from stable_diffusion.cli.drawing import Plain, Work, place
+from stable_diffusion.cli.frames import Frames, Progressive
+from stable_diffusion.cli.prompts import read_prompts
 from stable_diffusion.cli.show import say, tell
+from stable_diffusion.cli.sweep import Sweep
 from stable_diffusion.config import ModelConfig, Styles, from_dict
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
-from stable_diffusion.errors import InputError, shown
-from stable_diffusion.files import check_place, read_json, slug
+from stable_diffusion.errors import InputError, shortened, shown
+from stable_diffusion.files import check_place, read_json
+from stable_diffusion.generation.given import split_file
 from stable_diffusion.generation.request import (
     DOCS,
     FIELDS,
     HINTS,
-    LARGEST_SEED,
     LOADING,
     PICTURES,
     SHORT,
+    Request,
     parse,
-    split_file,
 )
 from stable_diffusion.generation.strangers import check_stranger, named_files
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from stable_diffusion import DiffusionModel
 
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
@@ -44,9 +46,12 @@ MORE = {
     "model": " By default the model that the package carries.",
     "seed": " By default a random one, which is stored.",
     "strength": f" By default {FIELDS['strength'].default}.",
+    "variation_seed": " By default a random one, which is stored.",
+    "hires_strength": f" By default {FIELDS['hires_strength'].default}.",
     "sampler": f" {', '.join(SAMPLERS)}.",
     "spacing": f" {', '.join(SPACINGS)}.",
-    "lora": " Here a name is a file: FILE or FILE:WEIGHT; may be repeated.",
+    "lora": " Here a name is a file: FILE or FILE:WEIGHT; may be repeated. In a prompt, <lora:NAME:WEIGHT> names"
+    " it without folder and ending.",
     "embedding": " May be repeated.",
 }
 """What the help adds to a field's sentence."""
@@ -82,6 +87,13 @@ def generate(
     output: Path = Path("pictures"),
     device: str | None = None,
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    prompts: Path | None = None,
+    json: bool = False,
+    sweep: tuple[str, ...] = (),
+    interpolate: str | None = None,
+    interpolate_seed: int | None = None,
+    frames: int | None = None,
+    progressive: bool = False,
 ) -> None:
     """Generate pictures from words, or from a picture and words, and print their paths.
 
@@ -93,37 +105,80 @@ def generate(
         device: cuda, mps or cpu. By default the first of these that is there.
         from_: A picture made here: make it again, with other settings where they are given. What it asks for is taken
             up to 2048 pixels a side and 150 steps; files that it names are read if they are here, after a note.
+        prompts: A file of prompts, one a line, or - for standard input; lines that begin with # are left out.
+        json: Print a line of JSON for each file: path, seed, seconds, notes and settings.
+        sweep: One sheet of pictures that differ in one to three settings, such as guidance=1,3,5 sampler=ddim,unipc;
+            values that have commas in double quotes.
+        interpolate: A second prompt: make the frames from the first to it; with --output NAME.webp as an animation.
+        interpolate_seed: A second seed, likewise.
+        frames: How many frames, 8 by default.
+        progressive: One sheet that shows a picture as it comes out of the noise.
     """
     from stable_diffusion import Config, DiffusionModel
-    from stable_diffusion.generation.metadata import save_png
 
-    if output.suffix.lower() in OTHER_PICTURES:
-        raise InputError(
-            f"pictures are written as PNG: name {str(output)!r} with .png at the end, or name a folder"
-        )
-    settings = {**_given(options), **_size(size), **({"prompt": prompt} if prompt else {})}
+    work = _work(output, sweep, interpolate, interpolate_seed, frames, progressive)
+    settings = {**_given(options), **_size(size)}
+    if prompts is not None and prompt:
+        raise InputError("give prompts in quotes or with --prompts, not both")
+    if prompts is not None:
+        prompt = read_prompts(prompts)
+    if prompt:
+        settings["prompt"] = prompt
     if from_ is not None:
         settings = _stored(from_, settings)
-    prompt = settings.pop("prompt", ())
-    count = settings.pop("num_images_per_prompt", 1)
-    if not prompt:
-        example = (*_shown(settings.get("model")).prompts, "a red circle")[0]
+    asked = work.fields(settings)
+    reading = {name: asked.pop(name) for name in LOADING if name in asked}
+    config = _shown(reading.get("model"))
+    if not asked.get("prompt"):
+        example = (*config.prompts, "a red circle")[0]
         raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
-    reading = {name: settings.pop(name) for name in LOADING if name in settings}
+    draft = Request.of(config, **asked)
+    asked |= {name: getattr(draft, name) for name in ("seed", "variation_seed", *PICTURES)}  # once for all
+    drafts = work.requests(partial(Request.of, config), asked, draft.picture(0))
+    check_place(place(output, draft))
     embedding = reading.pop("embedding", ())
-    check_place(_path(output, prompt[0], 0))
     model = DiffusionModel.from_pretrained(reading.pop("model", None), **reading)
     for note in model.notes:
         warnings.warn(note, stacklevel=1)
-    _add(model, settings.get("lora", {}), embedding)
+    _add(model, asked.get("lora", {}), embedding)
+    if model.adapters.weights and all(each.prompt_syntax == "plain" for each in drafts):
+        model.fuse_lora(keep=False)  # one weight for all pictures
     model = model.to(Config(device).DEVICE)
-    first = settings.pop("seed", None)
-    if first is None:
-        first = int.from_bytes(os.urandom(4), "big")
-    for number, text in enumerate(text for text in prompt for _ in range(count)):
-        seed = (first + number) % (LARGEST_SEED + 1)
-        picture = _picture(model, text, {**settings, "seed": seed})
-        say(save_png(picture, _path(output, text, seed), picture.info["settings"]))
+    request = model.request(**asked)
+    model.stream(request)  # which says what the model cannot make
+    for index in range(len(request.prompts)):
+        requests = work.requests(model.request, asked, request.picture(index))
+        for each in requests:
+            model.stream(each)
+        for made in work.make(model, requests, output):
+            say(made.line() if json else made.path)
+
+
+def _work(
+    output: Path,
+    sweep: tuple[str, ...],
+    prompt: str | None,
+    seed: int | None,
+    frames: int | None,
+    progressive: bool,
+) -> Work:
+    """What is made of each picture. Raises InputError where options do not go together."""
+    interpolates = prompt is not None or seed is not None
+    chosen = {"--sweep": bool(sweep), "--interpolate": interpolates, "--progressive": progressive}
+    names = [name for name, given in chosen.items() if given]
+    if len(names) > 1:
+        raise InputError(f"give {' or '.join(names)}, not both")
+    if frames is not None and not interpolates:
+        raise InputError("--frames goes with --interpolate or --interpolate-seed: give one of them")
+    animated = interpolates and output.suffix.lower() == ".webp"
+    if output.suffix.lower() in OTHER_PICTURES and not animated:
+        said = f"pictures are written as PNG: name {str(output)!r} with .png at the end, or name a folder"
+        raise InputError(f"{said}; .webp is for the frames of --interpolate")
+    if sweep:
+        return Sweep(sweep, _size)
+    if interpolates:
+        return Frames(frames, prompt=prompt, seed=seed, animated=animated)
+    return Progressive() if progressive else Plain()
 
 
 def _given(options: Any) -> dict[str, Any]:
@@ -141,8 +196,14 @@ def _stored(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises InputError where they are not those that this command writes, or choose what only the user may.
     """
-    from stable_diffusion.generation.metadata import read_settings
+    from stable_diffusion.generation.metadata import read_settings, read_sheet
 
+    if (sheet := read_sheet(path)) is not None:
+        warnings.warn(
+            f"{path} holds several pictures, made with {shortened(sheet, 80)}: making the first of them; repeat these"
+            " words for all",
+            stacklevel=1,
+        )
     stored = {name: value for name, value in read_settings(path).items() if name not in given}
     for name, text in named_files(stored):
         if re.match(r"[\\/]{2}", text):  # before a look for it, with which Windows would ask that server
@@ -173,24 +234,9 @@ def _add(model: DiffusionModel, lora: Mapping[str, float], embedding: tuple[str,
     """Puts the files that the command names into the model, and says what was applied."""
     for file, weight in lora.items():
         tell(model.load_lora(file, weight, name=file))
-    if lora:
-        model.fuse_lora(keep=False)  # one weight for all pictures
     for text in embedding:
         words = model.load_textual_inversion(*split_file(text))
         tell(f"prompts can have {', '.join(words)}")
-
-
-def _picture(model: DiffusionModel, prompt: str, settings: dict[str, Any]) -> Image.Image:
-    """One picture: alone, so that it has the same bytes whether others are made beside it or not."""
-    began, steps = time.perf_counter(), 0
-
-    def count(_: object) -> None:
-        nonlocal steps
-        steps += 1
-
-    (picture,) = model.generate(prompt, **settings, callback=count)
-    tell(f"{steps} steps, {steps / (time.perf_counter() - began):.1f} steps a second")
-    return picture
 
 
 def _shown(model: str | None) -> ModelConfig:
@@ -223,10 +269,3 @@ def _size(text: str | None) -> dict[str, int]:
     if match is None:
         raise InputError(f"--size must be a number of pixels, or WIDTHxHEIGHT such as 128x192, got {text!r}")
     return {"width": int(match[1]), "height": int(match[2] or match[1])}
-
-
-def _path(output: Path, prompt: str, seed: int) -> Path:
-    """Where a picture goes: into the folder `output` by prompt and seed, or `output` itself."""
-    if output.suffix.lower() == ".png":
-        return output.with_suffix(".png")
-    return output / f"{slug(prompt.lower().replace('.', ' '), 'picture')}-{seed}.png"

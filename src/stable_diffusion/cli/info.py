@@ -20,10 +20,12 @@ def info(path: tyro.conf.Positional[str | None] = None) -> None:
     from stable_diffusion.checkpoints.checkpoint import packaged
     from stable_diffusion.checkpoints.files import is_weights
     from stable_diffusion.checkpoints.info import describe
-    from stable_diffusion.generation.metadata import read_settings
+    from stable_diffusion.generation.metadata import read_settings, read_sheet
 
     if path is not None and Path(path).is_file() and not is_weights(Path(path)):
-        lines: Iterable[str] = (f"{key}: {value}" for key, value in read_settings(path).items())
+        settings, sheet = read_settings(path), read_sheet(path)
+        settings |= {} if sheet is None else {"sheet": sheet}
+        lines: Iterable[str] = (f"{key}: {value}" for key, value in settings.items())
     else:
         lines = describe(packaged("model") if path is None else path)
     say(*map(printable, lines))

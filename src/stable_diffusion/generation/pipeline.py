@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,23 @@ from PIL import Image
 from torch import Tensor
 
 from stable_diffusion import images
-from stable_diffusion.config import ModelConfig, Styles
+from stable_diffusion.config import ModelConfig
 from stable_diffusion.diffusion.samplers import Step, initial_scale, sample, sampling_levels
 from stable_diffusion.diffusion.schedule import Level, Schedule
-from stable_diffusion.errors import InputError, shortened, shown
+from stable_diffusion.errors import InputError
 from stable_diffusion.generation import syntax
 from stable_diffusion.generation.denoise import Codec, Known, Network, denoiser
+from stable_diffusion.generation.interpolate import mixed, slerp
 from stable_diffusion.generation.request import Request
+from stable_diffusion.generation.text import encode_texts, encode_weighted, with_style, with_style_words
+from stable_diffusion.generation.weights import Prompt, lora_weights, parse, unobeyed, without_loras
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 
 Latents = Float[Tensor, "b c h w"]
+T = TypeVar("T", str, Prompt)
+
+_SEVERAL_SIZES = 512
+"""Pixels a side from which models, Stable Diffusion, also draw larger pictures well than they were trained on."""
 
 
 class Parts(Protocol):
@@ -68,20 +74,31 @@ Steps = Generator[Step, bool | None, Result]
 """Yields the steps and returns the result. Sent True, it stops: what the network then saw in the noise is decoded."""
 
 
-def stream(parts: Parts, request: Request, levels: list[Level]) -> Steps:
-    """A request's steps along levels that ``plan`` gave; where 16 bits are too narrow, all of them in float32."""
+@dataclass(frozen=True)
+class Pass:
+    """One walk from noise to clean latents."""
+
+    levels: list[Level]
+    strength: float
+    """1 where it begins with noise alone, else how much of what is there it changes."""
+    scale: float
+    """Of the request's width and height."""
+
+
+def stream(parts: Parts, request: Request, passes: list[Pass]) -> Steps:
+    """A request's steps along the passes of ``plan``; where 16 bits are too narrow, all of them in float32."""
     notes: list[str] = []
     network = parts.network
     if network.dtype == torch.float16 and network.device.type == "cpu":
         notes.append("float16 is not a format to compute in on a CPU: computing in float32, in a copy")
         parts = parts.widened()
     try:
-        return (yield from generate(parts, request, levels, notes))
+        return (yield from generate(parts, request, passes, notes))
     except NonFinite:
         if parts.network.dtype not in (torch.float16, torch.bfloat16):
             raise
     notes = ["NaN or infinity in a 16-bit number format: computing again in float32"]
-    return (yield from generate(parts.widened(), request, levels, notes))
+    return (yield from generate(parts.widened(), request, passes, notes))
 
 
 def finished(steps: Steps) -> Result:
@@ -95,35 +112,36 @@ def finished(steps: Steps) -> Result:
 
 
 @torch.no_grad()
-def generate(parts: Parts, request: Request, levels: list[Level], notes: list[str]) -> Steps:
+def generate(parts: Parts, request: Request, passes: list[Pass], notes: list[str]) -> Steps:
     """The method: from the request to noise, and from noise to pictures. Adds to the notes."""
     image, mask = fitted(parts, request, notes)
-    embeds = encode_prompts(parts, request, notes)
-    if any(request.negative_prompts):
-        if parts.network.reads_guidance:
-            notes.append("the negative prompt has no effect: this model reads its guidance as a number")
-        elif request.guidance_scale <= 1:
-            notes.append("the negative prompt has no effect: guidance is off at a scale of 1 and below")
-    noise = seeded_noise(parts, request)
-    drawn = noise()
-    start = drawn if request.latents is None else request.latents.to(drawn)
-    known = encode_image(parts, image, mask, start)
-    x = begin(parts, request, levels, start, known)
-    with parts.adapted(request.lora):
-        denoise = denoiser(parts.network, parts.scheduler, embeds, request.guidance, known, levels)
-    steps = sample(request.sampler_config, denoise, x, levels, noise=noise)
-    while True:
-        with parts.adapted(request.lora):
-            step = next(steps)
-        _check_finite("the U-Net", step.x, f" at step {step.index + 1} of {step.total}")
-        last = step.index + 1 == step.total
-        if last and known is not None and known.kept is not None:
-            # The walk may end on a trace of noise.
-            step = replace(step, x=torch.where(known.kept, known.x0, step.x))
-        stopped = (yield step) is True
-        if stopped or last:
+    lora = lora_weights(request)
+    with parts.adapted(lora):
+        embeds = encode_prompts(parts, request, notes)
+    notes.extend(without_effect(parts, request))
+    latents, done, total = None, 0, sum(len(each.levels) - 1 for each in passes)
+    for each in passes:
+        start, noise = seeded_noise(parts, request, each.scale)
+        known = encode_image(parts, image, mask, start) if latents is None else enlarge(latents, start)
+        x = begin(parts, request, each, start, known)
+        with parts.adapted(lora):
+            denoise = denoiser(parts.network, parts.scheduler, embeds, request.guidance, known, each.levels)
+        steps = sample(request.sampler_config, denoise, x, each.levels, noise=noise)
+        for index in range(done, done + len(each.levels) - 1):
+            with parts.adapted(lora):
+                step = replace(next(steps), index=index, total=total)
+            _check_finite("the U-Net", step.x, f" at step {index + 1} of {total}")
+            if index + 1 == total and known is not None and known.kept is not None:
+                # The walk may end on a trace of noise.
+                step = replace(step, x=torch.where(known.kept, known.x0, step.x))
+            stopped = (yield step) is True
+            if stopped:
+                break
+        latents, done = step.x0 if stopped else step.x, index + 1
+        if stopped:
             break
-    pictures = decode(parts, step.x0 if stopped else step.x)
+    assert latents is not None, "a plan has a pass, and a pass a step"
+    pictures = decode(parts, latents)
     if image is not None and mask is not None:
         pictures = [Image.composite(picture, image, mask) for picture in pictures]
     for i, picture in enumerate(pictures):
@@ -131,14 +149,35 @@ def generate(parts: Parts, request: Request, levels: list[Level], notes: list[st
     return Result(pictures, tuple(notes))
 
 
-def plan(parts: Parts, request: Request) -> list[Level]:
-    """The levels to walk: all of them, or the last ones that image-to-image's strength leaves (at least one)."""
+def plan(parts: Parts, request: Request) -> list[Pass]:
+    """The passes to walk: each along all levels, or along the last ones that its strength leaves (at least one)."""
     steps = request.num_inference_steps
     levels = sampling_levels(request.sampler_config, parts.scheduler, steps)
-    if request.image is None:
-        return levels
-    taken = max(1, min(int(steps * request.strength), steps))
-    return levels[len(levels) - 1 - taken :]
+
+    def walk(strength: float, scale: float) -> Pass:
+        taken = max(1, min(int(steps * strength), steps))
+        return Pass(levels[len(levels) - 1 - taken :], strength, scale)
+
+    first = walk(1.0 if request.image is None else request.strength, 1.0)
+    return [first] if request.hires == 1 else [first, walk(request.hires_strength, request.hires)]
+
+
+def without_effect(parts: Parts, request: Request) -> Iterator[str]:
+    """Notes on what a request says in vain, or what its model does badly."""
+    if any(request.negative_prompts):
+        if parts.network.reads_guidance:
+            yield "the negative prompt has no effect: this model reads its guidance as a number"
+        elif request.guidance_scale <= 1:
+            yield "the negative prompt has no effect: guidance is off at a scale of 1 and below"
+    if request.variation_seed is not None and request.variation_strength == 0:
+        yield "the variation seed has no effect: variation_strength is 0"
+    if request.mix_prompt is not None and request.mix_strength == 0:
+        yield "the prompt to mix in has no effect: mix_strength is 0"
+    if request.hires > 1 and parts.config.sample_size < _SEVERAL_SIZES:
+        yield (
+            f"this model knows pictures of {parts.config.sample_size} pixels, and draws others badly: rather enlarge"
+            " its finished pictures than use hires"
+        )
 
 
 def fitted(parts: Parts, request: Request, notes: list[str]) -> tuple[Image.Image | None, Image.Image | None]:
@@ -158,68 +197,67 @@ def fitted(parts: Parts, request: Request, notes: list[str]) -> tuple[Image.Imag
 
 
 def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """Embeddings of the prompts and of the negative prompts; each distinct text is encoded once."""
-    styled = tuple(with_style(prompt, parts.config.styles) for prompt in request.prompts)
-    texts = sorted({*styled, *request.negative_prompts})
-    with parts.adapted(request.lora):
-        embeds = encode_texts(parts.text_encoder, texts, notes)
+    """Embeddings of the prompts, with what is mixed in, and of the negative ones; each distinct one is encoded once."""
+    styles, negative = parts.config.styles, request.negative_prompts
+    ends = [request.prompts, (request.mix_prompt or "",) * len(request.prompts)]
+    if request.mix_strength in (0, 1):
+        ends = [ends[int(request.mix_strength)]]
+    if request.prompt_syntax == "plain":
+        styled = [[with_style(prompt, styles) for prompt in end] for end in ends]
+        *prompts, negatives = _encoded(parts, [*styled, [*negative]], encode_texts, notes)
+    else:
+        texts = [[without_loras(prompt)[0] for prompt in end] for end in ends]
+        if note := syntax.note_of(map(unobeyed, sorted({*negative}.union(*texts))), plain=False):
+            notes.append(note)
+        weighed = [[with_style_words(parse(text), styles) for text in end] for end in texts]
+        *prompts, negatives = _encoded(parts, [*weighed, [*map(parse, negative)]], encode_weighted, notes)
+    if len(prompts) == 1:
+        return prompts[0], negatives
+    return mixed(prompts[0], prompts[1], request.mix_strength), negatives
+
+
+def _encoded(
+    parts: Parts,
+    batches: list[list[T]],
+    encode: Callable[[PromptEncoder, list[T], list[str]], PromptEmbeds],
+    notes: list[str],
+) -> list[PromptEmbeds]:
+    """Embeddings of each batch of prompts, from those of the distinct ones among all."""
+    distinct: list[T] = sorted({prompt for batch in batches for prompt in batch})
+    embeds = encode(parts.text_encoder, distinct, notes)
     _check_finite("the text encoder", embeds.tokens)
 
-    def rows(prompts: tuple[str, ...]) -> PromptEmbeds:
-        index = torch.tensor([texts.index(prompt) for prompt in prompts], device=embeds.tokens.device)
+    def rows(prompts: list[T]) -> PromptEmbeds:
+        index = torch.tensor([distinct.index(prompt) for prompt in prompts], device=embeds.tokens.device)
         mask = None if embeds.mask is None else embeds.mask[index]
         return PromptEmbeds(embeds.tokens[index], mask, embeds.pooled[index])
 
-    return rows(styled), rows(request.negative_prompts)
+    return [rows(batch) for batch in batches]
 
 
-def encode_texts(text_encoder: PromptEncoder, texts: list[str], notes: list[str]) -> PromptEmbeds:
-    """Embeddings of texts; notes name the words beyond an encoder's context, and what other programs would obey."""
-    if note := syntax.note_of(texts):
-        notes.append(note)
-    batches = text_encoder.tokenize(texts)
-    for batch, tokenizer in zip(batches, text_encoder.tokenizers, strict=True):
-        for text, cut in zip(texts, batch.cut, strict=True):
-            if cut:
-                notes.append(
-                    f"the prompt {shortened(text, 40)!r} is longer than the {tokenizer.context_length} tokens that the"
-                    f" model reads; these words are left out: {shown(cut, 1000)}"
-                )
-    return text_encoder.embed(batches, len(texts))
+def seeded_noise(parts: Parts, request: Request, scale: float = 1.0) -> tuple[Latents, Callable[[], Latents]]:
+    """The noise that a pass begins with, and what samples more of it, each picture's from its own generator.
 
-
-def with_style(prompt: str, styles: Styles) -> str:
-    """The prompt with the default style at its end, unless it is empty or names a style.
-
-    A style's words count in upper and lower case, but not as parts of longer words.
+    On the CPU in float32, so that a seed gives one picture whatever the device and the batch. A variation's first
+    noise lies between that of two seeds; all that follows is of the first.
     """
-    bare = prompt.rstrip(" \t\n,.")
-    if not bare or not styles.default:
-        return prompt
-    text = " ".join(bare.split()).casefold()
-    named = (re.escape(" ".join(phrase.split()).casefold()) for phrase in (*styles.words, styles.default))
-    if any(re.search(rf"(?<!\w){phrase}(?!\w)", text) for phrase in named):
-        return prompt
-    return f"{bare}, {styles.default}"
+    vae, device, dtype = parts.config.vae, parts.network.device, parts.network.dtype
+    height, width = (round(side // vae.factor * scale) for side in (request.height, request.width))
 
-
-def seeded_noise(parts: Parts, request: Request) -> Callable[[], Latents]:
-    """Samples latents of standard normal noise, each picture's from its own generator.
-
-    On the CPU in float32, so that a seed gives one picture whatever the device and the batch.
-    """
-    vae = parts.config.vae
-    shape = (vae.latent_channels, request.height // vae.factor, request.width // vae.factor)
-    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-    device, dtype = parts.network.device, parts.network.dtype
-
-    def draw() -> Latents:
-        noise = torch.stack(
+    def sampled(seeds: tuple[int, ...]) -> Callable[[], Latents]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (vae.latent_channels, height, width)
+        return lambda: torch.stack(
             [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
         )
-        return noise.to(device, dtype)
 
-    return draw
+    noise = sampled(request.seeds)
+    start = noise()
+    if request.latents is not None and scale == 1:
+        start = request.latents
+    if request.variation_strength > 0:
+        start = slerp(start.cpu(), sampled(request.variation_seeds)(), request.variation_strength)
+    return start.to(device, dtype), lambda: noise().to(device, dtype)
 
 
 def encode_image(
@@ -249,13 +287,21 @@ def encode_image(
     return Known(x0, where, masked, noise)
 
 
-def begin(
-    parts: Parts, request: Request, levels: list[Level], noise: Latents, known: Known | None
-) -> Latents:
-    """The latents to walk from: noise, or for image-to-image the picture noised to the first level."""
-    if known is None or request.strength == 1:
-        return initial_scale(request.sampler_config, parts.scheduler, levels[0]) * noise
-    return levels[0].alpha * known.x0 + levels[0].sigma * noise
+def enlarge(latents: Latents, noise: Latents) -> Known:
+    """Latents at the size of the noise of the next pass.
+
+    By cubic interpolation: repeated ones decode to steps, and linear interpolation takes a fifth of their contrast.
+    """
+    x0 = F.interpolate(latents.float(), noise.shape[-2:], mode="bicubic").to(noise)
+    return Known(x0, None, None, noise)
+
+
+def begin(parts: Parts, request: Request, each: Pass, noise: Latents, known: Known | None) -> Latents:
+    """The latents to walk from: noise, or what is known, noised to the first level."""
+    first = each.levels[0]
+    if known is None or each.strength == 1:
+        return initial_scale(request.sampler_config, parts.scheduler, first) * noise
+    return first.alpha * known.x0 + first.sigma * noise
 
 
 def decode(parts: Parts, latents: Latents) -> list[Image.Image]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from PIL import Image
 
@@ -25,9 +23,13 @@ from stable_diffusion.config import (
 )
 from stable_diffusion.errors import InputError, shown, unknown_name
 from stable_diffusion.fields import Rule, documented, to_dict, typed, within
+from stable_diffusion.generation.given import texts, weights
+from stable_diffusion.generation.sizes import check_size, default_size
 
 LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, within(0, LARGEST_SEED)]
 Side = Annotated[int, within(1, 65_536)]
+Strength = Annotated[float, Rule("above 0 and at most 1", lambda strength: 0 < strength <= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,10 @@ class Request:
     """What to generate. One that names none of the model's styles gets its default style, if it has one."""
     negative_prompt: tuple[str, ...]
     """What to steer away from: one text for all prompts, or one for each."""
-    seed: Annotated[int, within(0, LARGEST_SEED)]
-    """Seed of the first picture, 0 to 2**63 - 1; each further picture takes the next number."""
+    prompt_syntax: Literal["plain", "a1111"] = "plain"
+    """How prompts are read: as text, or with AUTOMATIC1111's (word:1.3), [word], BREAK, chunks and <lora:name:0.8>."""
+    seed: Seed
+    """Seed of the first picture, 0 to 2**63 - 1; each further one takes the next number, but variations share it."""
     num_inference_steps: Annotated[int, within(1, 100_000)]
     """Steps from noise to picture, at least 1."""
     guidance_scale: float
@@ -74,8 +78,20 @@ class Request:
     """A picture of the image's shape, white where that is to be repainted; elsewhere the image's bytes stay (on white,
     for a model without opacity). Of one with transparency it is the opaque part if all of it is white, else the
     transparent part."""
-    strength: Annotated[float, Rule("above 0 and at most 1", lambda strength: 0 < strength <= 1)] = 0.8
+    strength: Strength = 0.8
     """How much to change the image, above 0 (hardly) up to 1 (nothing of it is kept)."""
+    variation_seed: Seed | None = None
+    """Seed of another noise, towards which a variation turns that of `seed`; each further picture takes the next."""
+    variation_strength: Part = 0.0
+    """Variations of one picture: how far to turn the noise it begins with, 0 (not) to 1 (all the way)."""
+    mix_prompt: str | None = None
+    """A second prompt, whose embeddings are mixed into those of the prompt."""
+    mix_strength: Part = 0.0
+    """How much of the second prompt, 0 (nothing) to 1 (nothing else)."""
+    hires: Annotated[float, within(1, 4)] = 1.0
+    """Make the finished picture so many times as large, 1 to 4, and go on from it; for models that know larger ones."""
+    hires_strength: Strength = 0.7
+    """How much that second pass changes, as `strength` does."""
     prediction_type: str | None = None
     """What the U-Net predicts (epsilon, v_prediction), whatever the model's files say."""
     variant: str | None = None
@@ -95,7 +111,7 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+            object.__setattr__(self, name, texts(name, getattr(self, name)))
         if len(self.negative_prompt) not in (1, len(self.prompt)):
             raise InputError(
                 f"negative_prompt must be one text or one for each of the {len(self.prompt)} prompts,"
@@ -104,7 +120,7 @@ class Request:
         for name, hint in HINTS.items():
             if name not in ("prompt", "negative_prompt", "lora", "latents", *PICTURES):
                 object.__setattr__(self, name, typed(hint, getattr(self, name), name))
-        object.__setattr__(self, "lora", _weights(self.lora))
+        object.__setattr__(self, "lora", weights(self.lora))
         _ = self.guidance, self.sampler_config  # which check their own ranges
         if self.mask_image is not None:
             if self.image is None:
@@ -115,6 +131,17 @@ class Request:
                     f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: give a mask of the"
                     " image's shape"
                 )
+            if self.hires > 1:
+                raise InputError(
+                    "hires makes the whole picture anew, so it does not go with mask_image: repaint first, then give"
+                    " the result as image"
+                )
+        if self.variation_strength > 0 and self.variation_seed is None:
+            raise InputError(
+                "variation_strength needs the seed of the other noise: give variation_seed as well"
+            )
+        if self.mix_strength > 0 and self.mix_prompt is None:
+            raise InputError("mix_strength needs the prompt to mix in: give mix_prompt as well")
 
     @classmethod
     def of(cls, config: ModelConfig, **given: Any) -> Request:
@@ -141,8 +168,10 @@ class Request:
             elif value is not None or name == "model":
                 values[name] = value
         values = _opened(values)
-        values.setdefault("seed", int.from_bytes(os.urandom(4), "big"))
-        return cls(**_size(config, values.get("image")) | values)
+        strength = values.get("variation_strength")
+        for name in ("seed", *(["variation_seed"] if isinstance(strength, Real) and strength != 0 else [])):
+            values.setdefault(name, int.from_bytes(os.urandom(4), "big"))
+        return cls(**default_size(config, values.get("image")) | values)
 
     def check(self, config: ModelConfig, origin: Mapping[str, Any]) -> None:
         """Raises InputError where the model of that configuration and that origin cannot make this."""
@@ -154,7 +183,7 @@ class Request:
                 )
         if config.unet.num_class_embeds is not None:
             raise InputError(f"the model {config.name!r} reads class labels, which no request has")
-        if not config.text_encoders and any(self.prompt):
+        if not config.text_encoders and any((*self.prompt, self.mix_prompt)):
             raise InputError(f"the model {config.name!r} has no text encoder: only an empty prompt fits")
         check_size(config, self.width, self.height)
         if self.mask_image is not None:
@@ -194,8 +223,16 @@ class Request:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each picture."""
-        return tuple((self.seed + i) % (LARGEST_SEED + 1) for i in range(len(self.prompts)))
+        """The seed of each picture; variations of one picture share it."""
+        return self._counted(self.seed, 0 if self.variation_strength > 0 else 1)
+
+    @property
+    def variation_seeds(self) -> tuple[int, ...]:
+        """The seed of each picture's other noise; none where there is no variation."""
+        return () if self.variation_seed is None else self._counted(self.variation_seed, 1)
+
+    def _counted(self, first: int, by: int) -> tuple[int, ...]:
+        return tuple((first + by * i) % (LARGEST_SEED + 1) for i in range(len(self.prompts)))
 
     def picture(self, index: int) -> Request:
         """The request of one picture alone."""
@@ -204,6 +241,7 @@ class Request:
             prompt=(self.prompts[index],),
             negative_prompt=(self.negative_prompts[index],),
             seed=self.seeds[index],
+            variation_seed=self.variation_seeds[index] if self.variation_seeds else None,
             num_images_per_prompt=1,
             latents=None,
         )
@@ -236,8 +274,8 @@ class Request:
                 value = value.info.get(_PATH)
             if name in ("prompt", "negative_prompt") and len(value) == 1:
                 value = value[0]
-            if name == "strength":
-                said = self.image is not None
+            if name in ("strength", "hires_strength"):
+                said = self.image is not None if name == "strength" else self.hires > 1
             else:
                 said = name in REQUIRED or (name != "latents" and value not in (described.default, None, {}))
             if said:
@@ -255,7 +293,7 @@ class Request:
 
 
 FIELDS = {described.name: described for described in dataclasses.fields(Request)}
-HINTS = typing.get_type_hints(Request, include_extras=True)
+HINTS = get_type_hints(Request, include_extras=True)
 REQUIRED = [
     name
     for name, described in FIELDS.items()
@@ -294,7 +332,7 @@ def parse(data: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
         if name not in FIELDS or name == "latents":
             raise _unknown(name)
         if name == "lora":
-            value = _weights(value)
+            value = weights(value)
         elif name in PICTURES:
             value = typed(str, value, name)
         else:
@@ -313,43 +351,6 @@ def _unknown(name: str) -> InputError:
     return unknown_name("setting", name, FIELDS.keys() - {"latents"})
 
 
-def split_file(text: str) -> tuple[str, str | None]:
-    """A file, and what follows its last colon; a colon of the file's name, or after a drive's letter, stays there."""
-    drive = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
-    file, colon, rest = text[drive:].rpartition(":")
-    return (text, None) if not colon or Path(text).exists() else (text[:drive] + file, rest)
-
-
-def check_size(config: ModelConfig, width: int, height: int) -> None:
-    """Raises InputError unless both are multiples of the model's factor."""
-    factor = config.vae.factor
-    for name, value in (("width", width), ("height", height)):
-        if value % factor:
-            below, above = value // factor * factor, (value // factor + 1) * factor
-            nearest = f"nearest are {below} and {above}" if below else f"the smallest is {above}"
-            raise InputError(f"{name} must be a multiple of {factor}, got {value}; {nearest}")
-
-
-def _weights(lora: object) -> dict[str, float]:
-    """The weights of names, from a JSON object or from texts such as FILE and FILE:0.8; equal names add up."""
-    if isinstance(lora, Mapping) and all(isinstance(name, str) for name in lora):
-        pairs = list(lora.items())
-    elif isinstance(lora, (list, tuple)) and all(isinstance(text, str) for text in lora):
-        pairs = [split_file(text) for text in lora]
-    else:
-        raise InputError(f"lora must give the weight of each name, got {shown(lora)}")
-    weights: dict[str, float] = {}
-    for name, said in pairs:
-        try:
-            weight = 1.0 if said is None else float(said)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError(
-                f"lora must be NAME or NAME:WEIGHT such as {name[:80]}:0.8, got {shown(said)}"
-            ) from None
-        weights[name] = weights.get(name, 0.0) + typed(float, weight, f"the weight of the LoRA {shown(name)}")
-    return weights
-
-
 def _guidance(guidance: Guidance) -> dict[str, Any]:
     return {f"guidance_{name}": getattr(guidance, name) for name in ("scale", "interval", "rescale")}
 
@@ -357,18 +358,6 @@ def _guidance(guidance: Guidance) -> dict[str, Any]:
 def _sampler(sampler: SamplerConfig) -> dict[str, Any]:
     settings = to_dict(sampler)
     return {"sampler": settings.pop("name"), **settings}
-
-
-def _size(config: ModelConfig, picture: Image.Image | None) -> dict[str, int]:
-    """The picture's size, or the model's own; far too large ones at the model's area."""
-    factor, own = config.vae.factor, config.sample_size
-    width, height = (own, own) if picture is None else picture.size
-    if picture is not None:
-        if width * height > 4 * own**2:  # the model knows no such size, and it is slow
-            scale = own / math.sqrt(width * height)
-            width, height = (max(factor, round(side * scale)) for side in (width, height))
-        width, height = (max(factor, side // factor * factor) for side in (width, height))
-    return {"width": width, "height": height}
 
 
 def _opened(values: dict[str, Any]) -> dict[str, Any]:
@@ -390,10 +379,3 @@ def _opened(values: dict[str, Any]) -> dict[str, Any]:
         elif value is not None:
             raise InputError(f"{name} must be a picture or the path of one, got {shown(value)}")
     return values | pictures
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} must be a text or a list of texts, got {shown(value)}")
-    return tuple(texts)

@@ -24,9 +24,11 @@ def check_stranger(fields: Mapping[str, Any]) -> None:
     for name, value in {**fields, "num_images_per_prompt": pictures}.items():
         if name in LIMITS and value > LIMITS[name]:
             raise InputError(f"{name} may be at most {LIMITS[name]} there, got {shown(value)}")
-    if (
-        letters := sum(len(text) for key in ("prompt", "negative_prompt") for text in fields.get(key, ()))
-    ) > LONGEST:
+    for name in ("width", "height"):
+        if (side := fields.get(name, 1) * fields.get("hires", 1)) > LIMITS[name]:
+            raise InputError(f"{name} times hires may be at most {LIMITS[name]} there, got {shown(side)}")
+    texts = (*fields.get("prompt", ()), *fields.get("negative_prompt", ()), fields.get("mix_prompt") or "")
+    if (letters := sum(map(len, texts))) > LONGEST:
         raise InputError(f"the prompts may have at most {LONGEST:,} letters there, got {letters:,}")
 
 

@@ -29,12 +29,16 @@ INSTRUCTION = re.compile(
 )
 
 
-def note_of(texts: Iterable[str]) -> str | None:
-    """A note that names the parts of texts that other programs read as instructions; None where there are none."""
+def note_of(texts: Iterable[str], *, plain: bool = True) -> str | None:
+    """A note that names the parts of texts that other programs read as instructions; None where there are none.
+
+    Where texts are `plain`, it says how to have some of them obeyed.
+    """
     found = list(dict.fromkeys(match[0] for text in texts for match in INSTRUCTION.finditer(text)))
     if not found:
         return None
     parts = three_of([repr(shortened(part, 40)) for part in found])
     named = any(part.startswith(("<", "embedding:")) for part in found)
     where = "; files of weights are not named in the prompt, but in `lora` and `embedding`" if named else ""
-    return f"{parts}: other programs read this as an instruction, here it is text like any other{where}"
+    hint = "; with prompt_syntax a1111, weights, BREAK and <lora:…> are obeyed" if plain else ""
+    return f"{parts}: other programs read this as an instruction, here it is text like any other{where}{hint}"

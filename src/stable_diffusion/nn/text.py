@@ -149,6 +149,12 @@ class PromptEmbeds(NamedTuple):
         return PromptEmbeds(tokens, mask, pooled)
 
 
+def mean_of(tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+    """The mean of each prompt's real tokens."""
+    real = mask[..., None].to(tokens.dtype)
+    return (tokens * real).sum(dim=1) / real.sum(dim=1)
+
+
 class PromptEncoder(nn.Module):
     """Texts to tokens, by one text encoder or by several (CLIP and BERT together, say).
 
@@ -207,8 +213,7 @@ class PromptEncoder(nn.Module):
         input_ids, attention_mask = input_ids.to(encoder.device), attention_mask.to(encoder.device)
         if not self.configs[index].reads_padding:
             tokens = encoder(input_ids, attention_mask)
-            real = attention_mask[..., None].to(tokens.dtype)
-            return PromptEmbeds(tokens, attention_mask, (tokens * real).sum(dim=1) / real.sum(dim=1))
+            return PromptEmbeds(tokens, attention_mask, mean_of(tokens, attention_mask))
         tokens = encoder(input_ids)
         rows = torch.arange(len(tokens), device=tokens.device)
         end_id = self.tokenizers[index].end_id

@@ -95,16 +95,30 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> TokenBatch:
         """The texts' tokens. A text that is too long keeps its begin and end tokens."""
         room = self.context_length - 2
-        ids, mask, cut = [], [], []
+        rows, cut = [], []
         for text, encoding in zip(texts, self._encode(texts), strict=True):
             found, offsets = self._expanded(encoding)
-            kept = found[:room]
+            rows.append(found[:room])
             dropped = offsets[room:]
             cut.append(text[dropped[0][0] :] if dropped else "")
-            padding = room - len(kept)
-            ids.append([self.begin_id, *kept, self.end_id] + [self.pad_id] * padding)
-            mask.append([True] * (len(kept) + 2) + [False] * padding)
+        return self.batch(rows, cut)
+
+    def batch(self, rows: list[list[int]], cut: list[str]) -> TokenBatch:
+        """Rows of ids that the context has room for, with begin, end and padding."""
+        ids, mask = [], []
+        for row in rows:
+            padding = self.context_length - 2 - len(row)
+            ids.append([self.begin_id, *row, self.end_id] + [self.pad_id] * padding)
+            mask.append([True] * (len(row) + 2) + [False] * padding)
         return TokenBatch(torch.tensor(ids, device="cpu"), torch.tensor(mask, device="cpu"), cut)
+
+    def tokens(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """Each text's ids, however many, and where in it each begins.
+
+        Those of one character begin together, and so do those of one textual inversion.
+        """
+        found = [self._expanded(encoding) for encoding in self._encode(texts)]
+        return [[(i, start) for i, (start, _) in zip(*pair, strict=True)] for pair in found]
 
     def add_tokens(self, tokens: dict[str, list[int]]) -> None:
         """Makes each word, in upper or lower case, a token that stands for the ids in its list.

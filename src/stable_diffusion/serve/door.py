@@ -170,9 +170,10 @@ def _fitted(config: ModelConfig, request: Request, size: tuple[int, int]) -> Ask
         request = dataclasses.replace(request, image=image, mask_image=mask)
 
     def finish(picture: Image.Image) -> Image.Image:
-        if picture.size == size:
+        whole = round(size[0] * request.hires), round(size[1] * request.hires)
+        if picture.size == whole:
             return picture
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = picture.resize(whole, Image.Resampling.LANCZOS)
         if kept is not None:
             before, mask = kept
             picture = Image.composite(picture, before.convert(picture.mode), mask)

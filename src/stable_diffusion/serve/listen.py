@@ -8,12 +8,16 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
-from starlette.applications import Starlette
 
 from stable_diffusion.errors import InputError
-from stable_diffusion.serve.jobs import Jobs
+
+if TYPE_CHECKING:  # what listens is known before torch is imported
+    from starlette.applications import Starlette
+
+    from stable_diffusion.serve.jobs import Jobs
 
 GRACE = 10
 """Seconds for answers that are being sent when the server stops."""
@@ -70,12 +74,15 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         InputError: no such address here, or the port is taken or not allowed.
     """
+    if not 0 <= port <= 65_535:
+        raise InputError(f"port must be from 0 to 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (OSError, UnicodeError, OverflowError) as error:
-        raise InputError(f"there is no address {host!r} here ({error}): give another --host") from None
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"there is no address {host!r} here ({said}): give another --host") from None
     listening = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # on Windows it would let two programs have one port

@@ -49,10 +49,16 @@ class TextAffine(NamedTuple):
 
 
 def whitening(rows: Float[Tensor, "n d"]) -> Affine:
-    """The change after which the rows have mean 0 and, but for the floor, covariance 1, in float64."""
+    """The change after which the rows have mean 0 and, but for the floor, covariance 1, in float64.
+
+    Of all such changes the symmetric one, C^(-1/2) (Kessy et al. 2018, "Optimal whitening and decorrelation"): it
+    follows the rows continuously, where the signs of eigenvectors turn with the last digit. So a run goes on from what
+    another number of threads, or another machine, measures.
+    """
     rows = rows.double()
     variances, directions = torch.linalg.eigh(torch.cov(rows.T))
-    return Affine(rows.mean(0), directions / (variances + FLOOR * variances.mean()).sqrt())
+    scales = (variances + FLOOR * variances.mean()).rsqrt()
+    return Affine(rows.mean(0), directions * scales @ directions.T)
 
 
 @contextmanager
