@@ -147,7 +147,7 @@ def test_a_reload_and_a_dropped_tab_lose_nothing(browser: Any, gated: tuple[Runn
             pass
         page["#live"].uncheck()
         page["#draw"].click()
-        until(lambda: running.jobs.waiting == 1)
+        page["#running li"].nth(1).wait_for()
         page.page.close()
         model.let(100)
         until(lambda: running.jobs.running is None and not running.jobs.waiting)

@@ -219,6 +219,8 @@ def test_a_mask_is_painted_by_touch_and_by_keys(browser: Any, tiny: Running) -> 
         keyboard.up("Space")
         assert layer(page).sum() > dotted.sum()
         keyboard.press("u")
+        keyboard.press("ArrowDown")
+        keyboard.press("ArrowDown")
         keyboard.press("e")
         keyboard.press("Space")
         assert (layer(page) <= dotted).all() and layer(page).sum() < dotted.sum()

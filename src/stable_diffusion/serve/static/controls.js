@@ -4,7 +4,10 @@ import { $, el, fill } from "./dom.js";
 import { change, chooseModel, desk, dice, model, onChange, server, shown } from "./state.js";
 
 /** What the server takes where neither the desk nor the model says anything. */
-const USUAL = { guidance_rescale: 0, variation_strength: 0, variance: "small", negative_prompt: "" };
+const USUAL = {
+  ...{ guidance_rescale: 0, variance: "small", negative_prompt: "", variation_strength: 0 },
+  ...{ mix_prompt: "", mix_strength: 0, hires: 1, hires_strength: 0.7 },
+};
 const MOST = 9;
 const SEEDS = ["seed", "variation_seed"];
 /** Not settings of the picture's making, or shown elsewhere. */
@@ -50,6 +53,8 @@ function valueOf(control) {
 function set(name, value) {
   const fields = { [name]: value === own(name) ? undefined : value };
   if (name === "sampler") fields.spacing = undefined; // its own
+  if (name === "variation_strength" && value && !desk.fields.variation_seed) fields.variation_seed = dice();
+  if (name === "mix_prompt" && value && !desk.fields.mix_strength) fields.mix_strength = 0.5;
   change({ fields });
 }
 

@@ -42,15 +42,22 @@ export async function draw({ count = desk.count, each = null } = {}) {
   const batch = `${Date.now()}-${api.CLIENT}`;
   const mine = round;
   for (let index = 0; index < count; index += 1) {
-    const differing = each?.(index) ?? { seed: further(body.seed, index) };
+    const differing = each?.(index) ?? next(body, index);
     const job = await submitted({ ...body, ...differing });
     if (!job) return;
     if (mine !== round) return void api.cancel(job.id).catch(() => {});
-    jobs.push({ ...job, batch, time: Date.now(), prompt: body.prompt, model: body.model, image, mask, step: 0, total: 0, preview: null });
+    const { prompt, model } = body;
+    const from = { batch, time: Date.now(), prompt, model, image, mask };
+    jobs.push({ ...job, ...from, step: 0, total: 0, preview: null });
     await rememberJob(jobs.at(-1)).catch(() => {});
     show.jobs();
     follow();
   }
+}
+
+/** What makes the next one of several pictures another one: its seed, or among variations of one picture theirs. */
+function next({ seed, variation_seed, variation_strength }, index) {
+  return variation_strength > 0 ? { variation_seed: further(variation_seed, index) } : { seed: further(seed, index) };
 }
 
 async function submitted(body) {
@@ -116,7 +123,7 @@ async function watch(job, signal) {
   let picture;
   for await (const { name, data } of api.events(job.id, signal)) {
     if (name === "queued") job.position = data.position;
-    else if (name === "step") Object.assign(job, { step: data.step, total: data.total, preview: data.preview ?? job.preview });
+    else if (name === "step") Object.assign(job, data);
     else if (name === "picture") {
       const { id, image, mask, model, batch } = job;
       const blob = await api.picture(data.url);

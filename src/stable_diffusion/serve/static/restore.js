@@ -38,7 +38,8 @@ export function ofText(text) {
  * @param more the picture to begin with, the mask and the model's name, where they are known, and whether the seed is
  *   locked
  */
-export function restore({ settings, kind, unknown, width, height }, { image = null, mask = null, locked = true, model: made = settings.model } = {}) {
+export function restore(found, { image = null, mask = null, locked = true, model: made = found.settings.model } = {}) {
+  const { settings, kind, unknown, width, height } = found;
   const notes = [...unknown];
   const fields = Object.fromEntries(Object.keys(desk.fields).map((name) => [name, undefined]));
   for (const [name, value] of Object.entries(settings)) {
@@ -62,15 +63,14 @@ export function restore({ settings, kind, unknown, width, height }, { image = nu
     if (missing.length) notes.push(`not served here: ${missing.join(", ")}`);
   }
   if (!Object.keys(used.loras).length) delete fields.lora;
-  const native = used.width === width && used.height === height;
-  [fields.width, fields.height] = native || !width ? [fields.width, fields.height] : [width, height];
+  const enlarged = Number(fields.hires) || 1;
+  if (width) [fields.width, fields.height] = [width, height].map((side) => Math.round(side / enlarged));
   if (fields.width === used.width && fields.height === used.height && !image) {
     [fields.width, fields.height] = [undefined, undefined];
   }
-  const begun = "strength" in settings && !image;
-  if (begun) notes.push("it began from another picture, which the file does not hold: add that one too");
+  if ("strength" in settings && !image) notes.push("it began from another picture, which the file does not hold: add that one too");
   if (settings.embedding || settings.vae) notes.push("its files of weights are chosen when the server starts");
-  change({ fields: { ...fields }, model: used.name, image, mask, locked });
+  change({ fields, model: used.name, image, mask, locked });
   return notes;
 }
 

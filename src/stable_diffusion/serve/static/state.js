@@ -120,6 +120,7 @@ export async function request(changes = {}) {
   const body = { prompt: "", ...desk.fields, model: model().name, client: CLIENT };
   if (Object.keys(model().loras).length) body.lora = shown("lora") ?? model().loras;
   if (!desk.image) delete body.strength;
+  if (!body.mix_prompt) delete body.mix_strength;
   if (desk.image) body.image = await dataUri(desk.image);
   if (desk.image && desk.mask) body.mask_image = await dataUri(desk.mask);
   return { ...body, ...changes };

@@ -32,8 +32,9 @@ export function described({ settings, seed, width, height, seconds }) {
   if (settings.num_inference_steps) {
     parts.push(settings.num_inference_steps === 1 ? "1 step" : `${settings.num_inference_steps} steps`);
   }
-  const drawn = `${settings.width} × ${settings.height}`;
-  const scaled = settings.width !== width || settings.height !== height;
+  const [wide, high] = [settings.width, settings.height].map((side) => Math.round(side * (settings.hires ?? 1)));
+  const drawn = `${wide} × ${high}`;
+  const scaled = wide !== width || high !== height;
   parts.push(scaled ? `drawn at ${drawn}, scaled to ${width} × ${height}` : drawn);
   return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }

@@ -16,7 +16,7 @@ export function start() {
 function build() {
   const { prompts, styles } = model();
   $("examples").replaceChildren(...prompts.map(example));
-  $("prompt").placeholder = prompts[0] ?? "";
+  $("prompt").placeholder = prompts[0] ?? "a lighthouse at night";
   const words = [...new Set([...styles.words, ...(styles.default ? [styles.default] : [])])];
   $("styleField").hidden = !words.length;
   const short = words.filter((word) => word.endsWith(" style"));
