@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from stable_diffusion import DiffusionModel
+from tests.serve import webui_files
 from tests.serve.served import PATIENCE, Running, serving
 from tests.tiny import FINE, tiny_model
 
@@ -42,3 +43,29 @@ def openai_client(several: Running) -> Iterator[Any]:
         base_url=f"{several.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE
     ) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two tiny models, the second with a LoRA."""
+    with serving(webui_files.models(tmp_path_factory.mktemp("loras"))) as running:
+        yield running
+
+
+@pytest.fixture
+def webui(two_models: Running) -> Running:
+    """The same, to a client that has chosen no model yet."""
+    two_models.server.chosen.clear()
+    return two_models
+
+
+@pytest.fixture
+def api(webui: Running) -> Any:
+    """`webuiapi`, the client of AUTOMATIC1111's webui."""
+    return webui_files.client(webui)
+
+
+@pytest.fixture
+def post(webui: Running) -> webui_files.Post:
+    """Posts a body to a path below /sdapi/v1."""
+    return webui_files.poster(webui)

@@ -203,11 +203,14 @@ def test_cancelled_while_it_is_finished(jobs: Jobs, gated: Gated) -> None:
     assert job.status == "cancelled"
 
 
-def test_all_jobs_of_a_client_end(jobs: Jobs, gated: Gated) -> None:
+def test_the_jobs_of_a_client(jobs: Jobs, gated: Gated) -> None:
     first = begin(jobs, gated, client="a")
     mine, other = (jobs.add(gated_job(gated, name, client=name)) for name in ("a", "b"))
-    jobs.cancel_all("a")
+    assert jobs.of("a") == [first, mine]
+    for job in jobs.of("a"):
+        jobs.cancel(job)
     finish(jobs, gated, first, mine, other)
+    assert jobs.of("a") == []
     assert [job.status for job in (first, mine, other)] == ["cancelled", "cancelled", "done"]
 
 

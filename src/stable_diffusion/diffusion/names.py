@@ -118,7 +118,7 @@ class Spacing:
     most_steps: int | None = None
     """None: as many as the schedule has."""
     aliases: tuple[str, ...] = ()
-    """Further names, in lower case."""
+    """Further names, in lower case: ComfyUI's, and the webui's where those are others than `webui`."""
 
 
 FLOW_SPACING = "trailing"
@@ -128,9 +128,11 @@ LCM_STEPS = 50
 _RATIOS: dict[str, Any] = {"flow": False, "finite": True}
 
 SPACINGS = {
-    "leading": Spacing("leading", {"timestep_spacing": "leading"}, reaches_noise=False),
-    "linspace": Spacing("linspace", {"timestep_spacing": "linspace"}),
-    "trailing": Spacing("trailing", {"timestep_spacing": "trailing"}),
+    "leading": Spacing(
+        "leading", {"timestep_spacing": "leading"}, reaches_noise=False, aliases=("ddim_uniform",)
+    ),
+    "linspace": Spacing("linspace", {"timestep_spacing": "linspace"}, aliases=("uniform", "normal")),
+    "trailing": Spacing("trailing", {"timestep_spacing": "trailing"}, aliases=("simple",)),
     "sgm_uniform": Spacing("sgm_uniform", webui="SGM Uniform", leaves_first=True, aliases=("sgmuniform",)),
     "align_your_steps": Spacing("align_your_steps", webui="Align Your Steps", **_RATIOS, aliases=("ays",)),
     "karras": Spacing("karras", {"use_karras_sigmas": True}, webui="Karras", **_RATIOS),

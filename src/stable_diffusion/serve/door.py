@@ -139,6 +139,9 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
         size = values.pop("width", size[0]), values.pop("height", size[1])
         if max(size) > LIMITS["width"]:  # an image's own
             size = scaled_down(size)
+        if (longest := round(max(size) * values.get("hires", 1))) > LIMITS["width"]:
+            said = f"hires would make the picture {longest} pixels long, and {LIMITS['width']} are the most: lower it"
+            raise Refused(said, field="hires")
         width, height = drawn_size(served.config, *size)
         request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
         served.model.stream(request).close()  # says what is wrong with it, and draws nothing

@@ -64,7 +64,7 @@ class Job:
     live: bool = False
     """Goes before others; a newer one of the client takes its place while it waits."""
     previews: int = 0
-    """How many steps of a picture are decoded too, evenly spread; 0 for none."""
+    """How many steps of a picture are decoded too, evenly spread; 0 for none. Any thread may change it on the way."""
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     status: Status = "queued"
     progress: Progress = Progress()
@@ -73,6 +73,7 @@ class Job:
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     created: float = field(default_factory=time)
+    started: float | None = None
     finished: float | None = None
     seconds: float = 0.0
     """Spent drawing."""

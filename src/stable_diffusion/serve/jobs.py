@@ -52,9 +52,8 @@ class Jobs:
         self._live: OrderedDict[str, Job] = OrderedDict()
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._known: dict[str, Job] = {}
-        self._over: deque[tuple[Job, float, int]] = (
-            deque()
-        )  # with the moment on the clock, and bytes; the oldest first
+        # With the moment on the clock, and bytes; the oldest first.
+        self._over: deque[tuple[Job, float, int]] = deque()
         self._over_bytes = 0
         self._running: Job | None = None
         self._changed = threading.Condition()
@@ -105,11 +104,10 @@ class Jobs:
                 self._take_out(job)
                 self._finish(job, "cancelled")
 
-    def cancel_all(self, client: str) -> None:
-        """Ends all jobs of a client."""
+    def of(self, client: str) -> list[Job]:
+        """A client's jobs that are not over, the oldest first."""
         with self._changed:
-            for job in [job for job in self._known.values() if job.client == client and not job.over]:
-                self.cancel(job)
+            return [job for job in self._known.values() if job.client == client and not job.over]
 
     def close(self, seconds: float = 30.0) -> None:
         """Ends every job, takes no more, and waits for the thread so long."""
@@ -164,6 +162,7 @@ class Jobs:
                     del self._waiting[client]
                 self._held_since = None
             self._running = job
+            job.started = job.started or time()
             job.status = "running"
             job.changed()
             return job
@@ -243,6 +242,7 @@ class Jobs:
 
     def _put_back(self, job: Job) -> None:
         """Lets a job wait for its next turn, before others of its client."""
+        job.progress = Progress(picture=len(job.pictures), previewed=job.previewed)
         if not job.live:
             self._waiting.setdefault(job.client, deque()).appendleft(job)
         elif job.client in self._live:  # a newer one
@@ -252,9 +252,7 @@ class Jobs:
             self._live.move_to_end(job.client, last=False)
 
     def _draw(self, job: Job) -> None:
-        index = len(job.pictures)
-        job.progress = Progress(picture=index, previewed=job.previewed)
-        result = self._walk(job, job.model.stream(job.request.picture(index)))
+        result = self._walk(job, job.model.stream(job.request.picture(len(job.pictures))))
         if result is None:
             return
         (picture,) = result.pictures
@@ -276,9 +274,8 @@ class Jobs:
                     return result
                 now = dataclasses.replace(job.progress, step=step.index + 1, total=step.total)
                 if _is_previewed(now.step, now.total, job.previews):
-                    with contextlib.suppress(
-                        InputError
-                    ):  # NaN: of the picture itself, `stream` knows what to do
+                    # NaN: of the picture itself, `stream` knows what to do
+                    with contextlib.suppress(InputError):
                         (preview,) = job.model.decode(step.x0)
                         now = dataclasses.replace(now, preview=preview, previewed=now.previewed + 1)
                 job.progress = now

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
@@ -38,6 +38,8 @@ class Server:
     jobs: Jobs
     prompt_syntax: str = "a1111"
     """How the page and ``/sdapi`` read prompts where a request says nothing; ``/v1`` reads plain text."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """The model that a client of ``/sdapi`` chose, by the client's key."""
 
 
 class ErrorForm(Protocol):
