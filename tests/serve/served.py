@@ -20,7 +20,8 @@ from stable_diffusion.model import DiffusionModel
 from stable_diffusion.serve.app import application
 from stable_diffusion.serve.door import Models, Served
 from stable_diffusion.serve.guard import Rules
-from stable_diffusion.serve.jobs import Job, Jobs
+from stable_diffusion.serve.job import Job
+from stable_diffusion.serve.jobs import Jobs
 from stable_diffusion.serve.listen import Listener, bound
 from stable_diffusion.serve.replies import Server
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.serve import jobs as queue
-from stable_diffusion.serve.jobs import Busy, Job, Jobs
+from stable_diffusion.serve.job import Job
+from stable_diffusion.serve.jobs import Busy, Jobs
 from tests.serve.served import Gated, gated_job, until
 from tests.tiny import tiny_model
 
@@ -61,6 +62,41 @@ def test_clients_take_turns(jobs: Jobs, gated: Gated) -> None:
     turns = ["a1", "b1", "c1", "a2", "b2", "a3"]
     assert [jobs.position(added[asked.index(prompt)]) for prompt in turns] == [1, 2, 3, 4, 5, 6]
     assert finish(jobs, gated, *added) == ["first", *turns]
+
+
+def test_a_job_of_several_pictures_makes_way(
+    jobs: Jobs, gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each: for other clients, and for who types; a later job of its client waits for all of them."""
+    monkeypatch.setattr(queue, "LONGEST_WAIT", 600.0)
+    request = gated.request("many", seed=0, num_inference_steps=1, num_images_per_prompt=3)
+    many = jobs.add(Job(model=gated, request=request, client="a"))
+    until(lambda: gated.drawn == ["many"])
+    added = [jobs.add(gated_job(gated, name, client=name[0])) for name in ("b1", "b2", "a2")]
+    added.append(jobs.add(gated_job(gated, "live", client="c", live=True)))
+    assert many.left == 3
+    order = finish(jobs, gated, many, *added)
+    assert order == ["many", "live", "b1", "many", "b2", "many", "a2"]
+    assert [picture.info["settings"]["seed"] for picture in many.pictures] == [0, 1, 2]
+
+
+def test_a_job_that_made_way_can_be_cancelled(jobs: Jobs, gated: Gated) -> None:
+    """At once, with the pictures that it has; and a newer live one takes the place of an older's rest."""
+    many = gated.request("many", seed=0, num_inference_steps=1, num_images_per_prompt=3)
+    kept = jobs.add(Job(model=gated, request=many, client="a"))
+    until(lambda: gated.drawn == ["many"])
+    other = jobs.add(gated_job(gated, "other", client="b"))
+    gated.let(2)
+    until(lambda: gated.drawn == ["many", "other"])
+    assert kept.status == "running" and len(kept.pictures) == 1
+    jobs.cancel(kept)
+    assert kept.status == "cancelled" and jobs.waiting == 0
+    live = jobs.add(Job(model=gated, request=many, client="page", live=True))
+    gated.let(2)
+    until(lambda: gated.drawn[2:] == ["many"])
+    newer = jobs.add(gated_job(gated, "newer", client="page", live=True))
+    assert finish(jobs, gated, other, live, newer)[3:] == ["newer"]
+    assert (live.status, len(live.pictures), newer.status) == ("cancelled", 1, "done")
 
 
 def test_live_jobs_go_first(jobs: Jobs, gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:

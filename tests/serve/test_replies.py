@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stable_diffusion.serve import jobs, page
-from stable_diffusion.serve.jobs import Job
+from stable_diffusion.serve.job import Job
 from stable_diffusion.serve.replies import Stream, encoded, event, finished, json_body, server_of, submit
 from tests.serve.served import Gated, Running, data_uri, send, serving, until
 from tests.serve.test_guard import resident
@@ -77,7 +77,7 @@ def test_who_hangs_up_frees_the_place(running: Running, gated: Gated) -> None:
     connections[0].close()
     first = running.jobs.running
     assert first is not None
-    until(first._stop.is_set)
+    until(first.stop.is_set)
     gated.let()
     until(lambda: first.over)
     assert first.status == "cancelled" and first.pictures == []

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import logging
-import secrets
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from time import monotonic, perf_counter, time
-from typing import Any, Literal, Protocol
-
-from PIL import Image
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import lacks_memory
 from stable_diffusion.generation.pipeline import Result, Steps
-from stable_diffusion.generation.request import Request
+from stable_diffusion.serve.job import Job, Progress, Status, unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +25,6 @@ KEPT_BYTES = 64 << 20
 """Of finished jobs, with their pictures as they lie in memory."""
 LONGEST_WAIT = 2.0
 """Seconds for which live jobs go before the others."""
-
-Status = Literal["queued", "running", "done", "failed", "cancelled"]
-
-
-class Model(Protocol):
-    """What draws: `DiffusionModel`."""
-
-    def stream(self, request: Request) -> Steps: ...
-    def decode(self, latents: Any, *, preview: bool = False) -> list[Image.Image]: ...
 
 
 class Busy(InputError):
@@ -56,111 +41,11 @@ class Busy(InputError):
         self.status = status
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a job is; one object, so that its parts belong together."""
-
-    picture: int = 0
-    """The one in work, from 0."""
-    step: int = 0
-    """Steps of it that are done."""
-    total: int = 0
-    """Steps that it takes; 0 before the first one."""
-    preview: Image.Image | None = None
-    """What the network sees in the noise, at the model's own size."""
-    previewed: int = 0
-    """Previews of the job so far."""
-
-
-def _unchanged(picture: Image.Image) -> Image.Image:
-    return picture
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that draws."""
-
-    model: Model
-    request: Request
-    """Its pictures are made one by one: each has the bytes that it has alone. When it is over, those to begin with
-    are gone."""
-    finish: Callable[[Image.Image], Image.Image] = _unchanged
-    """What becomes of each picture: scaling, say. Its ``info["settings"]`` stay."""
-    bytes: int = 0
-    """Of the pictures to begin with, as they lie in memory."""
-    client: str = ""
-    """Clients take turns, whoever asked for how much."""
-    live: bool = False
-    """Goes before others; a newer one of the client takes its place while it waits."""
-    previews: int = 0
-    """How many steps of a picture are decoded too, evenly spread; 0 for none. Any thread may change it on the way."""
-    id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    status: Status = "queued"
-    progress: Progress = Progress()
-    pictures: list[Image.Image] = field(default_factory=list)
-    """Those that are done, also of a job that was cancelled."""
-    notes: tuple[str, ...] = ()
-    error: Exception | None = None
-    created: float = field(default_factory=time)
-    started: float | None = None
-    finished: float | None = None
-    seconds: float = 0.0
-    """Spent drawing."""
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _watchers: dict[asyncio.Event, asyncio.AbstractEventLoop] = field(default_factory=dict)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing of it will change any more."""
-        return self.status in ("done", "failed", "cancelled")
-
-    @property
-    def step(self) -> int:
-        return self.progress.step
-
-    @property
-    def total(self) -> int:
-        return self.progress.total
-
-    @property
-    def preview(self) -> Image.Image | None:
-        return self.progress.preview
-
-    @property
-    def previewed(self) -> int:
-        return self.progress.previewed
-
-    async def changes(self, every: float | None = None) -> AsyncGenerator[None, None]:
-        """Yields now and after each change, of which several may come as one, until it is over.
-
-        Args:
-            every: yields after so many seconds without a change too.
-        """
-        event, loop = asyncio.Event(), asyncio.get_running_loop()
-        self._watchers[event] = loop
-        try:
-            while True:
-                event.clear()
-                over = self.over
-                yield
-                if over:
-                    return
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(every):
-                        await event.wait()
-        finally:
-            del self._watchers[event]
-
-    def _changed(self) -> None:
-        for event, loop in list(self._watchers.items()):
-            with contextlib.suppress(RuntimeError):  # a loop that was closed
-                loop.call_soon_threadsafe(event.set)
-
-
 class Jobs:
     """The queue, and the thread that draws what is in it.
 
-    Live jobs go first, for at most ``LONGEST_WAIT`` seconds while others wait; those go in turns of their clients.
+    Live jobs go first, for at most ``LONGEST_WAIT`` seconds while others wait; those go in turns of their clients. A
+    turn is a picture: a job of several makes way after each.
     """
 
     def __init__(self) -> None:
@@ -174,7 +59,7 @@ class Jobs:
         self._changed = threading.Condition()
         self._held_since: float | None = None
         self._closed = False
-        self._pace = 1.0  # seconds a job, on average of late
+        self._pace = 1.0  # seconds a picture, on average of late
         self._thread = threading.Thread(target=self._work, name="drawing", daemon=True)
         self._thread.start()
 
@@ -199,7 +84,7 @@ class Jobs:
         waiting = [each for each in self._order() if each is not older]
         if len(waiting) < MOST_WAITING and sum(each.bytes for each in (*waiting, job)) <= MOST_BYTES:
             return
-        seconds = max(1, min(600, round(len(waiting) * self._pace)))
+        seconds = max(1, min(600, round(sum(each.left for each in waiting) * self._pace)))
         what = f"{len(waiting)} jobs are waiting, which is the most"
         if len(waiting) < MOST_WAITING:
             what = f"the pictures of the {len(waiting)} jobs that are waiting take all the room there is"
@@ -214,8 +99,8 @@ class Jobs:
     def cancel(self, job: Job) -> None:
         """Ends a job: at once where it waits, within a step where it is drawn. One that is over stays as it is."""
         with self._changed:
-            job._stop.set()
-            if job.status == "queued":
+            job.stop.set()
+            if not job.over and job is not self._running:
                 self._take_out(job)
                 self._finish(job, "cancelled")
 
@@ -277,9 +162,9 @@ class Jobs:
                     del self._waiting[client]
                 self._held_since = None
             self._running = job
-            job.started = time()
+            job.started = job.started or time()
             job.status = "running"
-            job._changed()
+            job.changed()
             return job
 
     def _held(self) -> float:
@@ -302,12 +187,12 @@ class Jobs:
 
     def _finish(self, job: Job, status: Status, error: Exception | None = None) -> None:
         job.request = dataclasses.replace(job.request, image=None, mask_image=None)
-        job.finish = _unchanged
+        job.finish = unchanged
         job.progress = dataclasses.replace(job.progress, preview=None)
         job.error = error
         job.finished = time()
         job.status = status  # last: who sees it sees the rest
-        job._changed()
+        job.changed()
         if job.live:
             del self._known[job.id]
         else:
@@ -332,6 +217,7 @@ class Jobs:
             del job  # and its pictures, while the next one is awaited
 
     def _run(self, job: Job) -> None:
+        """Draws the next picture of a job."""
         began = perf_counter()
         error: Exception | None = None
         try:
@@ -342,35 +228,45 @@ class Jobs:
             # What its frames hold, a network's activations, would stay for as long as the job.
             fault.__traceback__ = fault.__cause__ = fault.__context__ = None
             error = fault
-        job.seconds = perf_counter() - began
+        seconds = perf_counter() - began
+        job.seconds += seconds
         with self._changed:
             self._running = None
             if error is not None:
                 self._finish(job, "failed", error)
-            elif job._stop.is_set():
+            elif job.stop.is_set():
                 self._finish(job, "cancelled")
             else:
-                self._pace += (job.seconds - self._pace) / 8
-                self._finish(job, "done")
+                self._pace += (seconds - self._pace) / 8
+                self._put_back(job) if job.left else self._finish(job, "done")
+
+    def _put_back(self, job: Job) -> None:
+        """Lets a job wait for its next turn, before others of its client."""
+        job.progress = Progress(picture=len(job.pictures), previewed=job.previewed)
+        if not job.live:
+            self._waiting.setdefault(job.client, deque()).appendleft(job)
+        elif job.client in self._live:  # a newer one
+            self._finish(job, "cancelled")
+        else:
+            self._live[job.client] = job
+            self._live.move_to_end(job.client, last=False)
 
     def _draw(self, job: Job) -> None:
-        for index in range(len(job.request.prompts)):
-            job.progress = Progress(picture=index, previewed=job.previewed)
-            result = self._walk(job, job.model.stream(job.request.picture(index)))
-            if result is None:
-                return
-            (picture,) = result.pictures
-            settings = picture.info["settings"]
-            picture = job.finish(picture)
-            picture.info["settings"] = settings
-            job.notes = tuple(dict.fromkeys((*job.notes, *result.notes)))
-            job.pictures = [*job.pictures, picture]
-            job._changed()
+        result = self._walk(job, job.model.stream(job.request.picture(len(job.pictures))))
+        if result is None:
+            return
+        (picture,) = result.pictures
+        settings = picture.info["settings"]
+        picture = job.finish(picture)
+        picture.info["settings"] = settings
+        job.notes = tuple(dict.fromkeys((*job.notes, *result.notes)))
+        job.pictures = [*job.pictures, picture]
+        job.changed()
 
     def _walk(self, job: Job, steps: Steps) -> Result | None:
         """The result of a picture's steps; None where the job was stopped."""
         with contextlib.closing(steps):
-            while not job._stop.is_set():
+            while not job.stop.is_set():
                 try:
                     step = next(steps)
                 except StopIteration as end:
@@ -383,7 +279,7 @@ class Jobs:
                         (preview,) = job.model.decode(step.x0)
                         now = dataclasses.replace(now, preview=preview, previewed=now.previewed + 1)
                 job.progress = now
-                job._changed()
+                job.changed()
         return None
 
 

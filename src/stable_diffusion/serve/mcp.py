@@ -11,7 +11,8 @@ from pydantic import Field
 from stable_diffusion.errors import InputError
 from stable_diffusion.runtime import version
 from stable_diffusion.serve.door import Models, asked
-from stable_diffusion.serve.jobs import Job, Jobs
+from stable_diffusion.serve.job import Job
+from stable_diffusion.serve.jobs import Jobs
 from stable_diffusion.serve.replies import encoded, problem
 
 MOST = 4

@@ -22,7 +22,8 @@ from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.generation.strangers import LIMITS, LONGEST
 from stable_diffusion.runtime import version
 from stable_diffusion.serve.door import MOST_PIXELS, Refused, Served
-from stable_diffusion.serve.jobs import MOST_WAITING, Job, Jobs, Progress
+from stable_diffusion.serve.job import Job, Progress
+from stable_diffusion.serve.jobs import MOST_WAITING, Jobs
 from stable_diffusion.serve.replies import (
     SILENCE,
     Stream,

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from stable_diffusion import images
 from stable_diffusion.errors import InputError, unknown_name
 from stable_diffusion.serve.door import Refused, Served
-from stable_diffusion.serve.jobs import Job
+from stable_diffusion.serve.job import Job
 from stable_diffusion.serve.openai_fields import Wanted, opened, read
 from stable_diffusion.serve.replies import (
     SILENCE,

@@ -21,7 +21,8 @@ from stable_diffusion.errors import InputError
 from stable_diffusion.files import json_object, lacks_memory
 from stable_diffusion.generation.metadata import png_chunks
 from stable_diffusion.serve.door import Models, Refused, Served, asked
-from stable_diffusion.serve.jobs import Busy, Job, Jobs
+from stable_diffusion.serve.job import Job
+from stable_diffusion.serve.jobs import Busy, Jobs
 
 GONE_AFTER = 0.1
 """Seconds between two looks whether a client is still there."""

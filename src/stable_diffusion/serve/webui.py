@@ -17,7 +17,7 @@ from stable_diffusion.diffusion.names import SAMPLERS
 from stable_diffusion.generation.infotext import read_parameters
 from stable_diffusion.generation.metadata import parameters
 from stable_diffusion.serve.door import Refused, Served, read_picture
-from stable_diffusion.serve.jobs import Job
+from stable_diffusion.serve.job import Job
 from stable_diffusion.serve.replies import Server, encoded, finished, json_body, server_of, submit
 from stable_diffusion.serve.webui_fields import (
     CHOICE,
