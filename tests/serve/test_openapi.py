@@ -53,7 +53,7 @@ def test_it_names_the_routes_and_no_others() -> None:
     }
     files = page.FILES.keys() - {"/openapi.json"}
     there = {
-        (route.path, method)
+        (route.path_format, method)
         for route in app.ROUTES
         for method in (route.methods or set()) - {"HEAD"}
         if route.path not in files
