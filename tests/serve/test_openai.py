@@ -99,14 +99,14 @@ def test_any_model_name_draws(openai_client: Any, name: str) -> None:
 def test_extras_and_fields_without_a_meaning(openai_client: Any) -> None:
     """Fields of ``Request`` are honoured, upstream's own are accepted, others are named in a header."""
     extras = {"steps": 3, "guidance_scale": 2.5, "negative_prompt": "blue", "sampler": "DDIM", "eta": 0.5}
-    more = {"num_inference_steps": None, "spacing": "linspace", "walk": 1, "a\r\nb: ü": 2, "width": 8}
+    more = {"num_inference_steps": None, "spacing": "linspace", "walk": 1, "a\r\nb: ü": 2, "width": 8, "": 3}
     answer = openai_client.images.with_raw_response.generate(
         **QUICK, user="me", quality="hd", style="vivid", moderation="low", extra_body={**extras, **more}
     )
     made = settings(answer.parse().data[0])
     assert (made["num_inference_steps"], made["guidance_scale"], made["negative_prompt"]) == (3, 2.5, "blue")
     assert (made["sampler"].lower(), made["eta"], made["spacing"]) == ("ddim", 0.5, "linspace")
-    assert answer.headers["x-minisd-ignored"] == "walk, a??b???, width"
+    assert answer.headers["x-minisd-ignored"] == "walk, a??b???, width, ?"
 
 
 def test_notes_are_told(openai_client: Any) -> None:

@@ -193,7 +193,7 @@ def _url(request: Request, job: Job, index: int, wanted: Wanted) -> str:
 
 def _plain(name: str) -> str:
     """A name as a header may have it."""
-    return re.sub(r"[^\w.\[\]-]", "?", name[:60], flags=re.ASCII)
+    return re.sub(r"[^\w.\[\]-]", "?", name[:60], flags=re.ASCII) or "?"
 
 
 async def picture(request: Request) -> Response:
