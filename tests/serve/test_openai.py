@@ -80,6 +80,7 @@ def test_addresses_are_absolute_and_need_nothing_else(openai_client: Any, severa
         assert item.url.startswith(f"{several.url}/v1/images/files/") and item.b64_json is None
         with urllib.request.urlopen(item.url, timeout=60) as answer:
             assert answer.headers["content-type"] == "image/png"
+            assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
             assert answer.read() == base64.b64decode(other.b64_json)
     small = openai_client.images.generate(
         **asked, response_format="url", output_format="jpeg", output_compression=7

@@ -13,7 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests.serve.browsing import Desk, chromium, desk
-from tests.serve.served import Running
+from tests.serve.served import Running, serving
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.browser
 
@@ -144,6 +145,34 @@ def test_what_other_programs_write_is_read(browser: Any, tiny: Running) -> None:
             "m.restore.ofText('a\\nSteps: 4, Sampler: PLMS, Schedule type: SGM Uniform, CFG scale: 2, Seed: 1').settings"
         )
         assert (said["sampler"], said["spacing"]) == ("pndm", "sgm_uniform")
+        text = "a\nSteps: 4, Schedule type: Simple, Sampler: Euler, Seed: 1, Denoising strength: 0.6, Hires upscale: 2"
+        said = page.run("m.restore.ofText(v[0]).settings", text)
+        assert (said["spacing"], said["hires"], said["hires_strength"]) == ("trailing", 2, 0.6)
+        assert "strength" not in said
+
+
+def test_a_picture_chooses_the_model_that_made_it(browser: Any) -> None:
+    """By its name, and by a path on the machine that made it."""
+    with serving({"first": tiny_model(), "mine": tiny_model(seed=1)}) as running, desk(browser, running) as page:
+        for made in ("mine", "/runs/mine/model", "C:\\models\\mine.safetensors"):
+            page.run("m.state.change({ model: 'first' })")
+            settings = {"prompt": "a circle", "seed": 3, "model": made}
+            assert page.run("m.restore.restore({ settings: v[0], kind: 'minisd', unknown: [] })", settings) == []
+            assert page.run("m.state.desk.model") == "mine"
+
+
+def test_a_variation_without_its_seed(browser: Any, tiny: Running) -> None:
+    """Takes any; and what a picture brought of the prompt's syntax goes with the model's own settings."""
+    with desk(browser, tiny) as page:
+        page["#live"].uncheck()
+        fields = {"prompt": "a circle", "variation_strength": 0.5, "prompt_syntax": "plain"}
+        page.run("m.state.change({ fields: v[0] })", fields)
+        page.draw()
+        (kept,) = page.run("await m.store.keptPictures()")
+        assert kept["settings"]["variation_seed"] >= 0
+        page["summary"].click()
+        page["#reset"].click()
+        assert page.run("Object.keys(m.state.desk.fields).sort()") == ["prompt", "seed"]
 
 
 def layer(page: Desk) -> Any:

@@ -11,7 +11,7 @@ const USUAL = {
 const MOST = 9;
 const SEEDS = ["seed", "variation_seed"];
 /** Not settings of the picture's making, or shown elsewhere. */
-const APART = ["prompt", "negative_prompt", "seed", "strength", "lora", "prompt_syntax"];
+const APART = ["prompt", "negative_prompt", "seed", "strength", "lora"];
 
 const controls = [...document.querySelectorAll("[data-field]")];
 

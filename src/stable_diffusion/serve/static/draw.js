@@ -57,7 +57,8 @@ export async function draw({ count = desk.count, each = null } = {}) {
 
 /** What makes the next one of several pictures another one: its seed, or among variations of one picture theirs. */
 function next({ seed, variation_seed, variation_strength }, index) {
-  return variation_strength > 0 ? { variation_seed: further(variation_seed, index) } : { seed: further(seed, index) };
+  if (!(variation_strength > 0)) return { seed: further(seed, index) };
+  return { variation_seed: further(variation_seed ?? dice(), index) };
 }
 
 async function submitted(body) {
@@ -102,20 +103,25 @@ async function drop(job) {
 async function follow() {
   if (following) return;
   following = true;
-  while (jobs.length) {
-    const [job] = jobs;
-    const control = new AbortController();
-    watching = { job, control };
-    try {
-      await watch(job, control.signal);
-    } catch (error) {
-      if (error.name === "AbortError") continue;
-      if (!(error instanceof api.Problem)) throw error;
-      if (error.status === 404) await lose(job, "A picture is gone: the server keeps finished ones for ten minutes.");
-      else if (!(await patience(error))) await drop(job);
-    }
+  try {
+    while (jobs.length) await followFirst();
+  } finally {
+    following = false;
   }
-  following = false;
+}
+
+async function followFirst() {
+  const [job] = jobs;
+  const control = new AbortController();
+  watching = { job, control };
+  try {
+    await watch(job, control.signal);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (!(error instanceof api.Problem)) throw error;
+    if (error.status === 404) await lose(job, "A picture is gone: the server keeps finished ones for ten minutes.");
+    else if (!(await patience(error))) await drop(job);
+  }
 }
 
 /** Follows a job to its end. */
