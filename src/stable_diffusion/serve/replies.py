@@ -183,10 +183,8 @@ class Stream(StreamingResponse):
     def __init__(
         self, events: AsyncGenerator[bytes, None], gone: Callable[[], object] = lambda: None
     ) -> None:
-        headers = {
-            "Cache-Control": "no-store",
-            "X-Accel-Buffering": "no",
-        }  # nginx else collects some kB first
+        # Unless it is told so, nginx collects some kB before it hands anything on.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events, self._gone = events, gone
 
