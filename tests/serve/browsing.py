@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,15 +11,14 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.serve.served import PATIENCE, Running
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from tools import screenshots
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
     """Chromium, steered by Playwright; the test is skipped where one of them is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    path = screenshots.chromium()
     if path is None:
         pytest.skip("needs Chromium: install it, or name its program in CHROMIUM")
     with playwright.sync_playwright() as steered:
@@ -66,7 +63,9 @@ class Desk:
         """What a script gives, which has the modules of the page as ``m``; its values are ``v``."""
         names = ("state", "store", "live", "draw", "stage", "restore")
         modules = ", ".join(f"{name}: await import('./{name}.js')" for name in names)
-        return self.page.evaluate(f"async (v) => {{ const m = {{{modules}}}; return {script} }}", list(values))
+        return self.page.evaluate(
+            f"async (v) => {{ const m = {{{modules}}}; return {script} }}", list(values)
+        )
 
     def until(self, holds: Callable[[], object]) -> None:
         """Waits until something holds."""
@@ -87,7 +86,9 @@ class Desk:
         self["#draw"].click()
         self.until(lambda: self["#kept [role=option]"].count() == before + count)
         self.rest()
-        return [self.file(f"m.store.keptPictures().then((all) => all[{index}].blob)") for index in range(count)][::-1]
+        return [
+            self.file(f"m.store.keptPictures().then((all) => all[{index}].blob)") for index in range(count)
+        ][::-1]
 
     def rest(self) -> None:
         """Waits until nothing is in work and nothing is about to be."""
@@ -121,7 +122,9 @@ class Desk:
 
 
 @contextlib.contextmanager
-def desk(browser: Any, running: Running, width: int = 1280, height: int = 800, **options: Any) -> Iterator[Desk]:
+def desk(
+    browser: Any, running: Running, width: int = 1280, height: int = 800, **options: Any
+) -> Iterator[Desk]:
     """The page in a browser that has never seen it; at the end, it has to have been quiet."""
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
     try:
@@ -130,4 +133,3 @@ def desk(browser: Any, running: Running, width: int = 1280, height: int = 800, *
         opened.check()
     finally:
         context.close()
-
