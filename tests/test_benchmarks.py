@@ -213,7 +213,7 @@ def test_screenshots(
     screenshots.main([str(tmp_path), "--quick"])
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.name for path in paths] == ["page-light.png", "page-dark.png", "page-phone.png"]
-    assert [Image.open(path).size for path in paths] == [(1280, 904), (1280, 904), (720, 1560)]
+    assert [Image.open(path).size for path in paths] == [(1200, 880), (1200, 880), (720, 1560)]
 
 
 def test_main_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 PATIENCE = 300_000
 """Milliseconds for a picture."""
@@ -55,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with served() as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program)
         for name, size, theme, paints in (
-            ("light", (1280, 904), "light", False),
-            ("dark", (1280, 904), "dark", True),
+            ("light", (1200, 880), "light", False),
+            ("dark", (1200, 880), "dark", True),
             ("phone", (360, 780), "light", False),
         ):
             phone = size[0] < 500
@@ -78,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             page.mouse.move(0, 0)
             page.wait_for_timeout(500)
             path = options.folder / f"page-{name}.png"
-            page.screenshot(path=path)
+            with Image.open(io.BytesIO(page.screenshot())) as picture:
+                picture.convert("RGB").save(path, optimize=True)
             print(path)
             page.close()
         browser.close()
