@@ -112,6 +112,16 @@ def test_files_of_pictures() -> None:
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("path", ["/api/jobs", "/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_body_of_millions_of_values_is_not_parsed(tiny: Running, path: str) -> None:
+    """It would hold up everybody for half a minute."""
+    answer = tiny.ask(
+        "POST", path, b'{"a":[' + b"[]," * 10_000_000 + b"1]}", {"Content-Type": "application/json"}
+    )
+    assert answer.status == 413 and b"commas" in answer.body
+    assert tiny.post(path, {"prompt": "a, " * 3000, "num_inference_steps": 0}).status in (200, 400)
+
+
 @pytest.mark.parametrize("path", page.FILES)
 def test_files_of_the_package_are_served_as_what_they_are(tiny: Running, path: str) -> None:
     file = page.FILES[path]
