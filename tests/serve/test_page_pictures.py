@@ -166,11 +166,16 @@ def test_what_other_programs_write_is_read(browser: Any, tiny: Running) -> None:
 
 def test_a_picture_chooses_the_model_that_made_it(browser: Any) -> None:
     """By its name, and by a path on the machine that made it."""
-    with serving({"first": tiny_model(), "mine": tiny_model(seed=1)}) as running, desk(browser, running) as page:
+    with (
+        serving({"first": tiny_model(), "mine": tiny_model(seed=1)}) as running,
+        desk(browser, running) as page,
+    ):
         for made in ("mine", "/runs/mine/model", "C:\\models\\mine.safetensors"):
             page.run("m.state.change({ model: 'first' })")
             settings = {"prompt": "a circle", "seed": 3, "model": made}
-            assert page.run("m.restore.restore({ settings: v[0], kind: 'minisd', unknown: [] })", settings) == []
+            assert (
+                page.run("m.restore.restore({ settings: v[0], kind: 'minisd', unknown: [] })", settings) == []
+            )
             assert page.run("m.state.desk.model") == "mine"
 
 

@@ -25,6 +25,8 @@ from stable_diffusion.model import DiffusionModel
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 16_000_000
 """Of a picture that a client sends."""
+LONGEST_SIDE = 16_384
+"""Of such a picture: resizing holds a table of the filter for each pixel of a side."""
 
 
 class Refused(InputError):
@@ -214,7 +216,8 @@ def read_picture(value: Any, field: str) -> Image.Image:
     """The picture of a data URI, of base64, or of a file's bytes; the content decides, not the name.
 
     Raises:
-        Refused: anything else, other formats than ``FORMATS``, damage, or more than ``MOST_PIXELS``.
+        Refused: anything else, other formats than ``FORMATS``, damage, more than ``MOST_PIXELS``, or a side above
+            ``LONGEST_SIDE``.
     """
     if isinstance(value, Image.Image):
         return value
@@ -235,6 +238,11 @@ def read_picture(value: Any, field: str) -> Image.Image:
     if width * height > MOST_PIXELS:
         raise Refused(
             f"{field} has {width}x{height} pixels, and {MOST_PIXELS:,} are the most: make it smaller",
+            field=field,
+        )
+    if max(width, height) > LONGEST_SIDE:
+        raise Refused(
+            f"{field} has {width}x{height} pixels, and {LONGEST_SIDE:,} are the most of a side: make it smaller",
             field=field,
         )
     content.seek(0)
