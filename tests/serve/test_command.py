@@ -122,7 +122,7 @@ def test_a_port_in_use_is_a_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a model is read."""
-    monkeypatch.setattr(serve, "_loaded", None)
+    monkeypatch.setattr(serve, "loaded", None)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert f"port {port} is in use" in refusal(capsys, "--port", port)
@@ -137,20 +137,20 @@ def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 def test_names_of_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As their folders and files, which are unlike; what training wrote as the folder that it is in."""
     first, second = str(folder / "runs" / "first" / "model"), str(folder / "second")
-    assert [each.name for each in serve._loaded([first, second], [], [], None, "cpu")] == ["first", "second"]
+    assert [each.name for each in serve.loaded([first, second], [], [], None, "cpu")] == ["first", "second"]
     assert serve._name("owner/name") == "name"
     assert serve._name("some/v1-5.safetensors") == "v1-5"
     monkeypatch.chdir(second)
     assert serve._name(".") == "second"
     with pytest.raises(InputError, match="two models are called second"):
-        serve._loaded([second, "."], [], [], None, "cpu")
+        serve.loaded([second, "."], [], [], None, "cpu")
 
 
 def test_loras_are_named_at_the_start(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By their files' names, for each model that they fit; a request weighs them."""
-    served = serve._loaded([str(folder / "second")], [f"{folder / 'style.safetensors'}:0.5"], [], None, "cpu")
+    served = serve.loaded([str(folder / "second")], [f"{folder / 'style.safetensors'}:0.5"], [], None, "cpu")
     assert served[0].loras == {"style": 0.5} and "style.safetensors" in capsys.readouterr().err
     model = served[0].model
     with serving({"second": model}) as running:
@@ -167,7 +167,7 @@ def test_loras_are_named_at_the_start(
     copy = tmp_path / "style.safetensors"
     copy.write_bytes((folder / "style.safetensors").read_bytes())
     with pytest.raises(InputError, match="already"):
-        serve._loaded(
+        serve.loaded(
             [str(folder / "second")], [str(folder / "style.safetensors"), str(copy)], [], None, "cpu"
         )
 
@@ -207,7 +207,7 @@ def test_the_page_opens_when_it_is_there(
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    monkeypatch.setattr(serve, "_loaded", lambda *_: [Served(name="tiny", model=tiny_model(), created=1)])
+    monkeypatch.setattr(serve, "loaded", lambda *_: [Served(name="tiny", model=tiny_model(), created=1)])
     startup = Listener.startup
 
     async def once(self: Listener, sockets: list[socket.socket] | None = None) -> None:
@@ -219,3 +219,22 @@ def test_the_page_opens_when_it_is_there(
     captured = capsys.readouterr()
     assert captured.err == "minisd: stopped\n"
     assert [f"minisd serves tiny at {address}\n" for address in opened] == [captured.out]
+
+
+def test_a_second_signal_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one lets the server end by itself; after another the exit code is a stopped command's."""
+    asked: list[bool] = []
+
+    def run(self: Listener, sockets: list[socket.socket]) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            asked.append(self.should_exit)
+
+    monkeypatch.setattr(Listener, "run", run)
+    monkeypatch.setattr(serve, "loaded", lambda *_: [Served(name="tiny", model=tiny_model(), created=1)])
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve", "--port", "0"])
+    assert asked == [True] and end.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "minisd: stopped\n"
