@@ -52,12 +52,12 @@ def test_it_draws_and_lists_models(jobs: Jobs) -> None:
         return (
             {tool.name for tool in (await client.list_tools()).tools},
             await client.call_tool("list_models", {}),
-            await client.call_tool("draw", {**words, "count": 2, "width": 48, "height": 48}),
-            await client.call_tool("draw", {**words, "model": "second", "seed": 8}),
+            await client.call_tool("generate_image", {**words, "count": 2, "width": 48, "height": 48}),
+            await client.call_tool("generate_image", {**words, "model": "second", "seed": 8}),
         )
 
     names, listed, drawn, other = talk(jobs, ask)
-    assert names == {"draw", "list_models"}
+    assert names == {"generate_image", "list_models"}
     assert [model["model"] for model in listed.structured_content["result"]] == ["first", "second"]
     first, second = pictures(drawn)
     assert first.size == second.size == (48, 48) and first.tobytes() != second.tobytes()
@@ -76,7 +76,9 @@ def test_it_draws_and_lists_models(jobs: Jobs) -> None:
     ],
 )
 def test_what_it_cannot_do_is_a_sentence(jobs: Jobs, wrong: dict[str, Any], said: str) -> None:
-    result = talk(jobs, lambda client: client.call_tool("draw", {"prompt": "a circle", "steps": 1, **wrong}))
+    result = talk(
+        jobs, lambda client: client.call_tool("generate_image", {"prompt": "a circle", "steps": 1, **wrong})
+    )
     assert result.is_error and said in result.content[0].text
 
 
@@ -91,7 +93,7 @@ def test_the_command_speaks_over_standard_streams() -> None:
             env={**os.environ, "PYTHONPATH": source},
         )
         async with Client(stdio_client(command)) as client:
-            return await client.call_tool("draw", {"prompt": "a fox", "seed": 7, "steps": 1})
+            return await client.call_tool("generate_image", {"prompt": "a fox", "seed": 7, "steps": 1})
 
     (picture,) = pictures(asyncio.run(within()))
     assert picture.size == (128, 128)

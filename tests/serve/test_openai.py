@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from stable_diffusion.images import open_image
 from tests.serve.openai_files import QUICK, file, half_erased, opened, photo, settings
 from tests.serve.served import Running
 
@@ -77,6 +80,7 @@ def test_addresses_are_absolute_and_need_nothing_else(openai_client: Any, severa
         assert item.url.startswith(f"{several.url}/v1/images/files/") and item.b64_json is None
         with urllib.request.urlopen(item.url, timeout=60) as answer:
             assert answer.headers["content-type"] == "image/png"
+            assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
             assert answer.read() == base64.b64decode(other.b64_json)
     small = openai_client.images.generate(
         **asked, response_format="url", output_format="jpeg", output_compression=7
@@ -115,7 +119,13 @@ def test_notes_are_told(openai_client: Any) -> None:
     assert "left out" in answer.notes[0]
     answer = openai_client.images.generate(model="tiny", prompt="a (fox:1.3)")
     assert "text like any other" in answer.notes[0]
-    assert not hasattr(openai_client.images.generate(**QUICK), "notes")
+    weighted = {"prompt": "a (fox:1.3)", "model": "tiny", "extra_body": {"prompt_syntax": "a1111"}}
+    assert not hasattr(openai_client.images.generate(**weighted), "notes")
+
+
+def test_a_second_pass_enlarges(openai_client: Any) -> None:
+    answer = openai_client.images.generate(**QUICK, size="40x24", extra_body={"hires": 2})
+    assert answer.size == "80x48" and opened(answer.data[0]).size == (80, 48)
 
 
 def test_opacity(openai_client: Any) -> None:
@@ -127,6 +137,18 @@ def test_opacity(openai_client: Any) -> None:
         picture = opened(answer.data[0])
         assert picture.mode == mode and (picture.format == "JPEG" or "minisd" in picture.text)
         assert answer.background == ("transparent" if mode == "RGBA" else "opaque")
+
+
+def test_the_words_of_the_documentation(
+    packaged: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its example, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("http://127.0.0.1:7860", packaged.url), {})
+    sizes = {path.name: open_image(path).size for path in tmp_path.iterdir()}
+    assert sizes == {"fox-1.png": (256, 256), "fox-2.png": (256, 256)}
 
 
 # Edits.

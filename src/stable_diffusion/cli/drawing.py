@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stable_diffusion.diffusion.samplers import Step
 
 IDLE = {"variation_strength": "variation_seed", "mix_strength": "mix_prompt"}
-"""Fields of a request, each with one that has no effect where it is 0."""
+"""Strengths of a request, each with the field that has no effect where the strength is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

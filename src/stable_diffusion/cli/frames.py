@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stable_diffusion.cli.drawing import IDLE, Made, check_pixels, draw, joined, place
+from stable_diffusion.cli.drawing import IDLE, Made, Plain, check_pixels, draw, joined, place
 from stable_diffusion.errors import InputError
 from stable_diffusion.generation.request import Request
 
@@ -79,21 +79,13 @@ class Frames:
         yield Made(path=path, settings=settings, seconds=seconds, notes=notes, sheet=self.words)
 
 
-class Progressive:
+class Progressive(Plain):
     """What the network sees in the noise at some of the steps, on one sheet, whose last picture is the finished one.
 
     Ho et al. 2020, figure 6.
     """
 
     words = "--progressive"
-
-    def fields(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(asked)
-
-    def requests(
-        self, build: Callable[..., Request], asked: Mapping[str, Any], one: Request
-    ) -> list[Request]:
-        return [one]
 
     def make(self, model: DiffusionModel, requests: Sequence[Request], output: Path) -> Iterator[Made]:
         from stable_diffusion.cli.sheet import sheet, wrapped

@@ -23,13 +23,13 @@ def check_stranger(fields: Mapping[str, Any]) -> None:
     pictures = len(fields.get("prompt", ("",))) * fields.get("num_images_per_prompt", 1)
     for name, value in {**fields, "num_images_per_prompt": pictures}.items():
         if name in LIMITS and value > LIMITS[name]:
-            raise InputError(f"{name} may be at most {LIMITS[name]} there, got {shown(value)}")
+            raise InputError(f"{name} may be at most {LIMITS[name]}, got {shown(value)}")
     for name in ("width", "height"):
         if (side := fields.get(name, 1) * fields.get("hires", 1)) > LIMITS[name]:
-            raise InputError(f"{name} times hires may be at most {LIMITS[name]} there, got {shown(side)}")
+            raise InputError(f"{name} times hires may be at most {LIMITS[name]}, got {shown(side)}")
     texts = (*fields.get("prompt", ()), *fields.get("negative_prompt", ()), fields.get("mix_prompt") or "")
     if (letters := sum(map(len, texts))) > LONGEST:
-        raise InputError(f"the prompts may have at most {LONGEST:,} letters there, got {letters:,}")
+        raise InputError(f"the prompts may have at most {LONGEST:,} letters, got {letters:,}")
 
 
 def named_files(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -256,9 +256,3 @@ def _decoded(text: str, field: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise Refused(f"{field} must be a picture in base64, got {shown(text, 40)}", field=field) from error
-
-
-def given(body: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a request that a body gives under another program's names, without those that are null."""
-    assert set(names.values()) <= FIELDS.keys()
-    return {ours: body[theirs] for theirs, ours in names.items() if body.get(theirs) is not None}

@@ -111,7 +111,8 @@ class Guard:
         if allowed or scope["method"] in SAFE:
             return
         origin, site = asked.get("origin"), asked.get("sec-fetch-site", "none")
-        if (origin is not None and not _is_of(origin, asked["host"])) or site not in ("same-origin", "none"):
+        is_own = origin is None or _is_of(origin, asked.get("host", ""))
+        if not is_own or site not in ("same-origin", "none"):
             raise Refused("a page from another place asked: start the server with --allow-origin", status=403)
 
     def _knows_key(self, asked: Headers) -> bool:

@@ -28,11 +28,11 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
     """
     server = MCPServer("minisd", version=version(), log_level="WARNING")
 
-    @server.tool(title="Draw pictures", structured_output=False)
-    async def draw(
+    @server.tool(title="Generate images", structured_output=False)
+    async def generate_image(
         context: Context,
         prompt: Annotated[
-            str, Field(description="What to draw. list_models has example prompts and styles.")
+            str, Field(description="What to generate. list_models has example prompts and styles.")
         ],
         negative_prompt: Annotated[str, Field(description="What to steer away from.")] = "",
         model: Annotated[str | None, Field(description="One of list_models; by default the first.")] = None,
@@ -46,7 +46,7 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
             float | None, Field(gt=0, le=1, description="How much to change the image.")
         ] = None,
     ) -> list[Any]:
-        """Draws pictures from words, on this machine, and returns them as PNG with the seed of each."""
+        """Generates images from words, on this machine, and returns them as PNG with the seed of each."""
         fields = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,

@@ -205,7 +205,9 @@ async def picture(request: Request) -> Response:
     if name is None or quality is None or int(name[1]) >= len(pictures):
         raise Refused("there is no such picture; pictures are kept for 10 minutes", status=404)
     content = await asyncio.to_thread(encoded, pictures[int(name[1])], name[2], int(quality[0]))
-    return Response(content, media_type=f"image/{name[2]}")
+    # The pages of other programs, which hand the address on, may show it.
+    headers = {"Cross-Origin-Resource-Policy": "cross-origin"}
+    return Response(content, media_type=f"image/{name[2]}", headers=headers)
 
 
 async def models(request: Request) -> Response:

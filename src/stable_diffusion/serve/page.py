@@ -14,15 +14,9 @@ FOLDER = Path(__file__).parent
 TYPES = {
     ".css": "text/css",
     ".html": "text/html",
-    ".ico": "image/x-icon",
-    ".jpg": "image/jpeg",
     ".js": "text/javascript",
     ".json": "application/json",
-    ".png": "image/png",
     ".svg": "image/svg+xml",
-    ".webmanifest": "application/manifest+json",
-    ".webp": "image/webp",
-    ".woff2": "font/woff2",
 }
 
 

@@ -6,9 +6,11 @@ const NUMBERS = {
   "CFG scale": "guidance_scale",
   "Denoising strength": "strength",
   "Variation seed strength": "variation_strength",
+  "Hires upscale": "hires",
   Eta: "eta",
 };
 const SAMPLERS = { plms: "pndm" };
+const SPACINGS = { uniform: "linspace", normal: "linspace", simple: "trailing", ddimuniform: "leading" };
 const LINE = /^\s*Steps: \d+\s*,/;
 
 /** Whether a text is one of settings. */
@@ -39,6 +41,10 @@ export function readParameters(text, known) {
   for (const [key, name] of [["Seed", "seed"], ["Variation seed", "variation_seed"]]) {
     if (/^\d{1,19}$/.test(said[key])) fields[name] = said[key];
   }
+  if (fields.hires > 1) {
+    fields.hires_strength = fields.strength; // it writes one of the two, under the same name
+    delete fields.strength;
+  }
   const size = /^(\d+)x(\d+)$/.exec(said.Size);
   if (size) [fields.width, fields.height] = [Number(size[1]), Number(size[2])];
   if (said.Model) fields.model = said.Model;
@@ -47,7 +53,7 @@ export function readParameters(text, known) {
     if (sampler) fields.sampler = sampler;
     else unknown.push(`the sampler ${said.Sampler} is not here`);
     const named = plain(said["Schedule type"] ?? "automatic");
-    const spread = named === "automatic" ? spacing : known.spacings.find((each) => plain(each) === named);
+    const spread = named === "automatic" ? spacing : known.spacings.find((each) => plain(each) === (SPACINGS[named] ?? named));
     if (spread) fields.spacing = spread;
     else if (named !== "automatic") unknown.push(`the schedule ${said["Schedule type"]} is not here`);
   }

@@ -9,7 +9,7 @@ import { say } from "./status.js";
 import { forgetJob, keepPicture, rememberedJobs, rememberJob } from "./store.js";
 
 const PREVIEWS = 6;
-/** Jobs in work and waiting, in the order in which they are drawn: their records, with `step`, `total` and `preview`. */
+/** Jobs in work and waiting, in the order in which they are drawn, with their `step`, `total` and `preview`. */
 export const jobs = [];
 
 /** What shows the work: `jobs()` after each change, and `kept(picture, notes)` for each picture. */
@@ -29,9 +29,10 @@ export async function start(view) {
 
 /**
  * Draws and keeps pictures.
- * @param {{count?: number, each?: (index: number) => object}} how many, and which fields differ in each
+ * @param {{batch: string, count: number, each?: (index: number) => object}} how the pictures say that they belong
+ *   together, how many there are, and which fields differ in each
  */
-export async function draw({ count = desk.count, each = null } = {}) {
+export async function draw({ batch, count, each = null }) {
   const { image, mask } = desk;
   let body = await request({ previews: PREVIEWS });
   if (!each && !desk.locked && stringify(body) === lastDrawn) {
@@ -39,7 +40,6 @@ export async function draw({ count = desk.count, each = null } = {}) {
     body = await request({ previews: PREVIEWS });
   }
   lastDrawn = stringify(body);
-  const batch = `${Date.now()}-${api.CLIENT}`;
   const mine = round;
   for (let index = 0; index < count; index += 1) {
     const differing = each?.(index) ?? next(body, index);
@@ -57,7 +57,8 @@ export async function draw({ count = desk.count, each = null } = {}) {
 
 /** What makes the next one of several pictures another one: its seed, or among variations of one picture theirs. */
 function next({ seed, variation_seed, variation_strength }, index) {
-  return variation_strength > 0 ? { variation_seed: further(variation_seed, index) } : { seed: further(seed, index) };
+  if (!(variation_strength > 0)) return { seed: further(seed, index) };
+  return { variation_seed: further(variation_seed ?? dice(), index) };
 }
 
 async function submitted(body) {
@@ -102,20 +103,25 @@ async function drop(job) {
 async function follow() {
   if (following) return;
   following = true;
-  while (jobs.length) {
-    const [job] = jobs;
-    const control = new AbortController();
-    watching = { job, control };
-    try {
-      await watch(job, control.signal);
-    } catch (error) {
-      if (error.name === "AbortError") continue;
-      if (!(error instanceof api.Problem)) throw error;
-      if (error.status === 404) await lose(job, "A picture is gone: the server keeps finished ones for ten minutes.");
-      else if (!(await patience(error))) await drop(job);
-    }
+  try {
+    while (jobs.length) await followFirst();
+  } finally {
+    following = false;
   }
-  following = false;
+}
+
+async function followFirst() {
+  const [job] = jobs;
+  const control = new AbortController();
+  watching = { job, control };
+  try {
+    await watch(job, control.signal);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (!(error instanceof api.Problem)) throw error;
+    if (error.status === 404) await lose(job, "A picture is gone: the server keeps finished ones for ten minutes.");
+    else if (!(await patience(error))) await drop(job);
+  }
 }
 
 /** Follows a job to its end. */

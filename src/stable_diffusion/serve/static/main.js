@@ -21,7 +21,7 @@ import * as words from "./words.js";
 const VARIATION = 0.25;
 const VARIATIONS = 4;
 
-/** The batch that the stage follows: its pictures so far; null once something else is shown. */
+/** The batch that the stage follows; null once something else is shown. */
 let followed = null;
 /** The picture that waits for a second one to be compared with. */
 let picking = null;
@@ -98,8 +98,13 @@ async function draw() {
   }
   await painter.close();
   live.stop();
-  followed = { pictures: [], count: desk.count };
-  await drawing.draw();
+  followed = batchOf(desk.count);
+  await drawing.draw(followed);
+}
+
+/** Pictures that are drawn together, as the stage follows them. */
+function batchOf(count) {
+  return { batch: `${Date.now()}-${dice()}`, count, pictures: [] };
 }
 
 /** Ends all that is in work; true where something was. */
@@ -129,7 +134,7 @@ async function picture(drawn) {
 function done(drawn, notes) {
   const wanted = shown("num_inference_steps");
   const sketch = drawn.settings.num_inference_steps < wanted ? ["a sketch: drawing and keeping takes all steps"] : [];
-  say(described(drawn), { notes: [...sketch, ...(notes ?? [])] });
+  say(`Drawn · ${described(drawn)}`, { notes: [...sketch, ...(notes ?? [])] });
 }
 
 function end() {
@@ -149,7 +154,7 @@ function showJobs() {
 
 async function kept(drawn, notes) {
   history.add(drawn);
-  if (followed) {
+  if (followed && followed.batch === drawn.batch) {
     followed.pictures.push(drawn);
     await stage.show(followed.pictures, { size: followed.count, quiet: true });
   }
@@ -171,6 +176,7 @@ async function remove(gone) {
   const bringBack = await history.forget(gone);
   stage.forget(gone);
   say("Deleted.", { action: { label: "Bring it back", run: bringBack } });
+  if (document.activeElement === document.body) $("action").focus({ preventScroll: true });
 }
 
 async function contrast(left, right) {
@@ -186,6 +192,7 @@ function endComparison() {
   picking = null;
   stage.setMode();
   say("");
+  $("figure").focus({ preventScroll: true });
 }
 
 const ACTS = {
@@ -196,9 +203,9 @@ const ACTS = {
     restore({ ...chosen, kind: "minisd", unknown: [] }, { ...chosen, locked });
     live.stop();
     const many = count > 1 ? count : VARIATIONS;
-    followed = { pictures: [], count: many };
+    followed = batchOf(many);
     const variation_strength = desk.fields.variation_strength || VARIATION;
-    await drawing.draw({ count: many, each: () => ({ variation_seed: dice(), variation_strength }) });
+    await drawing.draw({ ...followed, each: () => ({ variation_seed: dice(), variation_strength }) });
   },
 
   settings(chosen) {

@@ -49,7 +49,7 @@ export function restore(found, { image = null, mask = null, locked = true, model
   fields.prompt ??= "";
   fields.seed = /^\d+$/.test(fields.seed) ? fields.seed : desk.fields.seed;
   fields.prompt_syntax ??= "plain"; // what the library takes where nothing is said
-  const chosen = server.models.find((each) => each.name === made);
+  const chosen = server.models.find(({ name }) => name === made || name === servedAs(made));
   if (made && !chosen) notes.push(`another model made it: ${made}`);
   const used = chosen ?? model();
   if (kind === "a1111") {
@@ -68,10 +68,19 @@ export function restore(found, { image = null, mask = null, locked = true, model
   if (fields.width === used.width && fields.height === used.height && !image) {
     [fields.width, fields.height] = [undefined, undefined];
   }
-  if ("strength" in settings && !image) notes.push("it began from another picture, which the file does not hold: add that one too");
+  if ("strength" in settings && !image) {
+    notes.push("it began from another picture, which the file does not hold: add that one too");
+  }
   if (settings.embedding || settings.vae) notes.push("its files of weights are chosen when the server starts");
   change({ fields, model: used.name, image, mask, locked });
   return notes;
+}
+
+/** The name under which a model that was read from a path is served (`_name` of cli/serve.py). */
+function servedAs(path) {
+  const parts = String(path ?? "").split(/[\\/]+/).filter(Boolean);
+  if (parts.length > 1 && parts.at(-1) === "model") parts.pop();
+  return parts.at(-1)?.replace(/\.(safetensors|ckpt)$/, "");
 }
 
 /** Numbers, texts, and lists of numbers: all that a setting can be. */

@@ -5,7 +5,7 @@ import { loadBlobs, saveBlob } from "./store.js";
 
 const KEY = "minisd.desk";
 /** Fields that belong to the person, not to the model: they stay when another model is chosen. */
-const OWN = ["prompt", "negative_prompt", "seed", "prompt_syntax"];
+const OWN = ["prompt", "negative_prompt", "seed"];
 
 /** What the server has: `models`, `samplers`, `spacings`, `limits`. */
 export const server = { models: [], samplers: [], spacings: [], limits: {} };
