@@ -132,7 +132,14 @@ function render() {
   $("drawLabel").textContent = desk.count > 1 ? `Generate ${desk.count}` : "Generate";
   const names = new Set(controls.map((control) => control.dataset.field));
   const changed = Object.keys(desk.fields).filter((name) => names.has(name) && !APART.includes(name) && differs(name));
-  $("changed").textContent = changed.length ? `${changed.length} changed` : "";
+  const what = changed.length === 1 ? labelOf(changed[0]) : changed.length;
+  $("changed").textContent = changed.length ? `${what} changed` : "";
+}
+
+/** What stands before a field's control. */
+function labelOf(field) {
+  const { labels } = controls.find((control) => control.dataset.field === field && control.labels.length);
+  return labels[0].firstChild.textContent.trim();
 }
 
 /** Sets a control's value unless it says that already, so that no cursor moves while somebody types. */

@@ -72,7 +72,10 @@ async function take(files) {
   const size = { width: settings.width ?? width, height: settings.height ?? height };
   const picture = { blob: file, settings: { ...settings, ...size }, seed: desk.fields.seed, width, height };
   await show([pictureOf(picture)]).catch(() => {});
-  say(`The settings of ${file.name || "this picture"} are restored, and the seed is locked.`, { notes });
+  say(`The settings of ${file.name || "this picture"} are restored, and the seed is locked.`, {
+    notes,
+    action: { label: "Use it as input", run: () => begin(file) },
+  });
 }
 
 /** Lets the next pictures begin from a file. */

@@ -13,7 +13,7 @@ import * as painter from "./painter.js";
 import { altOf, fileName } from "./pictures.js";
 import { restore } from "./restore.js";
 import * as stage from "./stage.js";
-import { desk, dice, hasSubject, onChange, recall, server, shown } from "./state.js";
+import { change, desk, dice, hasSubject, onChange, recall, server, shown } from "./state.js";
 import { described, say } from "./status.js";
 import * as theme from "./theme.js";
 import * as styles from "./styles.js";
@@ -30,6 +30,8 @@ async function main() {
   theme.start();
   await recall();
   await learn();
+  const typed = $("prompt").value; // while the page was loading
+  if (typed) change({ fields: { prompt: typed } });
   controls.start();
   styles.start();
   input.start();
@@ -60,7 +62,7 @@ async function greet() {
   say("");
   const newest = history.newest();
   if (newest && (newest.prompt === desk.fields.prompt || !desk.live)) await stage.show([newest]);
-  if (hasSubject()) live.touch();
+  else if (hasSubject()) live.touch();
   if (matchMedia("(hover: hover)").matches) $("prompt").focus({ preventScroll: true });
 }
 

@@ -10,7 +10,7 @@ let act = null;
  * @param {{error?: boolean, notes?: string[], action?: {label: string, run: () => void}}} more
  */
 export function say(text, { error = false, notes = [], action = null } = {}) {
-  const line = [text, ...notes.map(sentence)].filter(Boolean).join(" ");
+  const line = [notes.length ? sentence(text) : text, ...notes.map(sentence)].filter(Boolean).join(" ");
   if ($("status").textContent !== line) $("status").textContent = line;
   $("line").classList.toggle("error", error);
   act = action;
