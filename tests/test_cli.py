@@ -69,9 +69,8 @@ def minisd(capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*arguments: object) -> Result:
         code: int | str | None = 0
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "default", UserWarning
-            )  # which the tests have as errors, the command as notes
+            # Notes in the command; in tests warnings are errors otherwise.
+            warnings.simplefilter("default", UserWarning)
             try:
                 cli.main([str(argument) for argument in arguments])
             except SystemExit as end:

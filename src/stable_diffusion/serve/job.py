@@ -87,22 +87,6 @@ class Job:
         return self.status in ("done", "failed", "cancelled")
 
     @property
-    def step(self) -> int:
-        return self.progress.step
-
-    @property
-    def total(self) -> int:
-        return self.progress.total
-
-    @property
-    def preview(self) -> Image.Image | None:
-        return self.progress.preview
-
-    @property
-    def previewed(self) -> int:
-        return self.progress.previewed
-
-    @property
     def left(self) -> int:
         """Pictures that are still to be drawn."""
         return len(self.request.prompts) - len(self.pictures)

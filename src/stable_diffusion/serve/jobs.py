@@ -242,7 +242,7 @@ class Jobs:
 
     def _put_back(self, job: Job) -> None:
         """Lets a job wait for its next turn, before others of its client."""
-        job.progress = Progress(picture=len(job.pictures), previewed=job.previewed)
+        job.progress = Progress(picture=len(job.pictures), previewed=job.progress.previewed)
         if not job.live:
             self._waiting.setdefault(job.client, deque()).appendleft(job)
         elif job.client in self._live:  # a newer one
