@@ -16,8 +16,10 @@ from typing import Any
 from PIL import Image
 
 from stable_diffusion import images
+from stable_diffusion.checkpoints import hub
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError, shown, unknown_name
+from stable_diffusion.generation.given import split_file
 from stable_diffusion.generation.request import FIELDS, LOADING, PICTURES, Request, parse
 from stable_diffusion.generation.strangers import LIMITS, check_stranger
 from stable_diffusion.model import DiffusionModel
@@ -69,6 +71,19 @@ class Served:
         """The LoRAs that were named at the start, each with its weight where a request says nothing."""
         return dict(self.model.adapters.weights)
 
+    def public(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A picture's settings as clients may read them: with names, and no folder of this machine."""
+        found = dict(settings)
+        if found["model"] is not None and not _is_of_hub(found["model"]):
+            found["model"] = self.name
+        for field in ("vae", "text_encoder"):
+            if field in found and not _is_of_hub(found[field]):
+                found[field] = _file_name(found[field])
+        if "embedding" in found:
+            parts = (split_file(text) for text in found["embedding"])
+            found["embedding"] = [":".join(filter(None, (_file_name(file), word))) for file, word in parts]
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -99,6 +114,14 @@ class Models:
             error = unknown_name("model", name, self.all)
             raise Refused(f"{error}; models are named when the server starts", status=404, field="model")
         return self.all[name]
+
+
+def _is_of_hub(text: str) -> bool:
+    return hub.NAME.fullmatch(hub.stored_name(text)) is not None
+
+
+def _file_name(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def asked(served: Served, fields: Mapping[str, Any]) -> Asked:

@@ -9,13 +9,14 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from PIL import Image
 
 from stable_diffusion.generation.pipeline import Steps
 from stable_diffusion.generation.request import Request
 
+T = TypeVar("T")
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -42,9 +43,9 @@ class Progress:
     """Previews of the job so far."""
 
 
-def unchanged(picture: Image.Image) -> Image.Image:
-    """The same picture."""
-    return picture
+def unchanged(value: T) -> T:
+    """The same."""
+    return value
 
 
 @dataclass(eq=False, kw_only=True)
@@ -56,7 +57,9 @@ class Job:
     """Its pictures are made one by one: each has the bytes that it has alone. When it is over, those to begin with
     are gone."""
     finish: Callable[[Image.Image], Image.Image] = unchanged
-    """What becomes of each picture: scaling, say. Its ``info["settings"]`` stay."""
+    """What becomes of each picture: scaling, say."""
+    public: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
+    """What clients may know of the settings that each picture has in ``info["settings"]``."""
     bytes: int = 0
     """Of the pictures to begin with, as they lie in memory."""
     client: str = ""

@@ -256,7 +256,7 @@ class Jobs:
         if result is None:
             return
         (picture,) = result.pictures
-        settings = picture.info["settings"]
+        settings = job.public(picture.info["settings"])
         picture = job.finish(picture)
         picture.info["settings"] = settings
         job.notes = tuple(dict.fromkeys((*job.notes, *result.notes)))

@@ -66,6 +66,7 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
                     model=served.model,
                     request=wanted.request,
                     finish=wanted.finish,
+                    public=served.public,
                     bytes=wanted.bytes,
                     notes=wanted.notes,
                 )

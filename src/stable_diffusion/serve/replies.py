@@ -131,6 +131,7 @@ async def submit(
         model=served.model,
         request=wanted.request,
         finish=wanted.finish if then is None else lambda picture: then(wanted.finish(picture)),
+        public=served.public,
         notes=wanted.notes,
         bytes=wanted.bytes,
         **settings,
