@@ -12,7 +12,7 @@ from time import monotonic, perf_counter, time
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import lacks_memory
-from stable_diffusion.generation.pipeline import Result, Steps
+from stable_diffusion.generation.pipeline import NonFinite, Result, Steps
 from stable_diffusion.serve.job import Job, Progress, Status, unchanged
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,9 @@ class Jobs:
         try:
             self._draw(job)
         except Exception as fault:  # the next job has nothing to do with it
-            if not isinstance(fault, InputError) and not lacks_memory(fault):
+            if isinstance(fault, NonFinite):
+                logger.error("a job failed: %s", fault)
+            elif not isinstance(fault, InputError) and not lacks_memory(fault):
                 logger.exception("a job failed")
             # What its frames hold, a network's activations, would stay for as long as the job.
             fault.__traceback__ = fault.__cause__ = fault.__context__ = None

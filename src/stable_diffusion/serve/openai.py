@@ -55,10 +55,12 @@ CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 def error(status: int, message: str, field: str | None, headers: Mapping[str, str]) -> Response:
     """An error as upstream has it; its request's id stands in the log where the fault is ours."""
     id = _request_id()
+    more = {"x-request-id": id}
     if status == 500:
         logger.error("the OpenAI surface answers %s with status %d", id, status)
+        more["x-should-retry"] = "false"  # it would be the same again
     body = {"error": _error(status, message, field)}
-    return JSONResponse(body, status_code=status, headers={**headers, "x-request-id": id})
+    return JSONResponse(body, status_code=status, headers={**headers, **more})
 
 
 def _error(status: int, message: str, field: str | None) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from stable_diffusion import images
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import json_object, lacks_memory
 from stable_diffusion.generation.metadata import png_chunks
+from stable_diffusion.generation.pipeline import NonFinite
 from stable_diffusion.serve.door import Models, Refused, Served, asked
 from stable_diffusion.serve.job import Job
 from stable_diffusion.serve.jobs import Busy, Jobs
@@ -67,6 +68,8 @@ def problem(error: BaseException) -> Problem:
         return Problem(status=error.status, message=str(error), headers=headers)
     if isinstance(error, Refused):
         return Problem(status=error.status, message=str(error), field=error.field, headers=error.headers)
+    if isinstance(error, NonFinite):  # of the model's weights, not of anything that was asked for
+        return Problem(status=500, message=str(error), headers={})
     if isinstance(error, InputError):
         return Problem(status=400, message=str(error), headers={})
     if isinstance(error, Exception) and lacks_memory(error):
@@ -162,9 +165,9 @@ async def finished(request: Request, job: Job) -> list[Image.Image]:
 
 def told(error: Exception) -> InputError:
     """The error of a job as one to raise: what is no client's fault stands in the log already."""
-    if isinstance(error, InputError):
-        return error
     found = problem(error)
+    if isinstance(error, InputError) and found.status < 500:
+        return error
     return Refused(found.message, status=found.status, headers=found.headers)
 
 
