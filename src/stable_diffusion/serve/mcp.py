@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context, Image, MCPServer
@@ -60,7 +61,7 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
         }
         try:
             served = models.named(model)
-            wanted = asked(served, fields)
+            wanted = await asyncio.to_thread(asked, served, fields)
             job = jobs.add(
                 Job(
                     model=served.model,
@@ -83,8 +84,9 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
         if job.status != "done":
             raise ToolError("the job was cancelled" if job.error is None else problem(job.error).message)
         seeds = ", ".join(str(picture.info["settings"]["seed"]) for picture in job.pictures)
+        files = await asyncio.to_thread(lambda: [encoded(picture) for picture in job.pictures])
         return [
-            *(Image(data=encoded(picture), format="png") for picture in job.pictures),
+            *(Image(data=file, format="png") for file in files),
             f"seed: {seeds}",
             *job.notes,
         ]
