@@ -177,6 +177,16 @@ def test_interrupt_and_skip_end_their_own_jobs_only() -> None:
         until(lambda: last.status == "done")
 
 
+@pytest.mark.parametrize("proxied", [False, True])
+def test_nobody_takes_anothers_address(proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only behind a proxy of this machine is a header believed that says whose a request is."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    with serving({"tiny": Gated(tiny_model())}, proxied=proxied) as running:
+        job = running.jobs.add(gated_job(running.server.models.default.model, "a", client="sdapi 10.0.0.9"))
+        assert running.post("/sdapi/v1/interrupt", {}, **{"X-Forwarded-For": "10.0.0.9"}).status == 200
+        assert job.stop.is_set() == proxied
+
+
 def test_a_client_that_goes_away_ends_its_job() -> None:
     model = Gated(tiny_model())
     with serving({"tiny": model}) as running:
