@@ -27,6 +27,8 @@ from stable_diffusion.model import DiffusionModel
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 16_000_000
 """Of a picture that a client sends."""
+SETTINGS = tuple(name for name in FIELDS if name not in (*LOADING, "latents"))
+"""What clients choose."""
 
 
 class Refused(InputError):
@@ -65,6 +67,11 @@ class Served:
     def config(self) -> ModelConfig:
         """The model's."""
         return self.model.config
+
+    @property
+    def packaged(self) -> bool:
+        """Whether it is the one in the package, which settings without a model mean."""
+        return self.model.origin["model"] is None
 
     @property
     def loras(self) -> dict[str, float]:
