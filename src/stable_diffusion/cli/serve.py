@@ -48,7 +48,7 @@ def serve(
     allow_host: Several = (),
     open_: Annotated[bool, tyro.conf.arg(name="open")] = False,
 ) -> None:
-    """Serve a page that draws, and the HTTP interfaces of OpenAI and AUTOMATIC1111, until it is stopped.
+    """Serve a page that generates pictures, and the HTTP interfaces of OpenAI and AUTOMATIC1111, until it is stopped.
 
     Args:
         model: Models that the page and programs choose among: folders, single files or hub names (owner/name). By

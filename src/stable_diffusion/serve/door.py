@@ -94,10 +94,10 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request at a size that the model draws, and what makes the pictures those that were asked for."""
+    """A request at a size that the model knows, and what makes the pictures those that were asked for."""
 
     request: Request
-    """Its image and mask have the size that is drawn."""
+    """Its image and mask have the size that is generated."""
     finish: Callable[[Image.Image], Image.Image]
     notes: tuple[str, ...] = ()
     """What the mask was taken for, say."""
@@ -106,7 +106,7 @@ class Asked:
 
 
 class Models:
-    """The models that were named at the start; the first one draws where no other is chosen."""
+    """The models that were named at the start; the first one is taken where no other is chosen."""
 
     def __init__(self, served: list[Served]) -> None:
         assert served, "a server has a model"
@@ -135,7 +135,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
     """A request from JSON values under the names of ``Request``.
 
     Pictures are data URIs, base64, bytes, or PIL images that this server opened itself. Width and height may be any:
-    the picture is drawn at a size that the model knows, and scaled. Where a mask is given and the size is the image's,
+    the picture is generated at a size that the model knows, and scaled. Where a mask is given and the size is the image's,
     the bytes outside of the mask are the image's.
 
     Raises:
@@ -155,7 +155,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
         except InputError as error:
             raise Refused(str(error), field=name) from None
     if "prompt" not in values:
-        raise Refused("prompt is missing: say what to draw", field="prompt")
+        raise Refused("prompt is missing: say what to generate", field="prompt")
     for name in values.get("lora", {}):
         if name not in served.loras:
             raise Refused(
@@ -174,7 +174,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
             raise Refused(said, field="hires")
         width, height = drawn_size(served.config, *size)
         request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
-        served.model.stream(request).close()  # says what is wrong with it, and draws nothing
+        served.model.stream(request).close()  # says what is wrong with it, and generates nothing
         return _fitted(served.config, request, size)
     except Refused:
         raise
@@ -184,7 +184,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
 
 
 def _fitted(config: ModelConfig, request: Request, size: tuple[int, int]) -> Asked:
-    """The request with its pictures at the size that is drawn: what waits in the queue takes no more memory."""
+    """The request with its pictures at the size that is generated: what waits in the queue takes no more memory."""
     image, mask = request.image, request.mask_image
     drawn = request.width, request.height
     notes: list[str] = []
@@ -224,9 +224,9 @@ def scaled_down(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def drawn_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
-    """The size to draw at for a picture of any size: that shape, multiples of the factor, and about the model's area.
+    """The size to generate at for a picture of any size: that shape, multiples of the factor, and about the model's area.
 
-    Small models know one size. Those of 512 pixels and more, Stable Diffusion, also draw well at up to 2.25 times
+    Small models know one size. Those of 512 pixels and more, Stable Diffusion, are also good at up to 2.25 times
     their area (768x768).
     """
     factor, own = config.vae.factor, config.sample_size

@@ -21,7 +21,7 @@ Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 class Model(Protocol):
-    """What draws: `DiffusionModel`."""
+    """What generates: `DiffusionModel`."""
 
     def stream(self, request: Request) -> Steps: ...
     def decode(self, latents: Any, *, preview: bool = False) -> list[Image.Image]: ...
@@ -50,7 +50,7 @@ def unchanged(value: T) -> T:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that draws."""
+    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that generates them."""
 
     model: Model
     request: Request
@@ -79,7 +79,7 @@ class Job:
     started: float | None = None
     finished: float | None = None
     seconds: float = 0.0
-    """Spent drawing."""
+    """Spent generating."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set where it is to end."""
     _watchers: dict[asyncio.Event, asyncio.AbstractEventLoop] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Job:
 
     @property
     def left(self) -> int:
-        """Pictures that are still to be drawn."""
+        """Pictures that are still to be generated."""
         return len(self.request.prompts) - len(self.pictures)
 
     async def changes(self, every: float | None = None) -> AsyncGenerator[None, None]:

@@ -1,4 +1,4 @@
-"""Jobs: one queue and one thread that draws, so that a picture has all cores and models need no locks."""
+"""Jobs: one queue and one thread that generates, so that a picture has all cores and models need no locks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Busy(InputError):
 
 
 class Jobs:
-    """The queue, and the thread that draws what is in it.
+    """The queue, and the thread that generates what is in it.
 
     Live jobs go first, for at most ``LONGEST_WAIT`` seconds while others wait; those go in turns of their clients. A
     turn is a picture: a job of several makes way after each.
@@ -97,7 +97,7 @@ class Jobs:
             return self._known.get(id)
 
     def cancel(self, job: Job) -> None:
-        """Ends a job: at once where it waits, within a step where it is drawn. One that is over stays as it is."""
+        """Ends a job: at once where it waits, within a step where it is in work. One that is over stays as it is."""
         with self._changed:
             job.stop.set()
             if not job.over and job is not self._running:
@@ -140,7 +140,7 @@ class Jobs:
     # What follows runs in the thread, or holds the lock.
 
     def _order(self) -> Iterator[Job]:
-        """The jobs that wait, as they would be drawn if no more came and the live ones were quick."""
+        """The jobs that wait, as they would be taken if no more came and the live ones were quick."""
         yield from self._live.values()
         queues = [list(queue) for queue in self._waiting.values()]
         for turn in range(max(map(len, queues), default=0)):
@@ -217,7 +217,7 @@ class Jobs:
             del job  # and its pictures, while the next one is awaited
 
     def _run(self, job: Job) -> None:
-        """Draws the next picture of a job."""
+        """Generates the next picture of a job."""
         began = perf_counter()
         error: Exception | None = None
         try:

@@ -1,4 +1,4 @@
-"""The Model Context Protocol: one tool draws and one lists models, for programs in which a language model works."""
+"""The Model Context Protocol: one tool generates images and one lists models, for programs in which a language model works."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
 
     Args:
         models: those that clients may choose among.
-        jobs: the queue that draws.
+        jobs: the queue.
     """
     server = MCPServer("minisd", version=version(), log_level="WARNING")
 
@@ -93,7 +93,7 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
 
     @server.tool(title="List models and styles")
     def list_models() -> list[dict[str, Any]]:
-        """The models that can draw: their sizes, style words, example prompts and LoRAs."""
+        """The models to choose among: their sizes, style words, example prompts and LoRAs."""
         return [
             {
                 "model": served.name,

@@ -107,7 +107,7 @@ async def create(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
-    """Draws while somebody types: the answer is the stream of events, and who closes it wants no picture."""
+    """Generates while somebody types: the answer is the stream of events, and who closes it wants no picture."""
     added, jobs = await _submitted(request, live=True), server_of(request).jobs
     return Stream(_events(jobs, added, inline=True), gone=partial(jobs.cancel, added))
 

@@ -213,7 +213,7 @@ async def picture(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The models by whose names one may choose; any other name draws with the first of them."""
+    """The models by whose names one may choose; any other name takes the first of them."""
     data = [_model(served) for served in server_of(request).models.all.values()]
     return JSONResponse({"object": "list", "data": data}, headers={"x-request-id": _request_id()})
 

@@ -31,7 +31,11 @@ REFUSED = ("frame_count", "frame_duration_ms", "svg", "markup")
 OTHER_NAMES = {"steps": "num_inference_steps"}
 EXTRAS = (
     *OTHER_NAMES,
-    *(name for name in SETTINGS if name not in (*PICTURES, "prompt", "num_images_per_prompt", "width", "height")),
+    *(
+        name
+        for name in SETTINGS
+        if name not in (*PICTURES, "prompt", "num_images_per_prompt", "width", "height")
+    ),
 )
 """Fields of ``Request`` that the client merges into its body (``extra_body``)."""
 
@@ -138,7 +142,7 @@ def read(body: Mapping[str, Any], *, form: bool = False) -> Wanted:
             raise Refused(str(error), field=name) from error
         (own if name in _OWN else extras).update(parsed)
     if "prompt" not in own:
-        raise Refused("prompt is missing: say what to draw", field="prompt")
+        raise Refused("prompt is missing: say what to generate", field="prompt")
     return Wanted(**own, extras=extras, ignored=tuple(ignored))
 
 

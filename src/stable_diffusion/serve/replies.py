@@ -146,7 +146,7 @@ async def finished(request: Request, job: Job) -> list[Image.Image]:
     """The job's pictures, when they are there; a client that goes away ends it within a step.
 
     Raises:
-        InputError: what the drawing raised; Refused, 409, where somebody cancelled it, and 5xx for a fault of ours.
+        InputError: what generating raised; Refused, 409, where somebody cancelled it, and 5xx for a fault of ours.
         ClientDisconnect: the client went away.
     """
     try:
