@@ -23,7 +23,7 @@ from stable_diffusion.data.coco import coco_splits
 from tests.evaluation.drawings import OBJECTS, UNSEEN, write_drawings
 from tests.evaluation.test_tasks import entries
 from tests.tiny import TEXT, TINY, shapes, tiny_model
-from tools import attention_maps, board, make_text_weights, train_detector
+from tools import attention_maps, board, make_text_weights, screenshots, train_detector
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = Path(stable_diffusion.__file__).parent / "weights"
@@ -36,7 +36,7 @@ def test_every_script_is_here() -> None:
         module.__name__.split(".")[-1]
         for module in (
             *(loading, serving, startup, training_step),
-            *(attention_maps, board, make_text_weights, train_detector),
+            *(attention_maps, board, make_text_weights, screenshots, train_detector),
         )
     }
 
@@ -199,6 +199,21 @@ def test_text_weights_are_those_of_the_package(tmp_path: Path) -> None:
         if path.name != "LICENSE"
     }
     assert made == packaged
+
+
+@pytest.mark.browser
+def test_screenshots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many pixels as docs/ has, and the one on a phone in twice as many as it has points."""
+    pytest.importorskip("playwright", reason="needs playwright")
+    if screenshots.chromium() is None:
+        pytest.skip("needs Chromium")
+    monkeypatch.setenv("PYTHONPATH", str(WEIGHTS.parents[1]))
+    screenshots.main([str(tmp_path), "--quick"])
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in paths] == ["page-light.png", "page-dark.png", "page-phone.png"]
+    assert [Image.open(path).size for path in paths] == [(1200, 880), (1200, 880), (720, 1560)]
 
 
 def test_main_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

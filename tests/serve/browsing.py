@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,15 +11,14 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.serve.served import PATIENCE, Running
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from tools import screenshots
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
     """Chromium, steered by Playwright; the test is skipped where one of them is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    path = screenshots.chromium()
     if path is None:
         pytest.skip("needs Chromium: install it, or name its program in CHROMIUM")
     with playwright.sync_playwright() as steered:

@@ -53,7 +53,10 @@ class Flights:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_typing_draws(browser: Any, width: int) -> None:
     """No click is needed, one request is in flight at most, and the last picture is of the text that stands there."""
-    with serving({"icons-128": DiffusionModel.from_pretrained()}) as running, desk(browser, running, width) as page:
+    with (
+        serving({"icons-128": DiffusionModel.from_pretrained()}) as running,
+        desk(browser, running, width) as page,
+    ):
         flights = Flights(page.page)
         page["#steps"].evaluate("(input) => { input.value = 2; input.dispatchEvent(new Event('input')); }")
         page["#prompt"].press_sequentially("a red apple", delay=25)
@@ -70,7 +73,8 @@ def test_nothing_is_drawn_while_a_letter_is_composed(browser: Any, tiny: Running
         keyboard = page.context.new_cdp_session(page.page)
         page["#prompt"].focus()
         for text in ("k", "ki", "きつ", "きつね"):
-            keyboard.send("Input.imeSetComposition", {"text": text, "selectionStart": len(text), "selectionEnd": len(text)})
+            place = {"selectionStart": len(text), "selectionEnd": len(text)}
+            keyboard.send("Input.imeSetComposition", {"text": text, **place})
             page.page.wait_for_timeout(160)
         assert flights.count == 0
         keyboard.send("Input.insertText", {"text": "狐"})
@@ -86,9 +90,13 @@ def test_a_picture_stays_until_the_next_one_comes(browser: Any, gated: tuple[Run
         page["#prompt"].fill("a circle")
         page["#sheet img[alt='a circle']"].wait_for()
         page.rest()
-        page.run(
-            "(window.said = [], new MutationObserver(() => said.push(document.getElementById('status').textContent))"
-            ".observe(document.getElementById('status'), { childList: true, characterData: true, subtree: true }), null)"
+        page.page.evaluate(
+            """(() => {
+                const status = document.getElementById("status");
+                window.said = [];
+                const observer = new MutationObserver(() => said.push(status.textContent));
+                observer.observe(status, { childList: true, characterData: true, subtree: true });
+            })()"""
         )
         page["#live"].uncheck()
         page["#prompt"].fill("a square")
@@ -103,7 +111,7 @@ def test_a_picture_stays_until_the_next_one_comes(browser: Any, gated: tuple[Run
         page["#kept [role=option]"].wait_for()
         page.rest()
         (said,) = [text for text in page.page.evaluate("said") if text]
-        assert said.startswith("Kept")
+        assert said.startswith("Saved")
 
 
 def test_escape_stops(browser: Any, gated: tuple[Running, Gated]) -> None:
@@ -158,7 +166,9 @@ def test_a_reload_and_a_dropped_tab_lose_nothing(browser: Any, gated: tuple[Runn
         assert again["#prompt"].input_value() == "a circle"
         assert again["#lock"].get_attribute("aria-pressed") == "true"
         assert not again["#live"].is_checked() and again["#count"].input_value() == "2"
-        settings = again.run("(await m.store.keptPictures()).map((each) => [each.seed, each.settings.sampler])")
+        settings = again.run(
+            "(await m.store.keptPictures()).map((each) => [each.seed, each.settings.sampler])"
+        )
         assert sorted(settings) == [["0", "ddim"], ["0", "ddim"], *[["9223372036854775807", "ddim"]] * 2]
         again.check()
 
@@ -220,7 +230,7 @@ def test_history(browser: Any, tiny: Running, width: int) -> None:
         page["#sheet img[alt='a circle']"].wait_for()
         page["[data-act=delete]"].click()
         page.until(lambda: options.count() == 1)
-        page["#action:text('Bring it back')"].click()
+        page["#action:text('Undo')"].click()
         page.until(lambda: options.count() == 2)
 
         page["#prompt"].fill("a star")

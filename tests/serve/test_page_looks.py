@@ -16,6 +16,8 @@ from tests.serve.test_page_pictures import png
 pytestmark = pytest.mark.browser
 
 TOUCHED = "a[href], button, input, select, textarea, summary, canvas[tabindex], [role=option]"
+NAME = "each.id || each.dataset.act || each.dataset.word || each.dataset.field || each.textContent.trim()"
+"""What tests call an element."""
 SMALL = f"""
 [...document.querySelectorAll({TOUCHED!r})]
     .filter((each) => each.checkVisibility({{ visibilityProperty: true }}) && !each.matches('.skip'))
@@ -75,7 +77,10 @@ def test_everybody_can_use_it(browser: Any, tiny: Running, width: int, theme: st
         page.page.evaluate(script)
         for state in states(page):
             found = page.page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
-            assert not found, (state, [(each["id"], [node["html"] for node in each["nodes"]]) for each in found])
+            assert not found, (
+                state,
+                [(each["id"], [node["html"] for node in each["nodes"]]) for each in found],
+            )
             assert page.page.evaluate(SMALL) == [], state
             assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), state
             assert page.page.evaluate("document.getAnimations().length") == 0, state
@@ -103,11 +108,10 @@ def focused(page: Desk) -> tuple[str, bool]:
     name, seen = page.page.evaluate(
         """(() => {
             const each = document.activeElement;
-            const shown = each.matches("#live") ? each.nextElementSibling : each.matches("#layer") ? each.parentElement : each;
+            const shown = each.matches("#live") ? each.nextElementSibling : each;
             const { outlineStyle, outlineWidth } = getComputedStyle(shown);
-            const name = each.id || each.dataset.act || each.dataset.word || each.dataset.field || each.textContent.trim();
-            return [name, outlineStyle !== "none" && parseFloat(outlineWidth) >= 2];
-        })()"""
+            return [NAME, outlineStyle !== "none" && parseFloat(outlineWidth) >= 2];
+        })()""".replace("NAME", NAME)
     )
     return name, seen
 
@@ -131,7 +135,7 @@ def test_keys_reach_all_and_one_sees_where(browser: Any, tiny: Running) -> None:
         expected = page.page.evaluate(
             f"""[...document.querySelectorAll({TOUCHED!r})]
                 .filter((each) => each.checkVisibility() && each.tabIndex >= 0 && !each.disabled)
-                .map((each) => each.id || each.dataset.act || each.dataset.word || each.dataset.field || each.textContent.trim())
+                .map((each) => {NAME})
             """
         )
         assert reached == expected and {"prompt", "draw", "seed", "live", "choose", "steps"} <= set(reached)
@@ -157,17 +161,18 @@ def test_screen_readers_hear_what_is_there(browser: Any, tiny: Running) -> None:
         tree = page["body"].aria_snapshot()
     for line in (
         'heading "minisd" [level=1]',
-        'textbox "What shall be drawn?"',
+        'textbox "Prompt"',
         'switch "Live" [checked]',
-        'button "Draw and keep',
-        'combobox "Pictures at once"',
-        'button "Keep this seed"',
+        'button "Generate',
+        'combobox "Number of pictures"',
+        'button "Lock the seed"',
         'img "a circle"',
-        "status: Kept",
-        'group "With this picture"',
-        'listbox "Kept"',
+        "status: Saved",
+        'group "Actions for this picture"',
+        'listbox "History"',
         'option "a circle" [selected]',
     ):
         assert line in tree, (line, tree)
-    positions = [tree.index(word) for word in ("What shall", "Draw and keep", "status:", "Begin from a picture", "listbox")]
+    order = ('"Prompt"', 'button "Generate', "status:", "Image to image", "listbox")
+    positions = [tree.index(word) for word in order]
     assert positions == sorted(positions)

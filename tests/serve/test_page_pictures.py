@@ -1,10 +1,12 @@
-"""Journeys over the page with pictures that people bring: files with settings in them, pictures to begin from, masks."""
+"""Journeys over the page with pictures that people bring: settings in files, pictures to begin from, masks."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tests.checkpoints.test_lora import kohya, written
 from tests.serve.browsing import Desk, chromium, desk
 from tests.serve.served import Running, serving
-from tests.tiny import tiny_model
+from tests.tiny import TINY, tiny_model
 
 pytestmark = pytest.mark.browser
 
@@ -101,10 +104,20 @@ def test_a_dropped_picture_brings_its_settings_back(browser: Any, tiny: Running,
 
 def test_a_strangers_settings_are_data(browser: Any, tiny: Running) -> None:
     """What names a file, a model or a LoRA that is not served is left out; no request says a word of it."""
+    files = {
+        "image": "/etc/passwd",
+        "mask_image": "/etc/hosts",
+        "vae": "/etc/vae",
+        "embedding": ["/etc/word"],
+    }
     hostile = {
-        **{"prompt": "a circle", "seed": 3, "num_inference_steps": 2, "image": "/etc/passwd", "mask_image": "/etc/hosts"},
-        **{"vae": "/etc/vae", "embedding": ["/etc/word"], "lora": {"/etc/lora": 1.0}, "model": "/etc/model"},
-        **{"text_encoder": "/etc/text", "constructor": {"a": 1}, "strength": 0.5},
+        **{"prompt": "a circle", "seed": 3, "num_inference_steps": 2, "strength": 0.5, **files},
+        **{
+            "lora": {"/etc/lora": 1.0},
+            "model": "/etc/model",
+            "text_encoder": "/etc/text",
+            "constructor": {"a": 1},
+        },
     }
     with desk(browser, tiny) as page:
         sent: list[str] = []
@@ -119,7 +132,8 @@ def test_a_strangers_settings_are_data(browser: Any, tiny: Running) -> None:
 def test_what_other_programs_write_is_read(browser: Any, tiny: Running) -> None:
     """AUTOMATIC1111's text, of its old versions and of its new ones, pasted as text too."""
     text = (
-        'a cat, (soft:1.2)\nsecond line <lora:none:0.5>\nNegative prompt: dog,\nbird\nSteps: 20, Sampler: DPM++ 2M Karras, '
+        "a cat, (soft:1.2)\nsecond line <lora:none:0.5>\nNegative prompt: dog,\nbird\nSteps: 20, "
+        "Sampler: DPM++ 2M Karras, "
         'CFG scale: 7.5, Seed: 12345678901, Size: 512x768, Model hash: ab12, Model: x, Lora hashes: "none: ab, c: d", '
         "Version: v1.6.0"
     )
@@ -136,14 +150,13 @@ def test_what_other_programs_write_is_read(browser: Any, tiny: Running) -> None:
         )
         page["#status:text('LoRA none')"].wait_for()
         fields = page.run("m.state.desk.fields")
+        words = {"prompt": "a cat, (soft:1.2)\nsecond line", "negative_prompt": "dog,\nbird"}
         assert fields == {
-            **{"prompt": "a cat, (soft:1.2)\nsecond line", "negative_prompt": "dog,\nbird", "prompt_syntax": "a1111"},
+            **{**words, "prompt_syntax": "a1111", "seed": "12345678901", "width": 512, "height": 768},
             **{"num_inference_steps": 20, "sampler": "dpmpp_2m", "spacing": "karras", "guidance_scale": 7.5},
-            **{"seed": "12345678901", "width": 512, "height": 768},
         }
-        said = page.run(
-            "m.restore.ofText('a\\nSteps: 4, Sampler: PLMS, Schedule type: SGM Uniform, CFG scale: 2, Seed: 1').settings"
-        )
+        text = "a\\nSteps: 4, Sampler: PLMS, Schedule type: SGM Uniform, CFG scale: 2, Seed: 1"
+        said = page.run(f"m.restore.ofText('{text}').settings")
         assert (said["sampler"], said["spacing"]) == ("pndm", "sgm_uniform")
         text = "a\nSteps: 4, Schedule type: Simple, Sampler: Euler, Seed: 1, Denoising strength: 0.6, Hires upscale: 2"
         said = page.run("m.restore.ofText(v[0]).settings", text)
@@ -153,11 +166,16 @@ def test_what_other_programs_write_is_read(browser: Any, tiny: Running) -> None:
 
 def test_a_picture_chooses_the_model_that_made_it(browser: Any) -> None:
     """By its name, and by a path on the machine that made it."""
-    with serving({"first": tiny_model(), "mine": tiny_model(seed=1)}) as running, desk(browser, running) as page:
+    with (
+        serving({"first": tiny_model(), "mine": tiny_model(seed=1)}) as running,
+        desk(browser, running) as page,
+    ):
         for made in ("mine", "/runs/mine/model", "C:\\models\\mine.safetensors"):
             page.run("m.state.change({ model: 'first' })")
             settings = {"prompt": "a circle", "seed": 3, "model": made}
-            assert page.run("m.restore.restore({ settings: v[0], kind: 'minisd', unknown: [] })", settings) == []
+            assert (
+                page.run("m.restore.restore({ settings: v[0], kind: 'minisd', unknown: [] })", settings) == []
+            )
             assert page.run("m.state.desk.model") == "mine"
 
 
@@ -173,6 +191,34 @@ def test_a_variation_without_its_seed(browser: Any, tiny: Running) -> None:
         page["summary"].click()
         page["#reset"].click()
         assert page.run("Object.keys(m.state.desk.fields).sort()") == ["prompt", "seed"]
+
+
+def test_models_and_loras_are_chosen(browser: Any, tmp_path: Path) -> None:
+    """Another model brings its own settings; a LoRA's slider says how much it acts, and a picture brings that back."""
+    model = tiny_model()
+    model.load_lora(written(kohya(model), tmp_path / "style.safetensors"), 0.5)
+    other = tiny_model(replace(TINY, num_inference_steps=2, prompts=("a boat",)), seed=1)
+    with serving({"first": model, "second": other}) as running, desk(browser, running) as page:
+        page["#live"].uncheck()
+        page["summary"].click()
+        page["#prompt"].fill("a circle")
+        assert page["#lora-style"].input_value() == "0.5"
+        page["#lora-style"].fill("-0.25")
+        (content,) = page.draw()
+        assert json.loads(opened(content).info["minisd"])["lora"] == {"style": -0.25}
+        page["#model"].select_option("second")
+        page["#loraField"].wait_for(state="hidden")
+        assert (
+            page["#steps"].input_value() == "2" and page["#prompt"].get_attribute("placeholder") == "a boat"
+        )
+        (second,) = page.draw()
+        assert "lora" not in json.loads(opened(second).info["minisd"])
+        assert opened(second).tobytes() != opened(content).tobytes()
+        page["#kept [role=option]"].nth(1).click()
+        page["[data-act=settings]"].click()
+        assert page["#model"].input_value() == "first" and page["#lora-style"].input_value() == "-0.25"
+        (again,) = page.draw()
+        assert again == content
 
 
 def layer(page: Desk) -> Any:
@@ -197,7 +243,7 @@ def begun(page: Desk) -> dict[str, float]:
     return box
 
 
-@pytest.mark.parametrize(("width", "zoom"), [(360, 2.0), (1280, 1.0), (640, 2.0), (2560, 0.5)])
+@pytest.mark.parametrize(("width", "zoom"), [(360, 2.0), (1280, 1.0), (640, 2.0), (1600, 0.5)])
 def test_a_mask_is_painted_where_the_pointer_is(browser: Any, tiny: Running, width: int, zoom: float) -> None:
     """At every zoom; what is not painted keeps its bytes."""
     with desk(browser, tiny, width, round(800 / zoom), device_scale_factor=zoom) as page:
@@ -223,12 +269,13 @@ def test_a_mask_is_painted_where_the_pointer_is(browser: Any, tiny: Running, wid
 def test_a_mask_is_painted_by_touch_and_by_keys(browser: Any, tiny: Running) -> None:
     """Erasing, undoing, clearing and inverting too; the page does not scroll under the finger."""
     with desk(browser, tiny, 360, 740, has_touch=True) as page:
-        box = begun(page)
+        begun(page)
         box = page["#layer"].bounding_box()
         top = page.page.evaluate("scrollY")
         touch = page.context.new_cdp_session(page.page)
         for kind, part in (("touchStart", 0.3), ("touchMove", 0.4), ("touchMove", 0.7), ("touchEnd", None)):
-            points = [] if part is None else [{"x": box["x"] + 0.5 * box["width"], "y": box["y"] + part * box["height"]}]
+            x, y = box["x"] + 0.5 * box["width"], box["y"] + (part or 0) * box["height"]
+            points = [] if part is None else [{"x": x, "y": y}]
             touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         touched = layer(page)
         rows, columns = np.nonzero(touched)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import io
 import sys
@@ -15,8 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stable_diffusion.serve import jobs, page
+from stable_diffusion.serve import app, jobs, page
+from stable_diffusion.serve.guard import Rules
 from stable_diffusion.serve.job import Job
+from stable_diffusion.serve.listen import Listener
 from stable_diffusion.serve.replies import Stream, encoded, event, finished, json_body, server_of, submit
 from tests.serve.served import Gated, Running, data_uri, send, serving, until
 from tests.serve.test_guard import resident
@@ -110,6 +113,31 @@ def test_files_of_pictures() -> None:
         assert read.getpixel((8, 8)) == (255, 255, 255)
     sizes = [len(encoded(Image.effect_noise((64, 64), 90), "jpeg", quality)) for quality in (10, 90)]
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("path", ["/api/jobs", "/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_body_of_millions_of_values_is_not_parsed(tiny: Running, path: str) -> None:
+    """It would hold up everybody for half a minute."""
+    answer = tiny.ask(
+        "POST", path, b'{"a":[' + b"[]," * 10_000_000 + b"1]}", {"Content-Type": "application/json"}
+    )
+    assert answer.status == 413 and b"commas" in answer.body
+    assert tiny.post(path, {"prompt": "a, " * 3000, "num_inference_steps": 0}).status in (200, 400)
+
+
+def test_too_many_connections_do_not_flood_the_log(tiny: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio tries to take each 2,048 times a second, with a traceback a time."""
+    listener, loop = (
+        Listener(app.application(tiny.server, Rules(hosts=frozenset())), tiny.jobs),
+        asyncio.new_event_loop(),
+    )
+    for number in (errno.EMFILE, errno.ENFILE, errno.EMFILE, errno.EIO):
+        listener.failed(loop, {"exception": OSError(number, "no more"), "message": "accept"})
+    loop.close()
+    assert [record.getMessage().partition("\n")[0] for record in caplog.records] == [
+        "new clients wait until others are gone: no more",
+        "accept",
+    ]
 
 
 @pytest.mark.parametrize("path", page.FILES)

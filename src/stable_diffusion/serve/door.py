@@ -27,6 +27,8 @@ from stable_diffusion.model import DiffusionModel
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 16_000_000
 """Of a picture that a client sends."""
+LONGEST_SIDE = 16_384
+"""Of such a picture: resizing holds a table of the filter for each pixel of a side."""
 SETTINGS = tuple(name for name in FIELDS if name not in (*LOADING, "latents"))
 """What clients choose."""
 
@@ -135,8 +137,8 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
     """A request from JSON values under the names of ``Request``.
 
     Pictures are data URIs, base64, bytes, or PIL images that this server opened itself. Width and height may be any:
-    the picture is generated at a size that the model knows, and scaled. Where a mask is given and the size is the image's,
-    the bytes outside of the mask are the image's.
+    the picture is generated at a size that the model knows, and scaled. Where a mask is given and the size is the
+    image's, the bytes outside of the mask are the image's.
 
     Raises:
         InputError: a field that is unknown, that clients do not choose, or has a value that it cannot have; Refused
@@ -224,7 +226,7 @@ def scaled_down(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def drawn_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
-    """The size to generate at for a picture of any size: that shape, multiples of the factor, and about the model's area.
+    """The size to generate for one of any size: that shape, multiples of the factor, and about the model's area.
 
     Small models know one size. Those of 512 pixels and more, Stable Diffusion, are also good at up to 2.25 times
     their area (768x768).
@@ -244,7 +246,8 @@ def read_picture(value: Any, field: str) -> Image.Image:
     """The picture of a data URI, of base64, or of a file's bytes; the content decides, not the name.
 
     Raises:
-        Refused: anything else, other formats than ``FORMATS``, damage, or more than ``MOST_PIXELS``.
+        Refused: anything else, other formats than ``FORMATS``, damage, more than ``MOST_PIXELS``, or a side above
+            ``LONGEST_SIDE``.
     """
     if isinstance(value, Image.Image):
         return value
@@ -265,6 +268,11 @@ def read_picture(value: Any, field: str) -> Image.Image:
     if width * height > MOST_PIXELS:
         raise Refused(
             f"{field} has {width}x{height} pixels, and {MOST_PIXELS:,} are the most: make it smaller",
+            field=field,
+        )
+    if max(width, height) > LONGEST_SIDE:
+        raise Refused(
+            f"{field} has {width}x{height} pixels, and {LONGEST_SIDE:,} are the most of a side: make it smaller",
             field=field,
         )
     content.seek(0)

@@ -1,4 +1,4 @@
-"""The Model Context Protocol: one tool generates images and one lists models, for programs in which a language model works."""
+"""The Model Context Protocol: one tool generates images, one lists models, for programs with a language model inside."""
 
 from __future__ import annotations
 

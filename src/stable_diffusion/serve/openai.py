@@ -29,6 +29,7 @@ from stable_diffusion.serve.replies import (
     encoded,
     event,
     finished,
+    form_parts,
     json_body,
     problem,
     server_of,
@@ -79,18 +80,14 @@ async def generations(request: Request) -> Response:
 
 async def edits(request: Request) -> Response:
     """Pictures from a picture and words, or with a mask a part of it anew."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        raise Refused("the body must be a form: send Content-Type: multipart/form-data", status=415)
     texts: dict[str, str] = {}
     files: dict[str, list[bytes | str]] = {"image": [], "mask": []}
-    async with request.form(max_files=MOST_FILES, max_fields=MOST_PARTS) as form:
-        for name, part in form.multi_items():
-            bare = re.sub(r"\[\d*\]$", "", name)  # image[]
-            content = part if isinstance(part, str) else await part.read()
-            if bare in files:
-                files[bare].append(content)
-            else:
-                texts[name] = content if isinstance(content, str) else content.decode("utf-8", "replace")
+    for name, content in await form_parts(request, most_files=MOST_FILES, most_parts=MOST_PARTS):
+        bare = re.sub(r"\[\d*\]$", "", name)  # image[]
+        if bare in files:
+            files[bare].append(content)
+        else:
+            texts[name] = content if isinstance(content, str) else content.decode("utf-8", "replace")
     wanted = read(texts, form=True)
     for name, found in files.items():
         if len(found) > 1:

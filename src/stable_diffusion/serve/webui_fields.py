@@ -239,8 +239,12 @@ def _pictures(body: Mapping[str, Any], width: int | None, height: int | None) ->
     if mode > 1:
         raise not_done("resize_mode", (0, 1))
     image = images.with_alpha(read_picture(given[0], "init_images"))
-    if mode == 0:
-        image = _stretched(image, width or image.width, height or image.height, Image.Resampling.LANCZOS)
+    if mode == 0 and (width or height):
+        # The image's own sides may be far longer than those that can be asked for.
+        wide, high = (
+            min(own, LIMITS[side]) for side, own in zip(("width", "height"), image.size, strict=True)
+        )
+        image = _stretched(image, width or wide, height or high, Image.Resampling.LANCZOS)
     if body.get("mask") is None:
         return {"image": image}
     invert = body.get("inpainting_mask_invert") or 0

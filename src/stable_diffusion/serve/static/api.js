@@ -42,7 +42,12 @@ async function problemOf(answer) {
 }
 
 /** What the page calls a field. */
-const NAMES = { num_inference_steps: "steps", guidance_scale: "guidance", guidance_rescale: "rescale", mask_image: "the mask" };
+const NAMES = {
+  num_inference_steps: "steps",
+  guidance_scale: "guidance scale",
+  guidance_rescale: "guidance rescale",
+  mask_image: "the mask",
+};
 
 /** A message of the server's as a sentence for people. */
 export function sentence(message) {

@@ -8,7 +8,8 @@ import { setMode } from "./stage.js";
 export async function compare(left, right) {
   const [under, over] = await Promise.all([left, right].map((each) => decoded(urlOf(each), altOf(each))));
   over.classList.add("over");
-  const pair = el("div", { className: "pair" }, under, over, el("span", { className: "cut", aria: { hidden: "true" } }));
+  const line = el("span", { className: "cut", aria: { hidden: "true" } });
+  const pair = el("div", { className: "pair" }, under, over, line);
   const slider = el("input", { type: "range", min: 0, max: 100, value: 50, id: "cut" });
   slider.setAttribute("aria-label", "How much of the left picture is seen, in percent");
   const move = () => {

@@ -65,6 +65,11 @@ function own(name) {
   return model()[name] ?? USUAL[name];
 }
 
+/** Whether a field makes another picture than the model's own settings do. */
+function differs(name) {
+  return name in desk.fields && desk.fields[name] !== (model()[name] ?? USUAL[name] ?? null);
+}
+
 /** Shows what the server has: models, samplers, limits. */
 function describe() {
   const { name, width, height } = model();
@@ -74,10 +79,10 @@ function describe() {
   $("modelName").textContent = name;
   choices($("model"), server.models.map((each) => [each.name, each.name]));
   choices($("sampler"), server.samplers.map((each) => [each, each]));
-  choices($("spacing"), [["", "the sampler’s own"], ...server.spacings.map((each) => [each, each])]);
+  choices($("spacing"), [["", "default"], ...server.spacings.map((each) => [each, each])]);
   $("steps").max = server.limits.num_inference_steps;
   for (const side of ["width", "height"]) $(side).max = server.limits[side];
-  $("sizeHint").textContent = `${width} × ${height} is native. Other sizes are drawn near it, then scaled.`;
+  $("sizeHint").textContent = `${width} × ${height} is native. Other sizes are generated near it, then scaled.`;
   for (const id of ["promptField", "promptLabel"]) $(id).hidden = model().reads_text === false;
   const loras = Object.entries(model().loras);
   $("loraField").hidden = !loras.length;
@@ -96,7 +101,8 @@ function loraSlider(name) {
   const number = el("input", { type: "number", ...bounds, min: -10, max: 10, id });
   for (const input of [range, number]) {
     input.addEventListener("input", () => {
-      if (!Number.isNaN(input.valueAsNumber)) change({ fields: { lora: { ...weights(), [name]: input.valueAsNumber } } });
+      const weight = input.valueAsNumber;
+      if (!Number.isNaN(weight)) change({ fields: { lora: { ...weights(), [name]: weight } } });
     });
   }
   return el("div", { className: "slider" }, label, range, number);
@@ -117,19 +123,21 @@ function render() {
   for (const row of document.querySelectorAll("[data-for]")) {
     row.hidden = !row.dataset.for.split(" ").includes(shown("sampler"));
   }
+  for (const row of document.querySelectorAll("[data-when]")) row.hidden = !differs(row.dataset.when);
   if (document.activeElement !== $("seed")) put($("seed"), desk.fields.seed);
   $("lock").setAttribute("aria-pressed", desk.locked);
   $("live").checked = desk.live;
   put($("count"), desk.count);
   put($("model"), model().name);
-  $("drawLabel").textContent = desk.count > 1 ? `Draw and keep ${desk.count}` : "Draw and keep";
-  const changed = Object.keys(desk.fields).filter((name) => !APART.includes(name)).length;
-  $("changed").textContent = changed ? `${changed} changed` : "";
+  $("drawLabel").textContent = desk.count > 1 ? `Generate ${desk.count}` : "Generate";
+  const names = new Set(controls.map((control) => control.dataset.field));
+  const changed = Object.keys(desk.fields).filter((name) => names.has(name) && !APART.includes(name) && differs(name));
+  $("changed").textContent = changed.length ? `${changed.length} changed` : "";
 }
 
 /** Sets a control's value unless it says that already, so that no cursor moves while somebody types. */
 function put(control, value) {
-  const equal = control.type === "number" ? control.value !== "" && Number(control.value) === value : control.value === String(value);
-  if (!equal) control.value = value;
+  const { type, valueAsNumber } = control;
+  if (type === "number" ? valueAsNumber !== value : control.value !== String(value)) control.value = value;
   if (control.type === "range") fill(control);
 }

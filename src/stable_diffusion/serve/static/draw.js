@@ -9,7 +9,7 @@ import { say } from "./status.js";
 import { forgetJob, keepPicture, rememberedJobs, rememberJob } from "./store.js";
 
 const PREVIEWS = 6;
-/** Jobs in work and waiting, in the order in which they are drawn: their records, with `step`, `total` and `preview`. */
+/** Jobs in work and waiting, in the order in which they are drawn, with their `step`, `total` and `preview`. */
 export const jobs = [];
 
 /** What shows the work: `jobs()` after each change, and `kept(picture, notes)` for each picture. */
@@ -29,9 +29,11 @@ export async function start(view) {
 
 /**
  * Draws and keeps pictures.
- * @param {{count?: number, each?: (index: number) => object}} how many, and which fields differ in each
+ * @param {{batch: string, count: number, each?: (index: number) => object}} how the pictures say that they belong
+ *   together, how many there are, and which fields differ in each
  */
-export async function draw({ count = desk.count, each = null } = {}) {
+export async function draw({ batch, count, each = null }) {
+  const mine = round;
   const { image, mask } = desk;
   let body = await request({ previews: PREVIEWS });
   if (!each && !desk.locked && stringify(body) === lastDrawn) {
@@ -39,8 +41,6 @@ export async function draw({ count = desk.count, each = null } = {}) {
     body = await request({ previews: PREVIEWS });
   }
   lastDrawn = stringify(body);
-  const batch = `${Date.now()}-${api.CLIENT}`;
-  const mine = round;
   for (let index = 0; index < count; index += 1) {
     const differing = each?.(index) ?? next(body, index);
     const job = await submitted({ ...body, ...differing });
@@ -119,7 +119,7 @@ async function followFirst() {
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof api.Problem)) throw error;
-    if (error.status === 404) await lose(job, "A picture is gone: the server keeps finished ones for ten minutes.");
+    if (error.status === 404) await lose(job, "A picture is gone: the server keeps finished pictures for ten minutes.");
     else if (!(await patience(error))) await drop(job);
   }
 }
@@ -145,7 +145,7 @@ async function watch(job, signal) {
 async function finish(job, picture, { notes = [], seconds }) {
   if (picture) {
     picture.seconds = seconds;
-    const unkept = await keepPicture(picture).then(() => [], () => ["the browser has no room to keep it: download it"]);
+    const unkept = await keepPicture(picture).then(() => [], () => ["the browser has no room to save it: download it"]);
     await show.kept(picture, [...notes, ...unkept]);
   }
   await drop(job);

@@ -81,7 +81,8 @@ function render() {
 
 function optionOf(picture) {
   const image = el("img", { alt: altOf(picture), src: urlOf(picture), loading: "lazy", draggable: false });
-  const option = el("div", { className: "tile", tabIndex: -1, title: picture.prompt, dataset: { id: picture.id } }, image);
+  const { id, prompt } = picture;
+  const option = el("div", { className: "tile", tabIndex: -1, title: prompt, dataset: { id } }, image);
   option.setAttribute("role", "option");
   option.setAttribute("aria-selected", "false");
   return option;
@@ -107,7 +108,8 @@ function onKey(event) {
   const at = all.indexOf(event.target);
   if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
   const columns = all.filter(({ offsetTop }) => offsetTop === all[0].offsetTop).length;
-  const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -at, End: all.length - 1 - at };
+  const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns };
+  const moves = { ...steps, Home: -at, End: all.length - 1 - at };
   if (event.key in moves) {
     focus(all[Math.max(0, Math.min(all.length - 1, at + moves[event.key]))]);
   } else if (event.key === "Enter" || event.key === " ") {
@@ -137,7 +139,8 @@ export function showJobs() {
 function jobTile(job) {
   const image = el("img", { alt: "", hidden: true, draggable: false });
   const bar = el("span", { className: "done", aria: { hidden: "true" } });
-  const button = el("button", { type: "button", title: "Stop this one", aria: { label: `Stop: ${altOf(job)}` } }, icon("i-close"));
+  const aria = { label: `Stop: ${altOf(job)}` };
+  const button = el("button", { type: "button", title: "Stop this one", aria }, icon("i-close"));
   button.addEventListener("click", () => stop(job));
   const element = el("li", {}, image, bar, button);
   $("running").append(element);

@@ -15,13 +15,13 @@ import { restore } from "./restore.js";
 import * as stage from "./stage.js";
 import { desk, dice, hasSubject, onChange, recall, server, shown } from "./state.js";
 import { described, say } from "./status.js";
-import * as theme from "./appearance.js";
-import * as words from "./words.js";
+import * as theme from "./theme.js";
+import * as styles from "./styles.js";
 
 const VARIATION = 0.25;
 const VARIATIONS = 4;
 
-/** The batch that the stage follows: its pictures so far; null once something else is shown. */
+/** The batch that the stage follows; null once something else is shown. */
 let followed = null;
 /** The picture that waits for a second one to be compared with. */
 let picking = null;
@@ -31,7 +31,7 @@ async function main() {
   await recall();
   await learn();
   controls.start();
-  words.start();
+  styles.start();
   input.start();
   painter.start();
   live.start({ begin, step, picture, done, end });
@@ -93,13 +93,18 @@ function onKey(event) {
 
 async function draw() {
   if (!hasSubject()) {
-    say("Say first what shall be drawn.");
+    say("Write a prompt first.");
     return $("prompt").focus();
   }
   await painter.close();
   live.stop();
-  followed = { pictures: [], count: desk.count };
-  await drawing.draw();
+  followed = batchOf(desk.count);
+  await drawing.draw(followed);
+}
+
+/** Pictures that are drawn together, as the stage follows them. */
+function batchOf(count) {
+  return { batch: `${Date.now()}-${dice()}`, count, pictures: [] };
 }
 
 /** Ends all that is in work; true where something was. */
@@ -128,8 +133,8 @@ async function picture(drawn) {
 
 function done(drawn, notes) {
   const wanted = shown("num_inference_steps");
-  const sketch = drawn.settings.num_inference_steps < wanted ? ["a sketch: drawing and keeping takes all steps"] : [];
-  say(described(drawn), { notes: [...sketch, ...(notes ?? [])] });
+  const sketch = drawn.settings.num_inference_steps < wanted ? ["a preview of fewer steps: Generate takes all of them"] : [];
+  say(`Preview · ${described(drawn)}`, { notes: [...sketch, ...(notes ?? [])] });
 }
 
 function end() {
@@ -149,11 +154,11 @@ function showJobs() {
 
 async function kept(drawn, notes) {
   history.add(drawn);
-  if (followed) {
+  if (followed && followed.batch === drawn.batch) {
     followed.pictures.push(drawn);
     await stage.show(followed.pictures, { size: followed.count, quiet: true });
   }
-  say(`Kept · ${described(drawn)}`, { notes });
+  say(`Saved · ${described(drawn)}`, { notes });
 }
 
 async function open(chosen) {
@@ -170,7 +175,8 @@ async function open(chosen) {
 async function remove(gone) {
   const bringBack = await history.forget(gone);
   stage.forget(gone);
-  say("Deleted.", { action: { label: "Bring it back", run: bringBack } });
+  say("Deleted.", { action: { label: "Undo", run: bringBack } });
+  if (document.activeElement === document.body) $("action").focus({ preventScroll: true });
 }
 
 async function contrast(left, right) {
@@ -178,7 +184,7 @@ async function contrast(left, right) {
   await compare(left, right);
   $("figure").scrollIntoView({ block: "nearest" });
   say(`Left: ${altOf(left)}, seed ${left.seed}. Right: ${altOf(right)}, seed ${right.seed}.`, {
-    action: { label: "End the comparison", run: endComparison },
+    action: { label: "Close the comparison", run: endComparison },
   });
 }
 
@@ -186,6 +192,7 @@ function endComparison() {
   picking = null;
   stage.setMode();
   say("");
+  $("figure").focus({ preventScroll: true });
 }
 
 const ACTS = {
@@ -196,20 +203,20 @@ const ACTS = {
     restore({ ...chosen, kind: "minisd", unknown: [] }, { ...chosen, locked });
     live.stop();
     const many = count > 1 ? count : VARIATIONS;
-    followed = { pictures: [], count: many };
+    followed = batchOf(many);
     const variation_strength = desk.fields.variation_strength || VARIATION;
-    await drawing.draw({ count: many, each: () => ({ variation_seed: dice(), variation_strength }) });
+    await drawing.draw({ ...followed, each: () => ({ variation_seed: dice(), variation_strength }) });
   },
 
   settings(chosen) {
     const notes = restore({ ...chosen, kind: "minisd", unknown: [] }, chosen);
     live.stop();
-    say("Its settings are on the desk, with its seed locked.", { notes });
+    say("Its settings are restored, and the seed is locked.", { notes });
   },
 
   compare(left) {
     picking = left;
-    say("Choose the other picture below.", { action: { label: "Never mind", run: endComparison } });
+    say("Choose the other picture in the history.", { action: { label: "Cancel", run: endComparison } });
     $("kept").querySelector("[tabindex='0']")?.focus();
   },
 

@@ -54,7 +54,7 @@ export async function close() {
   const blob = await mask.toBlob();
   change({ mask: blob });
   leave();
-  $("paint").focus();
+  $("paint").focus({ preventScroll: true });
 }
 
 /** Ends the painting without a mask: the picture is gone. */
@@ -102,7 +102,8 @@ function showBrush() {
   style.setProperty("--size", `${(thickness() * width) / mask.width}px`);
   style.setProperty("--x", `${100 * place[0]}%`);
   style.setProperty("--y", `${100 * place[1]}%`);
-  $("brushPlace").textContent = `The brush is at ${Math.round(100 * place[0])} % from the left, ${Math.round(100 * place[1])} % from the top.`;
+  const [left, top] = place.map((part) => Math.round(100 * part));
+  $("brushPlace").textContent = `The brush is at ${left} % from the left, ${top} % from the top.`;
 }
 
 function onDown(event) {

@@ -68,7 +68,9 @@ export function restore(found, { image = null, mask = null, locked = true, model
   if (fields.width === used.width && fields.height === used.height && !image) {
     [fields.width, fields.height] = [undefined, undefined];
   }
-  if ("strength" in settings && !image) notes.push("it began from another picture, which the file does not hold: add that one too");
+  if ("strength" in settings && !image) {
+    notes.push("it started from another picture, which the file does not hold: add that one too");
+  }
   if (settings.embedding || settings.vae) notes.push("its files of weights are chosen when the server starts");
   change({ fields, model: used.name, image, mask, locked });
   return notes;

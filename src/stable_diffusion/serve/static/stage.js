@@ -30,14 +30,16 @@ export function setMode(name = shownPictures.length ? "picture" : "empty") {
  */
 export async function show(pictures, { size = pictures.length, caption = false, quiet = false } = {}) {
   const mine = (turn += 1);
-  const images = await Promise.all(pictures.map((picture) => decoded(urlOf(picture), altOf(picture)).catch(() => null)));
+  const image = (picture) => decoded(urlOf(picture), altOf(picture)).catch(() => null);
+  const images = await Promise.all(pictures.map(image));
   if (mine !== turn) return;
   for (const image of images) image?.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
   const before = shownPictures;
   const gone = before.filter((picture) => !picture.id && !pictures.includes(picture));
   shownPictures = [...pictures];
   const cells = images.map((image, index) => image && (size > 1 ? cell(image, pictures[index]) : image));
-  const grows = size > 1 && size === room && gone.length === 0 && before.every((picture, at) => picture === pictures[at]);
+  const begins = before.every((picture, at) => picture === pictures[at]);
+  const grows = size > 1 && size === room && gone.length === 0 && begins;
   if (!grows) $("sheet").replaceChildren();
   $("sheet").append(...cells.slice(grows ? before.length : 0).filter(Boolean));
   room = size;
@@ -54,7 +56,10 @@ export async function show(pictures, { size = pictures.length, caption = false, 
 
 function cell(image, picture) {
   const button = el("button", { type: "button", className: "cell", title: "Show it alone" }, image);
-  button.addEventListener("click", () => show([picture]));
+  button.addEventListener("click", async () => {
+    await show([picture]);
+    $("figure").focus({ preventScroll: true });
+  });
   return button;
 }
 
