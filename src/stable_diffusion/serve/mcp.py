@@ -1,4 +1,4 @@
-"""The Model Context Protocol: one tool generates images, one lists models, for programs with a language model inside."""
+"""The Model Context Protocol: tools that generate images and list models, for programs with a language model inside."""
 
 from __future__ import annotations
 
