@@ -101,6 +101,7 @@ REFUSED = [
     ({"extra_body": {"steps": 151}}, "steps"),
     ({"extra_body": {"steps": "many"}}, "steps"),
     ({"extra_body": {"guidance_scale": "high"}}, "guidance_scale"),
+    ({"extra_body": {"guidance_scale": 1e299}}, "guidance_scale"),
     ({"extra_body": {"sampler": "best"}}, "sampler"),
     ({"extra_body": {"strength": 0}}, "strength"),
     ({"extra_body": {"negative_prompt": 7}}, "negative_prompt"),

@@ -151,6 +151,25 @@ def test_files_of_the_package_are_served_as_what_they_are(tiny: Running, path: s
     assert tiny.get(f"{path}x").status == 404 and tiny.ask("POST", path).status == 405
 
 
+def test_damaged_weights_are_the_servers_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """At each surface, with the part in the sentence and in the log; OpenAI's client does not ask again."""
+    model = tiny_model()
+    next(model.unet.parameters()).data.fill_(float("nan"))
+    body = {"prompt": "a secret wish", "steps": 1}
+    with serving({"tiny": model}) as running:
+        done = running.over(running.job(prompt="a secret wish", num_inference_steps=1))
+        openai = running.post("/v1/images/generations", body)
+        webui = running.post("/sdapi/v1/txt2img", body)
+    said = [done["error"], openai.json["error"]["message"], webui.json["detail"]]
+    assert done["status"] == "failed" and openai.status == webui.status == 500
+    assert openai.headers["x-should-retry"] == "false" and openai.json["error"]["type"] == "server_error"
+    assert all(sentence.startswith("the U-Net gave NaN") for sentence in said), said
+    lines = [
+        record.message for record in caplog.records if record.message.startswith("a job failed: the U-Net")
+    ]
+    assert len(lines) == 3 and "secret" not in caplog.text
+
+
 def used(server: Running, count: int) -> None:
     """So many requests of all kinds: kept, live, with pictures, cancelled, left, refused."""
     image = data_uri(Image.effect_noise((512, 512), 60).convert("RGB"))

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 GRACE = 10
 """Seconds for answers that are being sent when the server stops."""
+PROXIES = ("127.0.0.1", "::1")
+"""Where a proxy is believed, whatever the environment says."""
 
 AGAIN = 60.0
 """Seconds after which it is said again that no more connections can be taken."""
@@ -40,9 +42,17 @@ class Listener(uvicorn.Server):
         app: the application.
         jobs: its jobs.
         ready: called when it answers.
+        proxied: whether a proxy on this machine says whose requests it hands on.
     """
 
-    def __init__(self, app: Starlette, jobs: Jobs, ready: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        app: Starlette,
+        jobs: Jobs,
+        ready: Callable[[], object] = lambda: None,
+        *,
+        proxied: bool = False,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -54,6 +64,9 @@ class Listener(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                # Where no proxy overwrites them, a client could take another's address, and end its jobs.
+                proxy_headers=proxied,
+                forwarded_allow_ips=[*PROXIES],
                 timeout_graceful_shutdown=GRACE,
                 h11_max_incomplete_event_size=32 << 10,  # of a request's line and headers
             )

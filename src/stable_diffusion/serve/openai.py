@@ -56,10 +56,12 @@ CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 def error(status: int, message: str, field: str | None, headers: Mapping[str, str]) -> Response:
     """An error as upstream has it; its request's id stands in the log where the fault is ours."""
     id = _request_id()
+    more = {"x-request-id": id}
     if status == 500:
         logger.error("the OpenAI surface answers %s with status %d", id, status)
+        more["x-should-retry"] = "false"  # it would be the same again
     body = {"error": _error(status, message, field)}
-    return JSONResponse(body, status_code=status, headers={**headers, "x-request-id": id})
+    return JSONResponse(body, status_code=status, headers={**headers, **more})
 
 
 def _error(status: int, message: str, field: str | None) -> dict[str, str | None]:
@@ -208,7 +210,7 @@ async def picture(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The models by whose names one may choose; any other name draws with the first of them."""
+    """The models by whose names one may choose; any other name takes the first of them."""
     data = [_model(served) for served in server_of(request).models.all.values()]
     return JSONResponse({"object": "list", "data": data}, headers={"x-request-id": _request_id()})
 

@@ -22,6 +22,7 @@ from stable_diffusion import images
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import json_object, lacks_memory
 from stable_diffusion.generation.metadata import png_chunks
+from stable_diffusion.generation.pipeline import NonFinite
 from stable_diffusion.serve.door import Models, Refused, Served, asked
 from stable_diffusion.serve.guard import MAX_BODY
 from stable_diffusion.serve.job import Job
@@ -72,6 +73,8 @@ def problem(error: BaseException) -> Problem:
         return Problem(status=error.status, message=str(error), headers=headers)
     if isinstance(error, Refused):
         return Problem(status=error.status, message=str(error), field=error.field, headers=error.headers)
+    if isinstance(error, NonFinite):  # of the model's weights, not of anything that was asked for
+        return Problem(status=500, message=str(error), headers={})
     if isinstance(error, InputError):
         return Problem(status=400, message=str(error), headers={})
     if isinstance(error, Exception) and lacks_memory(error):
@@ -165,6 +168,7 @@ async def submit(
         model=served.model,
         request=wanted.request,
         finish=wanted.finish if then is None else lambda picture: then(wanted.finish(picture)),
+        public=served.public,
         notes=wanted.notes,
         bytes=wanted.bytes,
         **settings,
@@ -176,7 +180,7 @@ async def finished(request: Request, job: Job) -> list[Image.Image]:
     """The job's pictures, when they are there; a client that goes away ends it within a step.
 
     Raises:
-        InputError: what the drawing raised; Refused, 409, where somebody cancelled it, and 5xx for a fault of ours.
+        InputError: what generating raised; Refused, 409, where somebody cancelled it, and 5xx for a fault of ours.
         ClientDisconnect: the client went away.
     """
     try:
@@ -195,9 +199,9 @@ async def finished(request: Request, job: Job) -> list[Image.Image]:
 
 def told(error: Exception) -> InputError:
     """The error of a job as one to raise: what is no client's fault stands in the log already."""
-    if isinstance(error, InputError):
-        return error
     found = problem(error)
+    if isinstance(error, InputError) and found.status < 500:
+        return error
     return Refused(found.message, status=found.status, headers=found.headers)
 
 
