@@ -84,6 +84,9 @@ def test_everybody_can_use_it(browser: Any, tiny: Running, width: int, theme: st
             assert page.page.evaluate(SMALL) == [], state
             assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), state
             assert page.page.evaluate("document.getAnimations().length") == 0, state
+        page.page.evaluate("document.body.append(Object.assign(document.createElement('a'), { href: '#' }))")
+        found = page.page.evaluate("axe.run({ runOnly: ['link-name'] })")["violations"]
+        assert found and page.page.evaluate(SMALL), "both would be noticed"
 
 
 def test_light_and_dark(browser: Any, tiny: Running) -> None:

@@ -53,7 +53,8 @@ export function readParameters(text, known) {
     if (sampler) fields.sampler = sampler;
     else unknown.push(`the sampler ${said.Sampler} is not here`);
     const named = plain(said["Schedule type"] ?? "automatic");
-    const spread = named === "automatic" ? spacing : known.spacings.find((each) => plain(each) === (SPACINGS[named] ?? named));
+    const ours = known.spacings.find((each) => plain(each) === (SPACINGS[named] ?? named));
+    const spread = named === "automatic" ? spacing : ours;
     if (spread) fields.spacing = spread;
     else if (named !== "automatic") unknown.push(`the schedule ${said["Schedule type"]} is not here`);
   }

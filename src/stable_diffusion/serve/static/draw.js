@@ -118,9 +118,14 @@ async function followFirst() {
     await watch(job, control.signal);
   } catch (error) {
     if (error.name === "AbortError") return;
-    if (!(error instanceof api.Problem)) throw error;
-    if (error.status === 404) await lose(job, "A picture is gone: the server keeps finished pictures for ten minutes.");
-    else if (!(await patience(error))) await drop(job);
+    if (!(error instanceof api.Problem)) {
+      reportError(error); // a mistake of this page: the next picture has nothing to do with it
+      await drop(job);
+    } else if (error.status === 404) {
+      await lose(job, "A picture is gone: the server keeps finished pictures for ten minutes.");
+    } else if (!(await patience(error))) {
+      await drop(job);
+    }
   }
 }
 

@@ -55,7 +55,11 @@ export async function forget(picture) {
 /** Marks the pictures that are on the stage. */
 export function mark(shown) {
   const ids = new Set(shown.map(({ id }) => id));
-  for (const option of options()) option.setAttribute("aria-selected", ids.has(option.dataset.id));
+  for (const option of options()) {
+    const seen = ids.has(option.dataset.id);
+    option.classList.toggle("shown", seen);
+    option.setAttribute("aria-selected", seen && ids.size === 1);
+  }
 }
 
 const options = () => [...$("kept").children];

@@ -92,6 +92,7 @@ async function run() {
       last = wanted;
     }
   } catch (error) {
+    show.end();
     if (error instanceof api.Problem) retry = (await patience(error)) && !control.signal.aborted;
     else if (error.name !== "AbortError") throw error;
   } finally {
