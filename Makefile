@@ -34,10 +34,10 @@ help: ## list these words
 
 setup: $(VENV)/.installed ## create the environment, in venv/
 
-image: $(VENV)/.installed ## draw PROMPT and print the picture's path (ARGS: more options)
+image: $(VENV)/.installed ## generate a picture of PROMPT and print the picture's path (ARGS: more options)
 	@$(BIN)/minisd generate "$$PROMPT" $(ARGS)
 
-serve: $(VENV)/.installed-serve ## open a page that draws (ARGS: models and options)
+serve: $(VENV)/.installed-serve ## open a page that generates pictures (ARGS: models and options)
 	@$(BIN)/minisd serve --open $(ARGS)
 
 test: lint ## check style and types, then run the fast tests
@@ -54,7 +54,7 @@ lint: $(VENV)/.installed-dev ## check style and types
 bench: $(VENV)/.installed-dev ## measure what starting costs
 	$(BIN)/python benchmarks/startup.py
 
-golden: $(VENV)/.installed-dev ## draw the golden pictures anew, after a change that is meant to change pictures
+golden: $(VENV)/.installed-dev ## generate the golden pictures anew, after a change that is meant to change pictures
 	$(BIN)/python -m tests.test_packaged
 	$(BIN)/python -m tests.evaluation.test_features
 

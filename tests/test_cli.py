@@ -69,9 +69,8 @@ def minisd(capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*arguments: object) -> Result:
         code: int | str | None = 0
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "default", UserWarning
-            )  # which the tests have as errors, the command as notes
+            # Notes in the command; in tests warnings are errors otherwise.
+            warnings.simplefilter("default", UserWarning)
             try:
                 cli.main([str(argument) for argument in arguments])
             except SystemExit as end:
@@ -423,12 +422,15 @@ def test_bad_inputs_are_one_sentence_and_exit_code_2(minisd: Any, model: str) ->
     failures: list[tuple[Any, ...]] = []
     base: tuple[object, ...] = ("generate", "a", "--model", model)
     for arguments, message in [
-        (("generate", "--model", model), 'what shall be drawn? Give a prompt in quotes, such as "a fox"'),
+        (("generate", "--model", model), 'what shall be generated? Give a prompt in quotes, such as "a fox"'),
         (
             ("generate", "--model", "folder"),
-            'what shall be drawn? Give a prompt in quotes, such as "a red circle"',
+            'what shall be generated? Give a prompt in quotes, such as "a red circle"',
         ),
-        (("generate",), f'what shall be drawn? Give a prompt in quotes, such as "{PACKAGED["prompts"][0]}"'),
+        (
+            ("generate",),
+            f'what shall be generated? Give a prompt in quotes, such as "{PACKAGED["prompts"][0]}"',
+        ),
         ((*base, "--size", 33), "multiple of 4, got 33; nearest are 32 and 36"),
         ((*base, "--size", "32x"), "WIDTHxHEIGHT"),
         ((*base, "--size", "0"), "width must be"),
@@ -697,7 +699,7 @@ def test_help_of_generate_shows_what_the_packaged_model_draws(
     result = minisd("generate", "--help")
     assert result.code == 0
     lines = [f'  minisd generate "{prompt}"' for prompt in PACKAGED["prompts"]]
-    told = f"What the packaged model, {PACKAGED['name']}, draws:"
+    told = f"What the packaged model, {PACKAGED['name']}, generates:"
     below = result.out.splitlines()[result.out.splitlines().index(told) + 1 :]
     assert below[: len(lines)] == lines
     assert " ".join(line.strip() for line in below[len(lines) :]) == (
@@ -708,7 +710,7 @@ def test_help_of_generate_shows_what_the_packaged_model_draws(
     styled = cli.generate._shown(model)
     monkeypatch.setattr(cli.generate, "_shown", lambda model: styled)
     assert minisd("generate", "-h").out.splitlines()[-4:] == [
-        "What the packaged model, tiny, draws:",
+        "What the packaged model, tiny, generates:",
         '  minisd generate "a fox"',
         "Its styles: noto style, 3d render; a prompt that names none is rendered in noto",
         "  style.",

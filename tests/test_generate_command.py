@@ -59,9 +59,8 @@ def generate(capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*arguments: object, model: str = "tiny") -> Run:
         code: Any = 0
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "default", UserWarning
-            )  # which the tests have as errors, the command as notes
+            # Notes in the command; in tests warnings are errors otherwise.
+            warnings.simplefilter("default", UserWarning)
             try:
                 cli.main(["generate", *map(str, arguments), "--model", model])
             except SystemExit as end:

@@ -26,6 +26,7 @@ Depth = Annotated[int, within(1, 32)]
 Vocabulary = Annotated[int, within(1, 2**20)]
 """Vectors of a table."""
 Part = Annotated[float, within(0, 1)]
+GuidanceScale = Annotated[float, within(-10_000, 10_000)]
 Beta = Annotated[float, within(1e-8, 0.999)]
 """Variance that a step of the forward process adds."""
 Widths = Annotated[tuple[Width, ...], sized(1, 8)]
@@ -259,7 +260,7 @@ class SamplerConfig(Settings):
 class Guidance(Settings):
     """Classifier-free guidance (`diffusion.guidance`)."""
 
-    scale: Annotated[float, within(-10_000, 10_000)] = 7.5
+    scale: GuidanceScale = 7.5
     """1 and below is no guidance, and half the work."""
     interval: Interval = (0.0, 1.0)
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on (Kynkäänniemi et al. 2024)."""

@@ -20,10 +20,10 @@ from stable_diffusion.errors import InputError, shown
 from stable_diffusion.fields import typed
 from stable_diffusion.files import as_path, slug
 from stable_diffusion.generation import pipeline
+from stable_diffusion.generation.prompt_weights import lora_weights
 from stable_diffusion.generation.request import Request
 from stable_diffusion.generation.sizes import check_size
 from stable_diffusion.generation.text import encode_texts
-from stable_diffusion.generation.weights import lora_weights
 from stable_diffusion.nn.text import PromptEmbeds
 from stable_diffusion.parts import ModelParts
 from stable_diffusion.runtime import first_process

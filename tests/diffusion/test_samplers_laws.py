@@ -128,9 +128,8 @@ def test_deterministic_samplers_reach_the_gaussian(name: str) -> None:
     levels = [*sampling_levels(config, STABLE_DIFFUSION, 500)[:-1], CLEAN]
     x = normal()
     exact = transported(x, levels[0], CLEAN)
-    tolerance = (
-        2e-2 if name in ("ddim", "euler", "dpmpp_1m") else 1e-2
-    )  # the step to clean latents is of first order
+    # The step to clean latents is of first order.
+    tolerance = 2e-2 if name in ("ddim", "euler", "dpmpp_1m") else 1e-2
 
     def none() -> Tensor:
         raise AssertionError("noise was sampled")

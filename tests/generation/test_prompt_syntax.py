@@ -15,11 +15,10 @@ from torch import Tensor
 
 from stable_diffusion import DiffusionModel, InputError
 from stable_diffusion.config import MINILM, ModelConfig, Styles
-from stable_diffusion.generation import weights
 from stable_diffusion.generation.metadata import parameters, read_settings, save_png
+from stable_diffusion.generation.prompt_weights import Piece, parse_prompt
 from stable_diffusion.generation.request import Request, parse
 from stable_diffusion.generation.text import with_style_words
-from stable_diffusion.generation.weights import Piece
 from stable_diffusion.nn.adapters import LoRA
 from tests.lively import lively
 from tests.tiny import TINY, tiny_model
@@ -153,7 +152,7 @@ def test_what_is_not_done_is_one_note_and_text(model: DiffusionModel) -> None:
 def test_the_default_style_follows_at_the_weight_1(
     prompt: str, expected: list[list[tuple[str, float]]]
 ) -> None:
-    found = with_style_words(weights.parse(prompt), STYLED.styles)
+    found = with_style_words(parse_prompt(prompt), STYLED.styles)
     assert found == tuple(tuple(Piece(*piece) for piece in part) for part in expected)
 
 

@@ -43,9 +43,8 @@ def test_a_request_is_the_models_defaults_and_what_is_given() -> None:
         CONFIG, prompt="a", guidance_scale=Guidance(scale=2.0, rescale=0.5), sampler="DPM++ 2M"
     )
     assert (other.guidance_scale, other.guidance_rescale) == (2.0, 0.5)
-    assert other.sampler_config == SamplerConfig(
-        name="DPM++ 2M"
-    )  # not the spacing of the model's own sampler
+    # Not the spacing of the model's own sampler.
+    assert other.sampler_config == SamplerConfig(name="DPM++ 2M")
     assert Request.of(CONFIG, prompt="a", guidance_scale=0, seed=0).guidance_scale == 0.0
     assert Request.of(CONFIG, prompt="a", width=None, sampler=None).width == 32
 

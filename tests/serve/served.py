@@ -157,19 +157,23 @@ def until(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
 
 
 @contextlib.contextmanager
-def serving(models: Mapping[str, Any], *, more: Iterable[Route] = (), **rules: Any) -> Iterator[Running]:
+def serving(
+    models: Mapping[str, Any], *, more: Iterable[Route] = (), proxied: bool = False, **rules: Any
+) -> Iterator[Running]:
     """A server of these models, the first of which is the default one.
 
     Args:
         models: by name.
         more: routes beside the application's.
+        proxied: whether it stands behind a proxy.
         rules: fields of ``Rules``.
     """
     served = [Served(name=name, model=model, created=1) for name, model in models.items()]
     jobs = Jobs()
     server = Server(models=Models(served), jobs=jobs)
     ready = threading.Event()
-    listener = Listener(application(server, Rules(**{"hosts": HOSTS, **rules}), more), jobs, ready.set)
+    app = application(server, Rules(**{"hosts": HOSTS, **rules}), more)
+    listener = Listener(app, jobs, ready.set, proxied=proxied)
     with contextlib.closing(bound("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=listener.run, args=([listening],), daemon=True)
         thread.start()

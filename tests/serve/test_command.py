@@ -219,3 +219,22 @@ def test_the_page_opens_when_it_is_there(
     captured = capsys.readouterr()
     assert captured.err == "minisd: stopped\n"
     assert [f"minisd serves tiny at {address}\n" for address in opened] == [captured.out]
+
+
+def test_a_second_signal_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one lets the server end by itself; after another the exit code is a stopped command's."""
+    asked: list[bool] = []
+
+    def run(self: Listener, sockets: list[socket.socket]) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            asked.append(self.should_exit)
+
+    monkeypatch.setattr(Listener, "run", run)
+    monkeypatch.setattr(serve, "loaded", lambda *_: [Served(name="tiny", model=tiny_model(), created=1)])
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve", "--port", "0"])
+    assert asked == [True] and end.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "minisd: stopped\n"

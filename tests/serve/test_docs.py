@@ -54,7 +54,7 @@ def balanced(tmp_path: Path) -> Iterator[Balanced]:
     stacks = {"7861": ExitStack(), "7862": ExitStack()}
     workers = {}
     for name, stack in stacks.items():
-        running = stack.enter_context(serving({name: tiny_model()}, hosts=HOSTS | {NAME}))
+        running = stack.enter_context(serving({name: tiny_model()}, hosts=HOSTS | {NAME}, proxied=True))
         workers[name] = running
         assert f"127.0.0.1:{name};" in file
         file = file.replace(f"127.0.0.1:{name};", f"127.0.0.1:{running.port};")

@@ -252,7 +252,7 @@ def test_no_path_reaches_the_disk(tiny: Running, touched: list[tuple[str, Any]])
         "/api/jobs/%ff",
     ):
         assert tiny.get(path).status == 404, path
-    assert touched == [] or not [each for each in touched if each[0] == "open"]
+    assert not [each for each in touched if each[0] == "open"]
 
 
 def test_settings_are_no_paths_and_no_addresses(
@@ -265,14 +265,8 @@ def test_settings_are_no_paths_and_no_addresses(
         other.settimeout(0.2)
         address = f"http://127.0.0.1:{other.getsockname()[1]}/x.png"
         touched.clear()
-        for value in (
-            str(secret),
-            f"file://{secret}",
-            "/etc/passwd",
-            "../secret.png",
-            address,
-            "//127.0.0.1/x",
-        ):
+        paths = (str(secret), f"file://{secret}", "/etc/passwd", "../secret.png")
+        for value in (*paths, address, "//127.0.0.1/x"):
             for name in ("image", "mask_image", "model", *LOADING):
                 fields = {"prompt": "a", name: value if name != "ema" else True}
                 assert tiny.post("/api/jobs", fields).status in (400, 404), (name, value)

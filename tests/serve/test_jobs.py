@@ -323,11 +323,11 @@ def test_previews_are_spread_evenly(
     found = []
     for picture in range(2):
         for step in range(1, total + 1):
-            before = job.previewed
+            before = job.progress.previewed
             gated.let()
-            until(lambda: (job.progress.picture, job.step) == (picture, step))  # noqa: B023
-            assert job.total == total
-            if job.previewed > before:
+            until(lambda: (job.progress.picture, job.progress.step) == (picture, step))  # noqa: B023
+            assert job.progress.total == total
+            if job.progress.previewed > before:
                 found.append((picture, step))
         gated.let()
         until(lambda: len(job.pictures) > picture)  # noqa: B023

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.generation.metadata import parameters
+from stable_diffusion.generation.request import FIELDS, LOADING
 from tests.serve.served import Running, data_uri, until
 from tests.tiny import TINY
 
@@ -49,12 +50,15 @@ def test_a_second_pass_makes_the_picture_larger_than_the_size(tiny: Running) -> 
         assert done["pictures"][0]["settings"]["width"] == drawn
 
 
-def test_models_say_what_can_be_asked(tiny: Running) -> None:
+def test_models_say_what_can_be_asked(tiny: Running, packaged: Running) -> None:
     found = tiny.get("/api/models").json
     (model,) = found["models"]
-    assert model["name"] == "tiny" and model["default"] is True
+    assert model["name"] == "tiny" and model["default"] is True and model["packaged"] is False
     assert (model["width"], model["factor"], model["num_inference_steps"]) == (32, TINY.vae.factor, 4)
+    chosen = FIELDS.keys() - set(LOADING) - {"latents"}
+    assert set(found["settings"]) == chosen and len(found["settings"]) == len(chosen)
     assert found["limits"]["waiting"] == 64 and "euler" in found["samplers"] and found["version"]
+    assert [each["packaged"] for each in packaged.get("/api/models").json["models"]] == [True]
 
 
 def test_events_tell_all_that_happens(tiny: Running) -> None:

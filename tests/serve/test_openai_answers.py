@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +101,7 @@ REFUSED = [
     ({"extra_body": {"steps": 151}}, "steps"),
     ({"extra_body": {"steps": "many"}}, "steps"),
     ({"extra_body": {"guidance_scale": "high"}}, "guidance_scale"),
+    ({"extra_body": {"guidance_scale": 1e299}}, "guidance_scale"),
     ({"extra_body": {"sampler": "best"}}, "sampler"),
     ({"extra_body": {"strength": 0}}, "strength"),
     ({"extra_body": {"negative_prompt": 7}}, "negative_prompt"),
@@ -124,6 +127,7 @@ def test_edits_that_are_refused(openai_client: Any) -> None:
         ({"image": []}, "image"),
         ({"image": b"no picture"}, "image"),
         ({"image": bomb}, "image"),
+        ({"image": file(Image.new("1", (16_385, 1)))}, "image"),
         ({"image": content[:200]}, "image"),
         ({"image": content, "mask": b""}, "mask"),
         ({"image": content, "mask": file(half_erased((128, 64)))}, "mask"),
@@ -153,6 +157,8 @@ def test_bodies_that_are_not_what_they_should_be(openai_client: Any, several: Ru
         ("images/edits", "application/json", b'{"prompt": "a fox"}', 415),
         ("images/edits", "multipart/form-data", b"", 400),
         ("images/edits", "multipart/form-data; boundary=x", b"--y\r\nfoo", 400),
+        ("images/edits", "multipart/form-data; boundary=x; charset=punycode", b"", 415),
+        ("images/edits", "multipart/form-data; boundary=x; charset=unicode_escape", b"", 415),
         ("images/variations", "application/json", b"{}", 404),
         ("models", "application/json", b"{}", 405),
     ]
@@ -167,6 +173,15 @@ def test_bodies_that_are_not_what_they_should_be(openai_client: Any, several: Ru
             assert answer.headers["x-request-id"]
     with pytest.raises(openai.BadRequestError, match="Too many files"):
         openai_client.images.edit(image=[file(photo())] * 5, **QUICK)
+
+
+def test_uploads_need_no_disk(openai_client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Large ones go to a temporary file elsewhere, for which a full disk has no room."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    large = file(Image.effect_noise((1200, 1200), 90))
+    assert len(large) > 1 << 20
+    answer = openai_client.images.edit(image=large, size="auto", **QUICK)
+    assert opened(answer.data[0]).size == (1200, 1200)
 
 
 # One model, many askers.

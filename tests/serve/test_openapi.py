@@ -17,10 +17,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from stable_diffusion.generation.request import FIELDS, LOADING
 from stable_diffusion.generation.strangers import LIMITS
 from stable_diffusion.serve import app, page
-from stable_diffusion.serve.door import MOST_PIXELS
+from stable_diffusion.serve.door import MOST_PIXELS, SETTINGS
 from tests.serve.served import PATIENCE, Running
 
 DESCRIBED: dict[str, Any] = json.loads(page.FILES["/openapi.json"].content)
@@ -63,8 +62,7 @@ def test_it_names_the_routes_and_no_others() -> None:
 
 def test_a_job_has_the_fields_of_a_request() -> None:
     properties = DESCRIBED["components"]["schemas"]["JobRequest"]["properties"]
-    chosen = FIELDS.keys() - set(LOADING) - {"latents"}
-    assert properties.keys() == chosen | {"model", "previews", "client"}
+    assert properties.keys() == {*SETTINGS, "model", "previews", "client"}
     for name, most in LIMITS.items():
         assert properties[name]["maximum"] == most
     assert f"{MOST_PIXELS:,} pixels" in DESCRIBED["components"]["schemas"]["Image"]["description"]

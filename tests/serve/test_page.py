@@ -111,7 +111,7 @@ def test_a_picture_stays_until_the_next_one_comes(browser: Any, gated: tuple[Run
         page["#kept [role=option]"].wait_for()
         page.rest()
         (said,) = [text for text in page.page.evaluate("said") if text]
-        assert said.startswith("Kept")
+        assert said.startswith("Saved")
 
 
 def test_escape_stops(browser: Any, gated: tuple[Running, Gated]) -> None:
@@ -230,7 +230,7 @@ def test_history(browser: Any, tiny: Running, width: int) -> None:
         page["#sheet img[alt='a circle']"].wait_for()
         page["[data-act=delete]"].click()
         page.until(lambda: options.count() == 1)
-        page["#action:text('Bring it back')"].click()
+        page["#action:text('Undo')"].click()
         page.until(lambda: options.count() == 2)
 
         page["#prompt"].fill("a star")

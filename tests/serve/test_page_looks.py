@@ -164,18 +164,18 @@ def test_screen_readers_hear_what_is_there(browser: Any, tiny: Running) -> None:
         tree = page["body"].aria_snapshot()
     for line in (
         'heading "minisd" [level=1]',
-        'textbox "What shall be drawn?"',
+        'textbox "Prompt"',
         'switch "Live" [checked]',
-        'button "Draw and keep',
-        'combobox "Pictures at once"',
-        'button "Keep this seed"',
+        'button "Generate',
+        'combobox "Number of pictures"',
+        'button "Lock the seed"',
         'img "a circle"',
-        "status: Kept",
-        'group "With this picture"',
-        'listbox "Kept"',
+        "status: Saved",
+        'group "Actions for this picture"',
+        'listbox "History"',
         'option "a circle" [selected]',
     ):
         assert line in tree, (line, tree)
-    order = ("What shall", "Draw and keep", "status:", "Begin from a picture", "listbox")
+    order = ('"Prompt"', 'button "Generate', "status:", "Image to image", "listbox")
     positions = [tree.index(word) for word in order]
     assert positions == sorted(positions)

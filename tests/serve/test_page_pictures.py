@@ -64,7 +64,7 @@ def test_bringing_a_picture_is_the_same_in_every_way(browser: Any, tiny: Running
         page["#startImage"].wait_for()
         assert page.file("m.state.desk.image") == png()
         page.bring(way, b"no picture", "text.txt", "text/plain")
-        page["#line.error #status:text('no picture')"].wait_for()
+        page["#line.error #status:text('cannot be read as a picture')"].wait_for()
 
 
 @pytest.mark.parametrize("texts", ["minisd", "parameters"])
@@ -123,7 +123,7 @@ def test_a_strangers_settings_are_data(browser: Any, tiny: Running) -> None:
         sent: list[str] = []
         page.page.on("request", lambda request: sent.append(request.post_data or ""))
         page.bring("drop", png((32, 32), {"minisd": json.dumps(hostile)}))
-        page["#status:text('began from another picture')"].wait_for()
+        page["#status:text('started from another picture')"].wait_for()
         page.draw()
         assert any('"num_inference_steps":2' in body for body in sent)
         assert not any("/etc/" in body or "constructor" in body for body in sent)
@@ -257,7 +257,7 @@ def test_a_mask_is_painted_where_the_pointer_is(browser: Any, tiny: Running, wid
         assert abs(rows.mean() - 64) < 2 and abs(columns.mean() - 72) < 2
         assert abs(columns.min() - 38) < 3 and abs(columns.max() - 106) < 3 and abs(np.ptp(rows) - 19) < 3
         page["#painted"].click()
-        page["#paintLabel:text('Change the mask')"].wait_for()
+        page["#paintLabel:text('Edit the mask')"].wait_for()
         page["#prompt"].fill("a circle")
         (content,) = page.draw()
         mask = np.array(opened(page.file("m.state.desk.mask")).convert("L")) > 127

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import io
 import sys
@@ -15,8 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stable_diffusion.serve import jobs, page
+from stable_diffusion.serve import app, jobs, page
+from stable_diffusion.serve.guard import Rules
 from stable_diffusion.serve.job import Job
+from stable_diffusion.serve.listen import Listener
 from stable_diffusion.serve.replies import Stream, encoded, event, finished, json_body, server_of, submit
 from tests.serve.served import Gated, Running, data_uri, send, serving, until
 from tests.serve.test_guard import resident
@@ -112,6 +115,31 @@ def test_files_of_pictures() -> None:
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("path", ["/api/jobs", "/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_body_of_millions_of_values_is_not_parsed(tiny: Running, path: str) -> None:
+    """It would hold up everybody for half a minute."""
+    answer = tiny.ask(
+        "POST", path, b'{"a":[' + b"[]," * 10_000_000 + b"1]}", {"Content-Type": "application/json"}
+    )
+    assert answer.status == 413 and b"commas" in answer.body
+    assert tiny.post(path, {"prompt": "a, " * 3000, "num_inference_steps": 0}).status in (200, 400)
+
+
+def test_too_many_connections_do_not_flood_the_log(tiny: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio tries to take each 2,048 times a second, with a traceback a time."""
+    listener, loop = (
+        Listener(app.application(tiny.server, Rules(hosts=frozenset())), tiny.jobs),
+        asyncio.new_event_loop(),
+    )
+    for number in (errno.EMFILE, errno.ENFILE, errno.EMFILE, errno.EIO):
+        listener.failed(loop, {"exception": OSError(number, "no more"), "message": "accept"})
+    loop.close()
+    assert [record.getMessage().partition("\n")[0] for record in caplog.records] == [
+        "new clients wait until others are gone: no more",
+        "accept",
+    ]
+
+
 @pytest.mark.parametrize("path", page.FILES)
 def test_files_of_the_package_are_served_as_what_they_are(tiny: Running, path: str) -> None:
     file = page.FILES[path]
@@ -121,6 +149,25 @@ def test_files_of_the_package_are_served_as_what_they_are(tiny: Running, path: s
     assert file.type.partition("/")[0] != "text" or "utf-8" in answer.headers["Content-Type"]
     assert tiny.get(path, **{"If-None-Match": file.etag}).status == 304
     assert tiny.get(f"{path}x").status == 404 and tiny.ask("POST", path).status == 405
+
+
+def test_damaged_weights_are_the_servers_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """At each surface, with the part in the sentence and in the log; OpenAI's client does not ask again."""
+    model = tiny_model()
+    next(model.unet.parameters()).data.fill_(float("nan"))
+    body = {"prompt": "a secret wish", "steps": 1}
+    with serving({"tiny": model}) as running:
+        done = running.over(running.job(prompt="a secret wish", num_inference_steps=1))
+        openai = running.post("/v1/images/generations", body)
+        webui = running.post("/sdapi/v1/txt2img", body)
+    said = [done["error"], openai.json["error"]["message"], webui.json["detail"]]
+    assert done["status"] == "failed" and openai.status == webui.status == 500
+    assert openai.headers["x-should-retry"] == "false" and openai.json["error"]["type"] == "server_error"
+    assert all(sentence.startswith("the U-Net gave NaN") for sentence in said), said
+    lines = [
+        record.message for record in caplog.records if record.message.startswith("a job failed: the U-Net")
+    ]
+    assert len(lines) == 3 and "secret" not in caplog.text
 
 
 def used(server: Running, count: int) -> None:

@@ -16,8 +16,9 @@ from PIL import Image, PngImagePlugin
 
 from stable_diffusion.generation.metadata import parameters
 from tests.generation.test_infotext import A1111
+from tests.lively import lively
 from tests.serve.served import PATIENCE, Gated, Running, gated_job, serving, until
-from tests.serve.webui_files import OURS, Post, asking, client, colours
+from tests.serve.webui_files import OURS, Post, asking, client, colours, lora_file
 from tests.tiny import tiny_model
 
 
@@ -177,6 +178,16 @@ def test_interrupt_and_skip_end_their_own_jobs_only() -> None:
         until(lambda: last.status == "done")
 
 
+@pytest.mark.parametrize("proxied", [False, True])
+def test_nobody_takes_anothers_address(proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only behind a proxy of this machine is a header believed that says whose a request is."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    with serving({"tiny": Gated(tiny_model())}, proxied=proxied) as running:
+        job = running.jobs.add(gated_job(running.server.models.default.model, "a", client="sdapi 10.0.0.9"))
+        assert running.post("/sdapi/v1/interrupt", {}, **{"X-Forwarded-For": "10.0.0.9"}).status == 200
+        assert job.stop.is_set() == proxied
+
+
 def test_a_client_that_goes_away_ends_its_job() -> None:
     model = Gated(tiny_model())
     with serving({"tiny": model}) as running:
@@ -248,6 +259,26 @@ def test_loras(api: webuiapi.WebUIApi) -> None:
     assert "<lora:fox:1>" in with_lora.info["infotexts"][0]
     with pytest.raises(RuntimeError, match=r"422.*unknown LoRA"):
         api.txt2img(prompt="a fox <lora:cat:1>", **given)
+
+
+def test_the_loras_of_a_prompt_act_alone(tmp_path: Path) -> None:
+    """Without a tag those of the start do, with their weights there."""
+    model = tiny_model()
+    lively(model.unet)
+    for name, weight in (("fox", 0.5), ("owl", 2.0)):
+        model.load_lora(lora_file(model, tmp_path / f"{name}.safetensors"), weight)
+    with serving({"tiny": model}) as running:
+        for tag, lora in (
+            ("", {"fox": 0.5, "owl": 2.0}),
+            ("<lora:fox:1.5>", {"fox": 1.5}),
+            ("<lora:fox:1><lora:owl:0>", {"fox": 1.0}),
+        ):
+            result = client(running).txt2img(prompt=f"a{tag}", seed=1, cfg_scale=2, width=32, height=32)
+            (expected,) = model.generate(
+                "a", seed=1, guidance_scale=2, num_inference_steps=2, sampler="euler_a", lora=lora
+            )
+            assert result.image.tobytes() == expected.tobytes(), tag
+            assert ("owl" in result.info["infotexts"][0]) == (tag != "<lora:fox:1.5>")
 
 
 def test_prompts_have_the_webuis_syntax(api: webuiapi.WebUIApi) -> None:

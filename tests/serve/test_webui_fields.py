@@ -76,6 +76,8 @@ def test_resize_modes(webui: Running) -> None:
     assert stretched["image"].size == stretched["mask_image"].size == (32, 64)
     assert np.asarray(stretched["mask_image"]).mean() == 127.5
     assert cropped["image"].size == (40, 20) and fields(width=80, height=40)["image"].size == (40, 20)
+    body |= {"width": None, "init_images": [png(Image.new("1", (10_000, 20)))]}
+    assert fields()["image"].size == (2048, 64), "a side that nobody gave is no longer than one may be"
 
 
 # Names.

@@ -38,9 +38,8 @@ WRAPPER = torch._dynamo.eval_frame.OptimizedModule
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(
-        jaxtyping.config, "jaxtyping_disable", True
-    )  # dynamo cannot trace the checks of shapes
+    # Dynamo cannot trace the checks of shapes.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     torch._dynamo.reset()
     monkeypatch.setitem(record.PAYS, "cpu", 0.0)  # tiny stages take no minutes
     monkeypatch.setattr(record, "LONG", 0)

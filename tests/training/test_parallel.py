@@ -46,9 +46,8 @@ def gradients(case: str, data: CocoImageLoader, folder: Path, process: int, proc
     model = tiny_model(config)
     stage: Any = KINDS[settings.kind].stage(model, settings)
     list(stage.prepare(Workspace(model, data, data.entries(), folder)))
-    if (
-        settings.kind == "contrastive"
-    ):  # a caption of two colours brings its swap: not as many in each process
+    # A caption of two colours brings its swap: not as many in each process
+    if settings.kind == "contrastive":
         stage.captions = [f"{caption} on red" for caption in stage.captions]
     with torch.no_grad():
         for parameter in model.unet.parameters():  # a new network predicts 0, and has no other gradients

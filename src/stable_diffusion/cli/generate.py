@@ -131,7 +131,7 @@ def generate(
     config = _shown(reading.get("model"))
     if not asked.get("prompt"):
         example = (*config.prompts, "a red circle")[0]
-        raise InputError(f'what shall be drawn? Give a prompt in quotes, such as "{example}"')
+        raise InputError(f'what shall be generated? Give a prompt in quotes, such as "{example}"')
     draft = Request.of(config, **asked)
     asked |= {name: getattr(draft, name) for name in ("seed", "variation_seed", *PICTURES)}  # once for all
     drafts = work.requests(partial(Request.of, config), asked, draft.picture(0))
@@ -255,7 +255,7 @@ def examples() -> Iterator[str]:
     """The lines below the help of ``generate``: prompts and styles of the package's own model."""
     config = _shown(None)
     if config.prompts:
-        yield f"What the packaged model, {config.name}, draws:"
+        yield f"What the packaged model, {config.name}, generates:"
     for prompt in config.prompts:
         yield f'  minisd generate "{prompt}"'
     if config.styles != Styles():

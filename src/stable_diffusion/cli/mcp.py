@@ -1,4 +1,4 @@
-"""``minisd mcp``: a tool that draws, for programs in which a language model works."""
+"""``minisd mcp``: a tool that generates images, for programs in which a language model works."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def mcp(
     vae: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Speak the Model Context Protocol on standard input and output: one tool draws, one lists models and styles.
+    """Speak the Model Context Protocol on standard input and output: one tool generates images, one lists models.
 
     Args:
         model: Models to choose among: folders, single files or hub names (owner/name). By default the model that the

@@ -48,7 +48,7 @@ def serve(
     allow_host: Several = (),
     open_: Annotated[bool, tyro.conf.arg(name="open")] = False,
 ) -> None:
-    """Serve a page that draws, and the HTTP interfaces of OpenAI and AUTOMATIC1111, until it is stopped.
+    """Serve a page that generates pictures, and the HTTP interfaces of OpenAI and AUTOMATIC1111, until it is stopped.
 
     Args:
         model: Models that the page and programs choose among: folders, single files or hub names (owner/name). By
@@ -64,7 +64,8 @@ def serve(
         prompt_syntax: How the page and AUTOMATIC1111's interface read prompts: a1111 takes (word:1.3) for a weight,
             plain takes all for words.
         allow_origin: Another web site, such as https://example.org, whose pages may ask; may be repeated.
-        allow_host: Another name of this server, such as a proxy's; may be repeated.
+        allow_host: Another name of this server, such as a proxy's; may be repeated. A proxy on this machine is then
+            believed which client it asks for.
         open_: Open the page in a browser.
     """
     key = _key(api_key)
@@ -103,7 +104,7 @@ def serve(
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
         rules = Rules(hosts=names, key=key, origins=origins)
-        listener = Listener(application(server, rules), server.jobs, ready)
+        listener = Listener(application(server, rules), server.jobs, ready, proxied=bool(allow_host))
 
         def stop(number: int, _: object) -> None:
             if listener.should_exit:  # asked twice

@@ -152,9 +152,8 @@ def _take_settings(model: DiffusionModel, settings: ModelConfig) -> None:
             )
     if settings.vae != model.config.vae:
         before, model.vae = model.vae, autoencoder(settings.vae).eval()
-        assert isinstance(before, AutoencoderTiny) and isinstance(
-            model.vae, AutoencoderTiny
-        )  # others are equal
+        # Other autoencoders are equal.
+        assert isinstance(before, AutoencoderTiny) and isinstance(model.vae, AutoencoderTiny)
         model.vae.begin_as(before)
     model.config = settings
 

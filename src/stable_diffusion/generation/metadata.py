@@ -16,7 +16,7 @@ from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES,
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import create, json_object
 from stable_diffusion.generation.given import split_file
-from stable_diffusion.generation.weights import LORA, lora_name
+from stable_diffusion.generation.prompt_weights import LORA, lora_name
 from stable_diffusion.images import opened
 
 _SHEET = "minisd-sheet"

@@ -21,9 +21,15 @@ from stable_diffusion.errors import InputError
 from stable_diffusion.generation import syntax
 from stable_diffusion.generation.denoise import Codec, Known, Network, denoiser
 from stable_diffusion.generation.interpolate import mixed, slerp
+from stable_diffusion.generation.prompt_weights import (
+    Prompt,
+    left_as_text,
+    lora_weights,
+    parse_prompt,
+    without_loras,
+)
 from stable_diffusion.generation.request import Request
 from stable_diffusion.generation.text import encode_texts, encode_weighted, with_style, with_style_words
-from stable_diffusion.generation.weights import Prompt, lora_weights, parse, unobeyed, without_loras
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 
 Latents = Float[Tensor, "b c h w"]
@@ -207,10 +213,12 @@ def encode_prompts(parts: Parts, request: Request, notes: list[str]) -> tuple[Pr
         *prompts, negatives = _encoded(parts, [*styled, [*negative]], encode_texts, notes)
     else:
         texts = [[without_loras(prompt)[0] for prompt in end] for end in ends]
-        if note := syntax.note_of(map(unobeyed, sorted({*negative}.union(*texts))), plain=False):
+        if note := syntax.note_of(map(left_as_text, sorted({*negative}.union(*texts))), plain=False):
             notes.append(note)
-        weighed = [[with_style_words(parse(text), styles) for text in end] for end in texts]
-        *prompts, negatives = _encoded(parts, [*weighed, [*map(parse, negative)]], encode_weighted, notes)
+        weighed = [[with_style_words(parse_prompt(text), styles) for text in end] for end in texts]
+        *prompts, negatives = _encoded(
+            parts, [*weighed, [*map(parse_prompt, negative)]], encode_weighted, notes
+        )
     if len(prompts) == 1:
         return prompts[0], negatives
     return mixed(prompts[0], prompts[1], request.mix_strength), negatives

@@ -14,6 +14,7 @@ from PIL import Image
 
 from stable_diffusion.config import (
     Guidance,
+    GuidanceScale,
     Interval,
     ModelConfig,
     Part,
@@ -52,7 +53,7 @@ class Request:
     """Seed of the first picture, 0 to 2**63 - 1; each further one takes the next number, but variations share it."""
     num_inference_steps: Annotated[int, within(1, 100_000)]
     """Steps from noise to picture, at least 1."""
-    guidance_scale: float
+    guidance_scale: GuidanceScale
     """How strongly to follow the prompt; 1 and below is no guidance."""
     guidance_interval: Interval
     """Part of the noise range, from 0 (clean) to 1 (noise), in which guidance is on."""

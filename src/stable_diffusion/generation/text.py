@@ -7,7 +7,7 @@ import re
 from stable_diffusion.config import Styles
 from stable_diffusion.errors import shortened, shown
 from stable_diffusion.generation import syntax
-from stable_diffusion.generation.weights import Piece, Prompt, words_of
+from stable_diffusion.generation.prompt_weights import Piece, Prompt, words_of
 from stable_diffusion.nn import weighted
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 

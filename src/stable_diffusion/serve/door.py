@@ -16,8 +16,10 @@ from typing import Any
 from PIL import Image
 
 from stable_diffusion import images
+from stable_diffusion.checkpoints import hub
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError, shown, unknown_name
+from stable_diffusion.generation.given import split_file
 from stable_diffusion.generation.request import FIELDS, LOADING, PICTURES, Request, parse
 from stable_diffusion.generation.strangers import LIMITS, check_stranger
 from stable_diffusion.model import DiffusionModel
@@ -25,6 +27,10 @@ from stable_diffusion.model import DiffusionModel
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 16_000_000
 """Of a picture that a client sends."""
+LONGEST_SIDE = 16_384
+"""Of such a picture: resizing holds a table of the filter for each pixel of a side."""
+SETTINGS = tuple(name for name in FIELDS if name not in (*LOADING, "latents"))
+"""What clients choose."""
 
 
 class Refused(InputError):
@@ -65,17 +71,35 @@ class Served:
         return self.model.config
 
     @property
+    def packaged(self) -> bool:
+        """Whether it is the one in the package, which settings without a model mean."""
+        return self.model.origin["model"] is None
+
+    @property
     def loras(self) -> dict[str, float]:
         """The LoRAs that were named at the start, each with its weight where a request says nothing."""
         return dict(self.model.adapters.weights)
 
+    def public(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A picture's settings as clients may read them: with names, and no folder of this machine."""
+        found = dict(settings)
+        if found["model"] is not None and not _is_of_hub(found["model"]):
+            found["model"] = self.name
+        for field in ("vae", "text_encoder"):
+            if field in found and not _is_of_hub(found[field]):
+                found[field] = _file_name(found[field])
+        if "embedding" in found:
+            parts = (split_file(text) for text in found["embedding"])
+            found["embedding"] = [":".join(filter(None, (_file_name(file), word))) for file, word in parts]
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request at a size that the model draws, and what makes the pictures those that were asked for."""
+    """A request at a size that the model knows, and what makes the pictures those that were asked for."""
 
     request: Request
-    """Its image and mask have the size that is drawn."""
+    """Its image and mask have the size that is generated."""
     finish: Callable[[Image.Image], Image.Image]
     notes: tuple[str, ...] = ()
     """What the mask was taken for, say."""
@@ -84,7 +108,7 @@ class Asked:
 
 
 class Models:
-    """The models that were named at the start; the first one draws where no other is chosen."""
+    """The models that were named at the start; the first one is taken where no other is chosen."""
 
     def __init__(self, served: list[Served]) -> None:
         assert served, "a server has a model"
@@ -101,12 +125,20 @@ class Models:
         return self.all[name]
 
 
+def _is_of_hub(text: str) -> bool:
+    return hub.NAME.fullmatch(hub.stored_name(text)) is not None
+
+
+def _file_name(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
 def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
     """A request from JSON values under the names of ``Request``.
 
     Pictures are data URIs, base64, bytes, or PIL images that this server opened itself. Width and height may be any:
-    the picture is drawn at a size that the model knows, and scaled. Where a mask is given and the size is the image's,
-    the bytes outside of the mask are the image's.
+    the picture is generated at a size that the model knows, and scaled. Where a mask is given and the size is the
+    image's, the bytes outside of the mask are the image's.
 
     Raises:
         InputError: a field that is unknown, that clients do not choose, or has a value that it cannot have; Refused
@@ -125,7 +157,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
         except InputError as error:
             raise Refused(str(error), field=name) from None
     if "prompt" not in values:
-        raise Refused("prompt is missing: say what to draw", field="prompt")
+        raise Refused("prompt is missing: say what to generate", field="prompt")
     for name in values.get("lora", {}):
         if name not in served.loras:
             raise Refused(
@@ -144,7 +176,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
             raise Refused(said, field="hires")
         width, height = drawn_size(served.config, *size)
         request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
-        served.model.stream(request).close()  # says what is wrong with it, and draws nothing
+        served.model.stream(request).close()  # says what is wrong with it, and generates nothing
         return _fitted(served.config, request, size)
     except Refused:
         raise
@@ -154,7 +186,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
 
 
 def _fitted(config: ModelConfig, request: Request, size: tuple[int, int]) -> Asked:
-    """The request with its pictures at the size that is drawn: what waits in the queue takes no more memory."""
+    """The request with its pictures at the size that is generated: what waits in the queue takes no more memory."""
     image, mask = request.image, request.mask_image
     drawn = request.width, request.height
     notes: list[str] = []
@@ -194,9 +226,9 @@ def scaled_down(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def drawn_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
-    """The size to draw at for a picture of any size: that shape, multiples of the factor, and about the model's area.
+    """The size to generate for one of any size: that shape, multiples of the factor, and about the model's area.
 
-    Small models know one size. Those of 512 pixels and more, Stable Diffusion, also draw well at up to 2.25 times
+    Small models know one size. Those of 512 pixels and more, Stable Diffusion, are also good at up to 2.25 times
     their area (768x768).
     """
     factor, own = config.vae.factor, config.sample_size
@@ -214,7 +246,8 @@ def read_picture(value: Any, field: str) -> Image.Image:
     """The picture of a data URI, of base64, or of a file's bytes; the content decides, not the name.
 
     Raises:
-        Refused: anything else, other formats than ``FORMATS``, damage, or more than ``MOST_PIXELS``.
+        Refused: anything else, other formats than ``FORMATS``, damage, more than ``MOST_PIXELS``, or a side above
+            ``LONGEST_SIDE``.
     """
     if isinstance(value, Image.Image):
         return value
@@ -235,6 +268,11 @@ def read_picture(value: Any, field: str) -> Image.Image:
     if width * height > MOST_PIXELS:
         raise Refused(
             f"{field} has {width}x{height} pixels, and {MOST_PIXELS:,} are the most: make it smaller",
+            field=field,
+        )
+    if max(width, height) > LONGEST_SIDE:
+        raise Refused(
+            f"{field} has {width}x{height} pixels, and {LONGEST_SIDE:,} are the most of a side: make it smaller",
             field=field,
         )
     content.seek(0)

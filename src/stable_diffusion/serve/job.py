@@ -9,18 +9,19 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from PIL import Image
 
 from stable_diffusion.generation.pipeline import Steps
 from stable_diffusion.generation.request import Request
 
+T = TypeVar("T")
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 class Model(Protocol):
-    """What draws: `DiffusionModel`."""
+    """What generates: `DiffusionModel`."""
 
     def stream(self, request: Request) -> Steps: ...
     def decode(self, latents: Any, *, preview: bool = False) -> list[Image.Image]: ...
@@ -42,21 +43,23 @@ class Progress:
     """Previews of the job so far."""
 
 
-def unchanged(picture: Image.Image) -> Image.Image:
-    """The same picture."""
-    return picture
+def unchanged(value: T) -> T:
+    """The same."""
+    return value
 
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that draws."""
+    """Pictures that somebody asked for; all of it is read by any thread, and written by the one that generates them."""
 
     model: Model
     request: Request
     """Its pictures are made one by one: each has the bytes that it has alone. When it is over, those to begin with
     are gone."""
     finish: Callable[[Image.Image], Image.Image] = unchanged
-    """What becomes of each picture: scaling, say. Its ``info["settings"]`` stay."""
+    """What becomes of each picture: scaling, say."""
+    public: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
+    """What clients may know of the settings that each picture has in ``info["settings"]``."""
     bytes: int = 0
     """Of the pictures to begin with, as they lie in memory."""
     client: str = ""
@@ -76,7 +79,7 @@ class Job:
     started: float | None = None
     finished: float | None = None
     seconds: float = 0.0
-    """Spent drawing."""
+    """Spent generating."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set where it is to end."""
     _watchers: dict[asyncio.Event, asyncio.AbstractEventLoop] = field(default_factory=dict)
@@ -87,24 +90,8 @@ class Job:
         return self.status in ("done", "failed", "cancelled")
 
     @property
-    def step(self) -> int:
-        return self.progress.step
-
-    @property
-    def total(self) -> int:
-        return self.progress.total
-
-    @property
-    def preview(self) -> Image.Image | None:
-        return self.progress.preview
-
-    @property
-    def previewed(self) -> int:
-        return self.progress.previewed
-
-    @property
     def left(self) -> int:
-        """Pictures that are still to be drawn."""
+        """Pictures that are still to be generated."""
         return len(self.request.prompts) - len(self.pictures)
 
     async def changes(self, every: float | None = None) -> AsyncGenerator[None, None]:

@@ -1,4 +1,4 @@
-"""Jobs: one queue and one thread that draws, so that a picture has all cores and models need no locks."""
+"""Jobs: one queue and one thread that generates, so that a picture has all cores and models need no locks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from time import monotonic, perf_counter, time
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import lacks_memory
-from stable_diffusion.generation.pipeline import Result, Steps
+from stable_diffusion.generation.pipeline import NonFinite, Result, Steps
 from stable_diffusion.serve.job import Job, Progress, Status, unchanged
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Busy(InputError):
 
 
 class Jobs:
-    """The queue, and the thread that draws what is in it.
+    """The queue, and the thread that generates what is in it.
 
     Live jobs go first, for at most ``LONGEST_WAIT`` seconds while others wait; those go in turns of their clients. A
     turn is a picture: a job of several makes way after each.
@@ -97,7 +97,7 @@ class Jobs:
             return self._known.get(id)
 
     def cancel(self, job: Job) -> None:
-        """Ends a job: at once where it waits, within a step where it is drawn. One that is over stays as it is."""
+        """Ends a job: at once where it waits, within a step where it is in work. One that is over stays as it is."""
         with self._changed:
             job.stop.set()
             if not job.over and job is not self._running:
@@ -140,7 +140,7 @@ class Jobs:
     # What follows runs in the thread, or holds the lock.
 
     def _order(self) -> Iterator[Job]:
-        """The jobs that wait, as they would be drawn if no more came and the live ones were quick."""
+        """The jobs that wait, as they would be taken if no more came and the live ones were quick."""
         yield from self._live.values()
         queues = [list(queue) for queue in self._waiting.values()]
         for turn in range(max(map(len, queues), default=0)):
@@ -217,13 +217,15 @@ class Jobs:
             del job  # and its pictures, while the next one is awaited
 
     def _run(self, job: Job) -> None:
-        """Draws the next picture of a job."""
+        """Generates the next picture of a job."""
         began = perf_counter()
         error: Exception | None = None
         try:
             self._draw(job)
         except Exception as fault:  # the next job has nothing to do with it
-            if not isinstance(fault, InputError) and not lacks_memory(fault):
+            if isinstance(fault, NonFinite):
+                logger.error("a job failed: %s", fault)
+            elif not isinstance(fault, InputError) and not lacks_memory(fault):
                 logger.exception("a job failed")
             # What its frames hold, a network's activations, would stay for as long as the job.
             fault.__traceback__ = fault.__cause__ = fault.__context__ = None
@@ -242,7 +244,7 @@ class Jobs:
 
     def _put_back(self, job: Job) -> None:
         """Lets a job wait for its next turn, before others of its client."""
-        job.progress = Progress(picture=len(job.pictures), previewed=job.previewed)
+        job.progress = Progress(picture=len(job.pictures), previewed=job.progress.previewed)
         if not job.live:
             self._waiting.setdefault(job.client, deque()).appendleft(job)
         elif job.client in self._live:  # a newer one
@@ -256,7 +258,7 @@ class Jobs:
         if result is None:
             return
         (picture,) = result.pictures
-        settings = picture.info["settings"]
+        settings = job.public(picture.info["settings"])
         picture = job.finish(picture)
         picture.info["settings"] = settings
         job.notes = tuple(dict.fromkeys((*job.notes, *result.notes)))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -19,8 +22,15 @@ if TYPE_CHECKING:  # what listens is known before torch is imported
 
     from stable_diffusion.serve.jobs import Jobs
 
+logger = logging.getLogger(__name__)
+
 GRACE = 10
 """Seconds for answers that are being sent when the server stops."""
+PROXIES = ("127.0.0.1", "::1")
+"""Where a proxy is believed, whatever the environment says."""
+
+AGAIN = 60.0
+"""Seconds after which it is said again that no more connections can be taken."""
 
 
 class Listener(uvicorn.Server):
@@ -32,9 +42,17 @@ class Listener(uvicorn.Server):
         app: the application.
         jobs: its jobs.
         ready: called when it answers.
+        proxied: whether a proxy on this machine says whose requests it hands on.
     """
 
-    def __init__(self, app: Starlette, jobs: Jobs, ready: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        app: Starlette,
+        jobs: Jobs,
+        ready: Callable[[], object] = lambda: None,
+        *,
+        proxied: bool = False,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -46,11 +64,15 @@ class Listener(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                # Where no proxy overwrites them, a client could take another's address, and end its jobs.
+                proxy_headers=proxied,
+                forwarded_allow_ips=[*PROXIES],
                 timeout_graceful_shutdown=GRACE,
                 h11_max_incomplete_event_size=32 << 10,  # of a request's line and headers
             )
         )
         self._jobs, self._ready = jobs, ready
+        self._said_full = -AGAIN
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -59,8 +81,18 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to answer."""
+        asyncio.get_running_loop().set_exception_handler(self.failed)
         await super().startup(sockets)
         self._ready()
+
+    def failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Says what went wrong in the loop, but not thousands of times a second that files have run out."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif monotonic() - self._said_full >= AGAIN:
+            self._said_full = monotonic()
+            logger.warning("new clients wait until others are gone: %s", error.strerror)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the jobs, for whose answers it then waits."""

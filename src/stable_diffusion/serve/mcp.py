@@ -1,7 +1,8 @@
-"""The Model Context Protocol: one tool draws and one lists models, for programs in which a language model works."""
+"""The Model Context Protocol: tools that generate images and list models, for programs with a language model inside."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context, Image, MCPServer
@@ -24,7 +25,7 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
 
     Args:
         models: those that clients may choose among.
-        jobs: the queue that draws.
+        jobs: the queue.
     """
     server = MCPServer("minisd", version=version(), log_level="WARNING")
 
@@ -60,12 +61,13 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
         }
         try:
             served = models.named(model)
-            wanted = asked(served, fields)
+            wanted = await asyncio.to_thread(asked, served, fields)
             job = jobs.add(
                 Job(
                     model=served.model,
                     request=wanted.request,
                     finish=wanted.finish,
+                    public=served.public,
                     bytes=wanted.bytes,
                     notes=wanted.notes,
                 )
@@ -82,15 +84,16 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
         if job.status != "done":
             raise ToolError("the job was cancelled" if job.error is None else problem(job.error).message)
         seeds = ", ".join(str(picture.info["settings"]["seed"]) for picture in job.pictures)
+        files = await asyncio.to_thread(lambda: [encoded(picture) for picture in job.pictures])
         return [
-            *(Image(data=encoded(picture), format="png") for picture in job.pictures),
+            *(Image(data=file, format="png") for file in files),
             f"seed: {seeds}",
             *job.notes,
         ]
 
     @server.tool(title="List models and styles")
     def list_models() -> list[dict[str, Any]]:
-        """The models that can draw: their sizes, style words, example prompts and LoRAs."""
+        """The models to choose among: their sizes, style words, example prompts and LoRAs."""
         return [
             {
                 "model": served.name,

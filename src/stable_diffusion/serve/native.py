@@ -21,7 +21,7 @@ from stable_diffusion.fields import typed, within
 from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.generation.strangers import LIMITS, LONGEST
 from stable_diffusion.runtime import version
-from stable_diffusion.serve.door import MOST_PIXELS, Refused, Served
+from stable_diffusion.serve.door import MOST_PIXELS, SETTINGS, Refused, Served
 from stable_diffusion.serve.job import Job, Progress
 from stable_diffusion.serve.jobs import MOST_WAITING, Jobs
 from stable_diffusion.serve.replies import (
@@ -58,6 +58,7 @@ async def models(request: Request) -> Response:
                 _described(each, each is server.models.default, server.prompt_syntax)
                 for each in server.models.all.values()
             ],
+            "settings": list(SETTINGS),
             "samplers": list(SAMPLERS),
             "spacings": list(SPACINGS),
             "limits": {
@@ -76,6 +77,7 @@ def _described(served: Served, default: bool, prompt_syntax: str) -> dict[str, A
     return {
         "name": served.name,
         "default": default,
+        "packaged": served.packaged,
         "width": config.sample_size,
         "height": config.sample_size,
         "factor": config.vae.factor,
@@ -105,7 +107,7 @@ async def create(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
-    """Draws while somebody types: the answer is the stream of events, and who closes it wants no picture."""
+    """Generates while somebody types: the answer is the stream of events, and who closes it wants no picture."""
     added, jobs = await _submitted(request, live=True), server_of(request).jobs
     return Stream(_events(jobs, added, inline=True), gone=partial(jobs.cancel, added))
 

@@ -29,6 +29,7 @@ from stable_diffusion.serve.replies import (
     encoded,
     event,
     finished,
+    form_parts,
     json_body,
     problem,
     server_of,
@@ -55,10 +56,12 @@ CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 def error(status: int, message: str, field: str | None, headers: Mapping[str, str]) -> Response:
     """An error as upstream has it; its request's id stands in the log where the fault is ours."""
     id = _request_id()
+    more = {"x-request-id": id}
     if status == 500:
         logger.error("the OpenAI surface answers %s with status %d", id, status)
+        more["x-should-retry"] = "false"  # it would be the same again
     body = {"error": _error(status, message, field)}
-    return JSONResponse(body, status_code=status, headers={**headers, "x-request-id": id})
+    return JSONResponse(body, status_code=status, headers={**headers, **more})
 
 
 def _error(status: int, message: str, field: str | None) -> dict[str, str | None]:
@@ -77,18 +80,14 @@ async def generations(request: Request) -> Response:
 
 async def edits(request: Request) -> Response:
     """Pictures from a picture and words, or with a mask a part of it anew."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        raise Refused("the body must be a form: send Content-Type: multipart/form-data", status=415)
     texts: dict[str, str] = {}
     files: dict[str, list[bytes | str]] = {"image": [], "mask": []}
-    async with request.form(max_files=MOST_FILES, max_fields=MOST_PARTS) as form:
-        for name, part in form.multi_items():
-            bare = re.sub(r"\[\d*\]$", "", name)  # image[]
-            content = part if isinstance(part, str) else await part.read()
-            if bare in files:
-                files[bare].append(content)
-            else:
-                texts[name] = content if isinstance(content, str) else content.decode("utf-8", "replace")
+    for name, content in await form_parts(request, most_files=MOST_FILES, most_parts=MOST_PARTS):
+        bare = re.sub(r"\[\d*\]$", "", name)  # image[]
+        if bare in files:
+            files[bare].append(content)
+        else:
+            texts[name] = content if isinstance(content, str) else content.decode("utf-8", "replace")
     wanted = read(texts, form=True)
     for name, found in files.items():
         if len(found) > 1:
@@ -211,7 +210,7 @@ async def picture(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The models by whose names one may choose; any other name draws with the first of them."""
+    """The models by whose names one may choose; any other name takes the first of them."""
     data = [_model(served) for served in server_of(request).models.all.values()]
     return JSONResponse({"object": "list", "data": data}, headers={"x-request-id": _request_id()})
 

@@ -16,9 +16,9 @@ from stable_diffusion import images
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError
 from stable_diffusion.fields import Rule, typed, within
-from stable_diffusion.generation.request import FIELDS, LOADING, PICTURES, parse
+from stable_diffusion.generation.request import PICTURES, parse
 from stable_diffusion.generation.strangers import LIMITS, LONGEST, check_stranger
-from stable_diffusion.serve.door import Refused, read_picture
+from stable_diffusion.serve.door import SETTINGS, Refused, read_picture
 
 MOST_IMAGES = 10
 MOST_PARTIAL = 3
@@ -31,7 +31,11 @@ REFUSED = ("frame_count", "frame_duration_ms", "svg", "markup")
 OTHER_NAMES = {"steps": "num_inference_steps"}
 EXTRAS = (
     *OTHER_NAMES,
-    *(FIELDS.keys() - {*LOADING, *PICTURES, "prompt", "num_images_per_prompt", "width", "height", "latents"}),
+    *(
+        name
+        for name in SETTINGS
+        if name not in (*PICTURES, "prompt", "num_images_per_prompt", "width", "height")
+    ),
 )
 """Fields of ``Request`` that the client merges into its body (``extra_body``)."""
 
@@ -138,7 +142,7 @@ def read(body: Mapping[str, Any], *, form: bool = False) -> Wanted:
             raise Refused(str(error), field=name) from error
         (own if name in _OWN else extras).update(parsed)
     if "prompt" not in own:
-        raise Refused("prompt is missing: say what to draw", field="prompt")
+        raise Refused("prompt is missing: say what to generate", field="prompt")
     return Wanted(**own, extras=extras, ignored=tuple(ignored))
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
+from python_multipart.multipart import parse_options_header
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -20,7 +22,9 @@ from stable_diffusion import images
 from stable_diffusion.errors import InputError
 from stable_diffusion.files import json_object, lacks_memory
 from stable_diffusion.generation.metadata import png_chunks
+from stable_diffusion.generation.pipeline import NonFinite
 from stable_diffusion.serve.door import Models, Refused, Served, asked
+from stable_diffusion.serve.guard import MAX_BODY
 from stable_diffusion.serve.job import Job
 from stable_diffusion.serve.jobs import Busy, Jobs
 
@@ -28,6 +32,8 @@ GONE_AFTER = 0.1
 """Seconds between two looks whether a client is still there."""
 SILENCE = 15.0
 """Seconds after which a stream says that it is there, so that nothing on the way takes it for dead."""
+MOST_COMMAS = 20_000
+"""Of a JSON body, each of whose values but the first follows one: millions of them hold everybody up for seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,8 @@ def problem(error: BaseException) -> Problem:
         return Problem(status=error.status, message=str(error), headers=headers)
     if isinstance(error, Refused):
         return Problem(status=error.status, message=str(error), field=error.field, headers=error.headers)
+    if isinstance(error, NonFinite):  # of the model's weights, not of anything that was asked for
+        return Problem(status=500, message=str(error), headers={})
     if isinstance(error, InputError):
         return Problem(status=400, message=str(error), headers={})
     if isinstance(error, Exception) and lacks_memory(error):
@@ -86,6 +94,8 @@ async def json_body(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused("the body must be JSON: send Content-Type: application/json", status=415)
     raw = await request.body()
+    if (commas := raw.count(b",")) > MOST_COMMAS:
+        raise Refused(f"the body may have at most {MOST_COMMAS:,} commas, got {commas:,}", status=413)
     try:
         body = json_object("the body", raw.decode(), "send an object of settings")
     except UnicodeDecodeError as error:
@@ -94,6 +104,33 @@ async def json_body(request: Request) -> dict[str, Any]:
         raise Refused(str(error)) from None
     whole: dict[str, Any] = _whole(body) if b"\\u" in raw else body
     return whole
+
+
+class _FormInMemory(MultiPartParser):
+    spool_max_size = MAX_BODY  # nothing that a client sends reaches a disk, which may be full
+
+
+async def form_parts(request: Request, *, most_files: int, most_parts: int) -> list[tuple[str, bytes | str]]:
+    """The parts of a form under their names, in order; those that are files as bytes.
+
+    Raises:
+        Refused: no form that can be read, too many parts, or 415 for another type.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
+        raise Refused("the body must be a form: send Content-Type: multipart/form-data", status=415)
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"us-ascii"):  # Python has stranger ones
+        raise Refused("the form must be in UTF-8: leave charset out of its Content-Type", status=415)
+    parser = _FormInMemory(request.headers, request.stream(), max_files=most_files, max_fields=most_parts)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refused(f"the form cannot be read: {error.message}") from None
+    try:
+        parts = form.multi_items()
+        return [(name, part if isinstance(part, str) else await part.read()) for name, part in parts]
+    finally:
+        await form.close()
 
 
 def _whole(value: Any) -> Any:
@@ -131,6 +168,7 @@ async def submit(
         model=served.model,
         request=wanted.request,
         finish=wanted.finish if then is None else lambda picture: then(wanted.finish(picture)),
+        public=served.public,
         notes=wanted.notes,
         bytes=wanted.bytes,
         **settings,
@@ -142,7 +180,7 @@ async def finished(request: Request, job: Job) -> list[Image.Image]:
     """The job's pictures, when they are there; a client that goes away ends it within a step.
 
     Raises:
-        InputError: what the drawing raised; Refused, 409, where somebody cancelled it, and 5xx for a fault of ours.
+        InputError: what generating raised; Refused, 409, where somebody cancelled it, and 5xx for a fault of ours.
         ClientDisconnect: the client went away.
     """
     try:
@@ -161,9 +199,9 @@ async def finished(request: Request, job: Job) -> list[Image.Image]:
 
 def told(error: Exception) -> InputError:
     """The error of a job as one to raise: what is no client's fault stands in the log already."""
-    if isinstance(error, InputError):
-        return error
     found = problem(error)
+    if isinstance(error, InputError) and found.status < 500:
+        return error
     return Refused(found.message, status=found.status, headers=found.headers)
 
 

@@ -1,4 +1,4 @@
-"""The AUTOMATIC1111 surface, ``/sdapi/v1``: the part of it that programs which draw with a webui speak."""
+"""The AUTOMATIC1111 surface, ``/sdapi/v1``: the part of it that programs which generate with a webui speak."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def error(status: int, message: str, field: str | None, headers: Mapping[str, st
 
 
 async def txt2img(request: Request) -> Response:
-    """Draws from a prompt."""
+    """Generates from a prompt."""
     return await _draw(request, with_images=False)
 
 
 async def img2img(request: Request) -> Response:
-    """Draws from a prompt and a picture."""
+    """Generates from a prompt and a picture."""
     return await _draw(request, with_images=True)
 
 

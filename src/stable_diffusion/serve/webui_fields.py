@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from stable_diffusion import images
 from stable_diffusion.diffusion.names import ALIASES, SAMPLERS, SPACING_ALIASES, SPACINGS
 from stable_diffusion.errors import InputError, shown
+from stable_diffusion.generation.prompt_weights import lora_name, without_loras
 from stable_diffusion.generation.request import LARGEST_SEED
 from stable_diffusion.generation.strangers import LIMITS
 from stable_diffusion.serve.door import Refused, Served, read_picture
@@ -119,6 +120,11 @@ def read(body: Mapping[str, Any], served: Served, *, syntax: str, with_images: b
     check_only(body, ONLY)
     check_only(settings_of(body), ONLY_SETTINGS, "override_settings.")
     fields: dict[str, Any] = {"prompt": _text(body, "prompt") or "", "prompt_syntax": syntax}
+    if syntax == "a1111" and (tags := without_loras(fields["prompt"])[1]):
+        # As in the webui, the others do not act then; the weights are those of the tags.
+        fields["lora"] = {
+            name: weight for name, weight in served.loras.items() if {name, lora_name(name)} & tags.keys()
+        }
     fields["negative_prompt"] = _text(body, "negative_prompt")
     fields["num_inference_steps"] = _whole(body, "steps", 1, LIMITS["num_inference_steps"])
     fields["guidance_scale"] = _number(body, "cfg_scale", -1000, 1000)
@@ -233,8 +239,12 @@ def _pictures(body: Mapping[str, Any], width: int | None, height: int | None) ->
     if mode > 1:
         raise not_done("resize_mode", (0, 1))
     image = images.with_alpha(read_picture(given[0], "init_images"))
-    if mode == 0:
-        image = _stretched(image, width or image.width, height or image.height, Image.Resampling.LANCZOS)
+    if mode == 0 and (width or height):
+        # The image's own sides may be far longer than those that can be asked for.
+        wide, high = (
+            min(own, LIMITS[side]) for side, own in zip(("width", "height"), image.size, strict=True)
+        )
+        image = _stretched(image, width or wide, height or high, Image.Resampling.LANCZOS)
     if body.get("mask") is None:
         return {"image": image}
     invert = body.get("inpainting_mask_invert") or 0

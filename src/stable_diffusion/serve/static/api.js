@@ -44,8 +44,8 @@ async function problemOf(answer) {
 /** What the page calls a field. */
 const NAMES = {
   num_inference_steps: "steps",
-  guidance_scale: "guidance",
-  guidance_rescale: "rescale",
+  guidance_scale: "guidance scale",
+  guidance_rescale: "guidance rescale",
   mask_image: "the mask",
 };
 

@@ -79,10 +79,10 @@ function describe() {
   $("modelName").textContent = name;
   choices($("model"), server.models.map((each) => [each.name, each.name]));
   choices($("sampler"), server.samplers.map((each) => [each, each]));
-  choices($("spacing"), [["", "its own"], ...server.spacings.map((each) => [each, each])]);
+  choices($("spacing"), [["", "default"], ...server.spacings.map((each) => [each, each])]);
   $("steps").max = server.limits.num_inference_steps;
   for (const side of ["width", "height"]) $(side).max = server.limits[side];
-  $("sizeHint").textContent = `${width} × ${height} is native. Other sizes are drawn near it, then scaled.`;
+  $("sizeHint").textContent = `${width} × ${height} is native. Other sizes are generated near it, then scaled.`;
   for (const id of ["promptField", "promptLabel"]) $(id).hidden = model().reads_text === false;
   const loras = Object.entries(model().loras);
   $("loraField").hidden = !loras.length;
@@ -129,10 +129,17 @@ function render() {
   $("live").checked = desk.live;
   put($("count"), desk.count);
   put($("model"), model().name);
-  $("drawLabel").textContent = desk.count > 1 ? `Draw and keep ${desk.count}` : "Draw and keep";
+  $("drawLabel").textContent = desk.count > 1 ? `Generate ${desk.count}` : "Generate";
   const names = new Set(controls.map((control) => control.dataset.field));
   const changed = Object.keys(desk.fields).filter((name) => names.has(name) && !APART.includes(name) && differs(name));
-  $("changed").textContent = changed.length ? `${changed.length} changed` : "";
+  const what = changed.length === 1 ? labelOf(changed[0]) : changed.length;
+  $("changed").textContent = changed.length ? `${what} changed` : "";
+}
+
+/** What stands before a field's control. */
+function labelOf(field) {
+  const { labels } = controls.find((control) => control.dataset.field === field && control.labels.length);
+  return labels[0].firstChild.textContent.trim();
 }
 
 /** Sets a control's value unless it says that already, so that no cursor moves while somebody types. */

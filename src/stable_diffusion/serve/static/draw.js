@@ -33,6 +33,7 @@ export async function start(view) {
  *   together, how many there are, and which fields differ in each
  */
 export async function draw({ batch, count, each = null }) {
+  const mine = round;
   const { image, mask } = desk;
   let body = await request({ previews: PREVIEWS });
   if (!each && !desk.locked && stringify(body) === lastDrawn) {
@@ -40,7 +41,6 @@ export async function draw({ batch, count, each = null }) {
     body = await request({ previews: PREVIEWS });
   }
   lastDrawn = stringify(body);
-  const mine = round;
   for (let index = 0; index < count; index += 1) {
     const differing = each?.(index) ?? next(body, index);
     const job = await submitted({ ...body, ...differing });
@@ -122,7 +122,7 @@ async function followFirst() {
       reportError(error); // a mistake of this page: the next picture has nothing to do with it
       await drop(job);
     } else if (error.status === 404) {
-      await lose(job, "A picture is gone: the server keeps finished ones for ten minutes.");
+      await lose(job, "A picture is gone: the server keeps finished pictures for ten minutes.");
     } else if (!(await patience(error))) {
       await drop(job);
     }
@@ -150,7 +150,7 @@ async function watch(job, signal) {
 async function finish(job, picture, { notes = [], seconds }) {
   if (picture) {
     picture.seconds = seconds;
-    const unkept = await keepPicture(picture).then(() => [], () => ["the browser has no room to keep it: download it"]);
+    const unkept = await keepPicture(picture).then(() => [], () => ["the browser has no room to save it: download it"]);
     await show.kept(picture, [...notes, ...unkept]);
   }
   await drop(job);

@@ -56,7 +56,7 @@ function onPaste(event) {
   } else if (event.target === $("prompt") && isParameters(text)) {
     event.preventDefault();
     live.stop();
-    say("The settings of that text are on the desk.", { notes: restore(ofText(text)) });
+    say("The settings of that text are restored.", { notes: restore(ofText(text)) });
   }
 }
 
@@ -72,7 +72,10 @@ async function take(files) {
   const size = { width: settings.width ?? width, height: settings.height ?? height };
   const picture = { blob: file, settings: { ...settings, ...size }, seed: desk.fields.seed, width, height };
   await show([pictureOf(picture)]).catch(() => {});
-  say(`The settings of ${file.name || "this picture"} are on the desk, with its seed locked.`, { notes });
+  say(`The settings of ${file.name || "this picture"} are restored, and the seed is locked.`, {
+    notes,
+    action: { label: "Use it as input", run: () => begin(file) },
+  });
 }
 
 /** Lets the next pictures begin from a file. */
@@ -80,9 +83,9 @@ export async function begin(file) {
   try {
     const image = await prepared(file);
     change({ image, mask: null });
-    say("The next pictures begin from this one.");
+    say("The next pictures start from this one.");
   } catch {
-    say("That is no picture that can be read here: take a PNG, JPEG or WebP file.", { error: true });
+    say("This file cannot be read as a picture: use PNG, JPEG or WebP.", { error: true });
   }
 }
 
@@ -105,7 +108,7 @@ function render() {
   const { image, mask } = desk;
   $("choose").hidden = Boolean(image);
   $("begun").hidden = !image;
-  $("paintLabel").textContent = mask ? "Change the mask" : "Paint a mask";
+  $("paintLabel").textContent = mask ? "Edit the mask" : "Paint a mask";
   for (const name of ["image", "mask"]) {
     if (shownUrls[name]) URL.revokeObjectURL(shownUrls[name]);
     shownUrls[name] = desk[name] && URL.createObjectURL(desk[name]);

@@ -14,7 +14,7 @@ export function back() {
 }
 
 async function ask() {
-  say("The server does not answer. Trying again by itself.", { error: true });
+  say("The server does not answer. Trying again.", { error: true });
   for (let pause = FIRST; ; pause = Math.min(2 * pause, LONGEST)) {
     await new Promise((resolve) => {
       setTimeout(resolve, pause);
@@ -37,7 +37,7 @@ export async function patience(problem) {
   }
   if (problem.status === 429 || problem.status === 503) {
     const seconds = Math.min(problem.after ?? 5, 600);
-    say(problem.message, { error: true, notes: ["trying again by itself"] });
+    say(problem.message, { error: true, notes: ["trying again"] });
     await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
     return true;
   }

@@ -13,10 +13,10 @@ import * as painter from "./painter.js";
 import { altOf, fileName } from "./pictures.js";
 import { restore } from "./restore.js";
 import * as stage from "./stage.js";
-import { desk, dice, hasSubject, onChange, recall, server, shown } from "./state.js";
+import { change, desk, dice, hasSubject, onChange, recall, server, shown } from "./state.js";
 import { described, say } from "./status.js";
-import * as theme from "./appearance.js";
-import * as words from "./words.js";
+import * as theme from "./theme.js";
+import * as styles from "./styles.js";
 
 const VARIATION = 0.25;
 const VARIATIONS = 4;
@@ -30,8 +30,10 @@ async function main() {
   theme.start();
   await recall();
   await learn();
+  const typed = $("prompt").value; // while the page was loading
+  if (typed) change({ fields: { prompt: typed } });
   controls.start();
-  words.start();
+  styles.start();
   input.start();
   painter.start();
   live.start({ begin, step, picture, done, end });
@@ -60,7 +62,7 @@ async function greet() {
   say("");
   const newest = history.newest();
   if (newest && (newest.prompt === desk.fields.prompt || !desk.live)) await stage.show([newest]);
-  if (hasSubject()) live.touch();
+  else if (hasSubject()) live.touch();
   if (matchMedia("(hover: hover)").matches) $("prompt").focus({ preventScroll: true });
 }
 
@@ -93,7 +95,7 @@ function onKey(event) {
 
 async function draw() {
   if (!hasSubject()) {
-    say("Say first what shall be drawn.");
+    say("Write a prompt first.");
     return $("prompt").focus();
   }
   await painter.close();
@@ -133,8 +135,8 @@ async function picture(drawn) {
 
 function done(drawn, notes) {
   const wanted = shown("num_inference_steps");
-  const sketch = drawn.settings.num_inference_steps < wanted ? ["a sketch: drawing and keeping takes all steps"] : [];
-  say(`Drawn · ${described(drawn)}`, { notes: [...sketch, ...(notes ?? [])] });
+  const sketch = drawn.settings.num_inference_steps < wanted ? ["a preview of fewer steps: Generate takes all of them"] : [];
+  say(`Preview · ${described(drawn)}`, { notes: [...sketch, ...(notes ?? [])] });
 }
 
 function end() {
@@ -158,7 +160,7 @@ async function kept(drawn, notes) {
     followed.pictures.push(drawn);
     await stage.show(followed.pictures, { size: followed.count, quiet: true });
   }
-  say(`Kept · ${described(drawn)}`, { notes });
+  say(`Saved · ${described(drawn)}`, { notes });
 }
 
 async function open(chosen) {
@@ -175,7 +177,7 @@ async function open(chosen) {
 async function remove(gone) {
   const bringBack = await history.forget(gone);
   stage.forget(gone);
-  say("Deleted.", { action: { label: "Bring it back", run: bringBack } });
+  say("Deleted.", { action: { label: "Undo", run: bringBack } });
   if (document.activeElement === document.body) $("action").focus({ preventScroll: true });
 }
 
@@ -184,7 +186,7 @@ async function contrast(left, right) {
   await compare(left, right);
   $("figure").scrollIntoView({ block: "nearest" });
   say(`Left: ${altOf(left)}, seed ${left.seed}. Right: ${altOf(right)}, seed ${right.seed}.`, {
-    action: { label: "End the comparison", run: endComparison },
+    action: { label: "Close the comparison", run: endComparison },
   });
 }
 
@@ -211,12 +213,12 @@ const ACTS = {
   settings(chosen) {
     const notes = restore({ ...chosen, kind: "minisd", unknown: [] }, chosen);
     live.stop();
-    say("Its settings are on the desk, with its seed locked.", { notes });
+    say("Its settings are restored, and the seed is locked.", { notes });
   },
 
   compare(left) {
     picking = left;
-    say("Choose the other picture below.", { action: { label: "Never mind", run: endComparison } });
+    say("Choose the other picture in the history.", { action: { label: "Cancel", run: endComparison } });
     $("kept").querySelector("[tabindex='0']")?.focus();
   },
 

@@ -52,7 +52,9 @@ async function openPainter() {
 export async function close() {
   if (!isOpen()) return;
   const blob = await mask.toBlob();
-  change({ mask: blob });
+  // A painted part changes wholly, unless somebody said how much.
+  const fields = blob && !desk.mask && desk.fields.strength === undefined ? { strength: 1 } : {};
+  change({ mask: blob, fields });
   leave();
   $("paint").focus({ preventScroll: true });
 }

@@ -43,13 +43,16 @@ export function restore(found, { image = null, mask = null, locked = true, model
   const notes = [...unknown];
   const fields = Object.fromEntries(Object.keys(desk.fields).map((name) => [name, undefined]));
   for (const [name, value] of Object.entries(settings)) {
-    if (![...LEFT_OUT, ...PICTURES, COUNT, "lora"].includes(name) && isPlain(value)) fields[name] = value;
+    if ([...LEFT_OUT, ...PICTURES, COUNT, "lora"].includes(name) || !isPlain(value)) continue;
+    if (server.settings.includes(name)) fields[name] = value;
+    else notes.push(`this server has no setting ${name}`);
   }
   for (const name of ["seed", "variation_seed"]) if (fields[name] != null) fields[name] = String(fields[name]);
   fields.prompt ??= "";
   fields.seed = /^\d+$/.test(fields.seed) ? fields.seed : desk.fields.seed;
   fields.prompt_syntax ??= "plain"; // what the library takes where nothing is said
-  const chosen = server.models.find(({ name }) => name === made || name === servedAs(made));
+  const packaged = kind === "minisd" && made === null;
+  const chosen = server.models.find((each) => (packaged ? each.packaged : [made, servedAs(made)].includes(each.name)));
   if (made && !chosen) notes.push(`another model made it: ${made}`);
   const used = chosen ?? model();
   if (kind === "a1111") {
@@ -69,7 +72,7 @@ export function restore(found, { image = null, mask = null, locked = true, model
     [fields.width, fields.height] = [undefined, undefined];
   }
   if ("strength" in settings && !image) {
-    notes.push("it began from another picture, which the file does not hold: add that one too");
+    notes.push("it started from another picture, which the file does not hold: add that one too");
   }
   if (settings.embedding || settings.vae) notes.push("its files of weights are chosen when the server starts");
   change({ fields, model: used.name, image, mask, locked });

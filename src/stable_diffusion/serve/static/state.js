@@ -7,8 +7,8 @@ const KEY = "minisd.desk";
 /** Fields that belong to the person, not to the model: they stay when another model is chosen. */
 const OWN = ["prompt", "negative_prompt", "seed"];
 
-/** What the server has: `models`, `samplers`, `spacings`, `limits`. */
-export const server = { models: [], samplers: [], spacings: [], limits: {} };
+/** What the server has: `models`, `samplers`, `spacings`, names of `settings`, `limits`. */
+export const server = { models: [], samplers: [], spacings: [], settings: [], limits: {} };
 
 export const desk = {
   /** The name of the model. */

@@ -10,7 +10,7 @@ let act = null;
  * @param {{error?: boolean, notes?: string[], action?: {label: string, run: () => void}}} more
  */
 export function say(text, { error = false, notes = [], action = null } = {}) {
-  const line = [text, ...notes.map(sentence)].filter(Boolean).join(" ");
+  const line = [notes.length ? sentence(text) : text, ...notes.map(sentence)].filter(Boolean).join(" ");
   if ($("status").textContent !== line) $("status").textContent = line;
   $("line").classList.toggle("error", error);
   act = action;
@@ -35,6 +35,6 @@ export function described({ settings, seed, width, height, seconds }) {
   const [wide, high] = [settings.width, settings.height].map((side) => Math.round(side * (settings.hires ?? 1)));
   const drawn = `${wide} × ${high}`;
   const scaled = wide !== width || high !== height;
-  parts.push(scaled ? `drawn at ${drawn}, scaled to ${width} × ${height}` : drawn);
+  parts.push(scaled ? `generated at ${drawn}, scaled to ${width} × ${height}` : drawn);
   return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }

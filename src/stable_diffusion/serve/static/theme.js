@@ -1,7 +1,27 @@
-// Before the first paint, so that nobody sees the other theme flash: a classic script, not a module.
-try {
-  const theme = localStorage.getItem("minisd.theme");
-  if (theme) document.documentElement.dataset.theme = theme;
-} catch {
-  // storage is forbidden: the system's theme stays
+// Light or dark: the system's choice, or the person's.
+
+import { $ } from "./dom.js";
+
+const THEMES = ["system", "light", "dark"];
+
+export function start() {
+  render();
+  $("theme").addEventListener("click", () => {
+    const next = THEMES[(THEMES.indexOf(current()) + 1) % THEMES.length];
+    if (next === "system") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = next;
+    try {
+      if (next === "system") localStorage.removeItem("minisd.theme");
+      else localStorage.setItem("minisd.theme", next);
+    } catch {
+      // storage is forbidden: the choice lasts as long as the page
+    }
+    render();
+  });
+}
+
+const current = () => document.documentElement.dataset.theme ?? "system";
+
+function render() {
+  $("themeName").textContent = `Theme: ${current()}`;
 }

@@ -30,7 +30,7 @@ Prompt = tuple[tuple[Piece, ...], ...]
 """The parts between a prompt's BREAKs, in order; a piece differs in weight from the one before it."""
 
 
-def parse(text: str) -> Prompt:
+def parse_prompt(text: str) -> Prompt:
     r"""A prompt's words with their weights.
 
     ``(words:1.3)`` multiplies the weight of the words by 1.3, ``(words)`` by 1.1, ``[words]`` divides by 1.1, and
@@ -67,9 +67,9 @@ def parse(text: str) -> Prompt:
     return tuple(map(_merged, parts))
 
 
-def unobeyed(text: str) -> str:
-    """What ``parse`` leaves of a prompt as text, without brackets that are meant as such."""
-    return words_of(parse(re.sub(r"\\[][()\\]", "", text)))
+def left_as_text(text: str) -> str:
+    """What ``parse_prompt`` leaves of a prompt as text, without brackets that are meant as such."""
+    return words_of(parse_prompt(re.sub(r"\\[][()\\]", "", text)))
 
 
 def words_of(prompt: Iterable[Iterable[Piece]]) -> str:
@@ -115,7 +115,7 @@ def lora_weights(request: Request) -> dict[str, float]:
         return weights
     prompts = (*request.prompt, *([] if request.mix_prompt is None else [request.mix_prompt]))
     for text in (*prompts, *request.negative_prompt):
-        parse(text)
+        parse_prompt(text)
     first, *others = (without_loras(prompt)[1] for prompt in prompts)
     if any(other != first for other in others):
         raise InputError(

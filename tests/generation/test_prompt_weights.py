@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 
 from stable_diffusion.errors import InputError
-from stable_diffusion.generation.request import Request
-from stable_diffusion.generation.syntax import note_of
-from stable_diffusion.generation.weights import (
+from stable_diffusion.generation.prompt_weights import (
     Piece,
+    left_as_text,
     lora_name,
     lora_weights,
-    parse,
-    unobeyed,
+    parse_prompt,
     without_loras,
     words_of,
 )
+from stable_diffusion.generation.request import Request
+from stable_diffusion.generation.syntax import note_of
 from tests.tiny import TINY
 
 UP, DOWN = 1.1, 1 / 1.1
@@ -126,7 +126,7 @@ BREAKS: dict[str, list[list[tuple[str, float]]]] = {
 
 
 def assert_same(text: str, expected: list[list[tuple[str, float]]]) -> None:
-    found = parse(text)
+    found = parse_prompt(text)
     assert [[piece.text for piece in part] for part in found] == [
         [words for words, _ in part] for part in expected
     ]
@@ -149,8 +149,8 @@ def test_a_break_begins_a_part(text: str) -> None:
 
 def test_a_text_without_marks_is_one_piece_of_exactly_the_weight_1() -> None:
     for text in ("a fox, in the snow", "(a fox:1)", r"\(a\) fox", "[a|b] (fox:1.0)"):
-        ((piece,),) = parse(text)
-        assert piece.weight == 1.0 and piece.text == words_of(parse(text))
+        ((piece,),) = parse_prompt(text)
+        assert piece.weight == 1.0 and piece.text == words_of(parse_prompt(text))
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_a_text_without_marks_is_one_piece_of_exactly_the_weight_1() -> None:
 )
 def test_weights_that_no_picture_survives_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"the weight of 'a' is .*: lower it, or close its brackets"):
-        parse(text)
+        parse_prompt(text)
     with pytest.raises(InputError, match="the weight of 'a'"):
         lora_weights(request(f"b {text}"))
-    assert parse("(a:1000)") == ((Piece("a", 1000.0),),)
+    assert parse_prompt("(a:1000)") == ((Piece("a", 1000.0),),)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_weights_that_no_picture_survives_are_refused(text: str) -> None:
 def test_no_text_takes_long(part: str) -> None:
     began = time.process_time()
     text = part * 5_000
-    for read in (parse, unobeyed, without_loras):
+    for read in (parse_prompt, left_as_text, without_loras):
         try:
             read(f"{text}:{text}")
         except InputError as error:
@@ -214,7 +214,7 @@ def test_no_text_takes_long(part: str) -> None:
     ],
 )
 def test_only_what_is_not_done_is_noted(text: str, named: str | None) -> None:
-    note = note_of([unobeyed(text)], plain=False)
+    note = note_of([left_as_text(text)], plain=False)
     if named is None:
         assert note is None
     else:
@@ -238,7 +238,7 @@ def test_loras_are_taken_out_of_a_prompt() -> None:
     assert without_loras("<lora:a:0.5><lyco:a:-.25>") == ("", {"a": 0.25})
     assert without_loras("<lora: my style v1.5 : 1 >") == ("", {"my style v1.5": 1.0})
     assert without_loras("a <fox>, <lora, <hypernet:a:1>") == ("a <fox>, <lora, <hypernet:a:1>", {})
-    assert parse(without_loras("(a <lora:b:0.5> fox:1.2)")[0]) == ((Piece("a  fox", 1.2),),)
+    assert parse_prompt(without_loras("(a <lora:b:0.5> fox:1.2)")[0]) == ((Piece("a  fox", 1.2),),)
 
 
 @pytest.mark.parametrize(
