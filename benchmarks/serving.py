@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -48,7 +47,7 @@ def served() -> Iterator[tuple[int, float]]:
             (port,) = re.findall(r":(\d+)$", line.strip())
             yield int(port), seconds
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
 
 

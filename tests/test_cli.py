@@ -604,13 +604,16 @@ def test_too_little_memory_is_one_sentence(minisd: Any, model: str, monkeypatch:
         (["generate", "a", "--variance", "big"], "invalid choice 'big' for argument '--variance'"),
         (["generate", "a", "--seed"], "Missing value for argument '--seed'"),
         (["generat", "a"], "unknown word 'generat', did you mean 'generate'?"),
-        (["--foo"], "unknown word '--foo', choose one of generate, train, data, evaluate, info, export"),
+        (
+            ["--foo"],
+            "unknown word '--foo', choose one of generate, serve, mcp, train, data, evaluate, info, export",
+        ),
         (["data", "squares", "--out", "x"], "unknown word 'squares', did you mean 'shapes'?"),
         (["data", "shapes", "--out", "x", "--count", "many"], "--count must be a whole number, got 'many'"),
         (["data", "shapes"], "Missing from minisd data shapes: --out PATH The folder to make"),
         (["info", "a", "b"], "unknown word 'b'"),
         (["train", "--image", "x"], "unknown word '--image', did you mean '--images'?"),
-        ([], "Expected one of {generate, train, data, evaluate, info, export}"),
+        ([], "Expected one of {generate, serve, mcp, train, data, evaluate, info, export}"),
     ],
 )
 def test_an_option_that_does_not_exist_is_exit_code_2(

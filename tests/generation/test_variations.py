@@ -290,7 +290,7 @@ def test_a_variation_of_json_names_its_seed() -> None:
 
 def test_a_stranger_may_not_ask_for_much_by_hires() -> None:
     check_stranger({"width": 1024, "hires": 2.0})
-    with pytest.raises(InputError, match="height times hires may be at most 2048 there"):
+    with pytest.raises(InputError, match="height times hires may be at most 2048"):
         check_stranger({"width": 512, "height": 1024, "hires": 4.0})
     with pytest.raises(InputError, match="at most 10,000 letters"):
         check_stranger({"prompt": ("a" * 5000,), "mix_prompt": "b" * 5001})

@@ -145,9 +145,11 @@ def generate(
         model.fuse_lora(keep=False)  # one weight for all pictures
     model = model.to(Config(device).DEVICE)
     request = model.request(**asked)
-    model.stream(request)  # which says what the model cannot make
-    for index in range(len(request.prompts)):
-        requests = work.requests(model.request, asked, request.picture(index))
+    pictures = [request.picture(index) for index in range(len(request.prompts))]
+    for picture in pictures:
+        model.stream(picture)  # which says what the model cannot make
+    for picture in pictures:
+        requests = work.requests(model.request, asked, picture)
         for each in requests:
             model.stream(each)
         for made in work.make(model, requests, output):

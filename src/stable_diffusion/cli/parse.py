@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from difflib import get_close_matches
 from functools import partial, wraps
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, ParamSpec, TypeVar
 
 import tyro
@@ -68,9 +68,12 @@ def _problem(lines: list[str], command: str) -> str:
     names: list[str] = []
     choices: list[str] = []
     known = ""
-    for line in lines:  # names of options, what each is for, then the commands that have it
+    for line, after in pairwise(
+        [*lines, ""]
+    ):  # names of options, what each is for, then the commands that have it
         if line.startswith("Available subcommands: "):
-            known = f", choose one of {line.partition(': ')[2]}"
+            said = line if not line.endswith(",") else f"{line} {after}"  # where the box is too narrow for it
+            known = f", choose one of {said.partition(': ')[2]}"
             choices = re.findall(r"\w+", known)
         elif line.startswith("--"):
             names = re.findall(r"--[\w-]+", line)
