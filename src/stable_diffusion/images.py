@@ -181,6 +181,11 @@ def with_alpha(image: Image.Image) -> Image.Image:
     return image.convert("RGBA") if _is_transparent(image) else to_rgb(image)
 
 
+def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes have one aspect ratio, up to a pixel of rounding of the other."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(other)
+
+
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
     """The largest centred crop of that aspect ratio, resized; nothing is stretched."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

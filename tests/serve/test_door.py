@@ -24,7 +24,7 @@ from tests.tiny import tiny_model
         (None, None),
         ("owner/name", "owner/name"),
         ("./owner/name", "mine"),
-        ("/home/me/model", "mine"),
+        ("/models/model", "mine"),
         (r"C:\me\model.ckpt", "mine"),
         ("..", "mine"),
     ],
@@ -38,9 +38,9 @@ def test_a_model_by_its_name(model: str | None, told: str | None) -> None:
 def test_files_without_their_folders() -> None:
     settings = {
         "model": None,
-        "vae": "/home/me/vae/",
+        "vae": "/models/vae/",
         "text_encoder": r"C:\me\clip",
-        "embedding": ["/home/me/a.pt:word", r"C:\me\b.pt", "c.pt:<x>"],
+        "embedding": ["/models/a.pt:word", r"C:\me\b.pt", "c.pt:<x>"],
         "lora": {"style": 0.5},
     }
     told = Served(name="mine", model=tiny_model(), created=1).public(settings)
@@ -51,7 +51,7 @@ def test_files_without_their_folders() -> None:
         "embedding": ["a.pt:word", "b.pt", "c.pt:<x>"],
         "lora": {"style": 0.5},
     }
-    assert settings["vae"] == "/home/me/vae/"
+    assert settings["vae"] == "/models/vae/"
 
 
 def test_no_surface_tells_a_path(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import os
 import shlex
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from stable_diffusion.cli.drawing import IDLE, Made, check_pixels, draw, joined, place
 from stable_diffusion.errors import InputError, shown, unknown_name
-from stable_diffusion.generation.request import FIELDS, HINTS, LOADING, PICTURES, SHORT, Request, parse
+from stable_diffusion.generation.request import (
+    FIELDS,
+    HINTS,
+    LOADING,
+    PICTURES,
+    SHORT,
+    Request,
+    parse,
+    random_seed,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -116,7 +124,7 @@ class Sweep:
         for each in self.axes:
             first |= each.fields[0]
         if "variation_strength" in first:  # one for all
-            first.setdefault("variation_seed", int.from_bytes(os.urandom(4), "big"))
+            first.setdefault("variation_seed", random_seed())
         return first
 
     def requests(

@@ -29,14 +29,12 @@ from stable_diffusion.generation.prompt_weights import (
     without_loras,
 )
 from stable_diffusion.generation.request import Request
+from stable_diffusion.generation.sizes import SEVERAL_SIZES
 from stable_diffusion.generation.text import encode_texts, encode_weighted, with_style, with_style_words
 from stable_diffusion.nn.text import PromptEmbeds, PromptEncoder
 
 Latents = Float[Tensor, "b c h w"]
 T = TypeVar("T", str, Prompt)
-
-_SEVERAL_SIZES = 512
-"""Pixels a side from which models, Stable Diffusion, also draw larger pictures well than they were trained on."""
 
 
 class Parts(Protocol):
@@ -179,7 +177,7 @@ def without_effect(parts: Parts, request: Request) -> Iterator[str]:
         yield "the variation seed has no effect: variation_strength is 0"
     if request.mix_prompt is not None and request.mix_strength == 0:
         yield "the prompt to mix in has no effect: mix_strength is 0"
-    if request.hires > 1 and parts.config.sample_size < _SEVERAL_SIZES:
+    if request.hires > 1 and parts.config.sample_size < SEVERAL_SIZES:
         yield (
             f"this model knows pictures of {parts.config.sample_size} pixels, and draws others badly: rather enlarge"
             " its finished pictures than use hires"

@@ -126,8 +126,10 @@ class Request:
         if self.mask_image is not None:
             if self.image is None:
                 raise InputError("mask_image needs the image that it masks: give image as well")
+            from stable_diffusion import images  # with numpy, which help has no need of
+
             (width, height), sides = self.mask_image.size, self.image.size
-            if abs(width * sides[1] - height * sides[0]) > max(sides):  # a pixel of rounding
+            if not images.same_shape((width, height), sides):
                 raise InputError(
                     f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: give a mask of the"
                     " image's shape"
@@ -171,7 +173,7 @@ class Request:
         values = _opened(values)
         strength = values.get("variation_strength")
         for name in ("seed", *(["variation_seed"] if isinstance(strength, Real) and strength != 0 else [])):
-            values.setdefault(name, int.from_bytes(os.urandom(4), "big"))
+            values.setdefault(name, random_seed())
         return cls(**default_size(config, values.get("image")) | values)
 
     def check(self, config: ModelConfig, origin: Mapping[str, Any]) -> None:
@@ -343,6 +345,11 @@ def parse(data: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
     if whole and (missing := [name for name in REQUIRED if name not in values]):
         raise InputError(f"{', '.join(missing)} not given")
     return values
+
+
+def random_seed() -> int:
+    """A seed where none is given."""
+    return int.from_bytes(os.urandom(4), "big")
 
 
 def _unknown(name: str) -> InputError:

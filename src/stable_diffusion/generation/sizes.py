@@ -9,6 +9,9 @@ from PIL import Image
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError
 
+SEVERAL_SIZES = 512
+"""Pixels a side from which models, Stable Diffusion, are also good at larger pictures than they were trained on."""
+
 
 def check_size(config: ModelConfig, width: int, height: int) -> None:
     """Raises InputError unless both are multiples of the model's factor."""

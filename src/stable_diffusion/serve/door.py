@@ -20,7 +20,9 @@ from stable_diffusion.checkpoints import hub
 from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError, shown, unknown_name
 from stable_diffusion.generation.given import split_file
+from stable_diffusion.generation.pipeline import fitted
 from stable_diffusion.generation.request import FIELDS, LOADING, PICTURES, Request, parse
+from stable_diffusion.generation.sizes import SEVERAL_SIZES
 from stable_diffusion.generation.strangers import LIMITS, check_stranger
 from stable_diffusion.model import DiffusionModel
 
@@ -177,7 +179,7 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
         width, height = drawn_size(served.config, *size)
         request = served.model.request(values.pop("prompt"), **values, **pictures, width=width, height=height)
         served.model.stream(request).close()  # says what is wrong with it, and generates nothing
-        return _fitted(served.config, request, size)
+        return _fitted(served.model, request, size)
     except Refused:
         raise
     except InputError as error:
@@ -185,22 +187,14 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
         raise Refused(str(error), field=first[0] if first and first[0] in FIELDS else None) from None
 
 
-def _fitted(config: ModelConfig, request: Request, size: tuple[int, int]) -> Asked:
+def _fitted(model: DiffusionModel, request: Request, size: tuple[int, int]) -> Asked:
     """The request with its pictures at the size that is generated: what waits in the queue takes no more memory."""
-    image, mask = request.image, request.mask_image
-    drawn = request.width, request.height
     notes: list[str] = []
-    kept: tuple[Image.Image, Image.Image] | None = None
+    before, area = None, None  # the image and its mask at the size that was asked for
+    if request.mask_image is not None and size != (request.width, request.height):
+        before, area = fitted(model, dataclasses.replace(request, width=size[0], height=size[1]), [])
+    image, mask = fitted(model, request, notes)
     if image is not None:
-        # The steps, in their order, of `pipeline.fitted`, which finds nothing left to do.
-        image = image.convert("RGBA") if config.alpha else images.to_rgb(image)
-        if mask is not None:
-            at_size, note = images.binary_mask(mask, *size)
-            notes.extend(() if note is None else (note,))
-            if size != drawn:
-                kept = images.cover(image, *size), at_size
-            mask, _ = images.binary_mask(mask, *drawn)
-        image = images.cover(image, *drawn)
         image.info = {}  # which may hold a file's every text
         request = dataclasses.replace(request, image=image, mask_image=mask)
 
@@ -209,12 +203,11 @@ def _fitted(config: ModelConfig, request: Request, size: tuple[int, int]) -> Ask
         if picture.size == whole:
             return picture
         picture = picture.resize(whole, Image.Resampling.LANCZOS)
-        if kept is not None:
-            before, mask = kept
-            picture = Image.composite(picture, before.convert(picture.mode), mask)
+        if before is not None and area is not None:
+            picture = Image.composite(picture, before.convert(picture.mode), area)
         return picture
 
-    pictures = (request.image, request.mask_image, *(kept or ()))
+    pictures = (request.image, request.mask_image, before, area)
     held = sum(each.width * each.height * len(each.getbands()) for each in pictures if each is not None)
     return Asked(request=request, finish=finish, notes=tuple(notes), bytes=held)
 
@@ -228,12 +221,12 @@ def scaled_down(size: tuple[int, int]) -> tuple[int, int]:
 def drawn_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
     """The size to generate for one of any size: that shape, multiples of the factor, and about the model's area.
 
-    Small models know one size. Those of 512 pixels and more, Stable Diffusion, are also good at up to 2.25 times
-    their area (768x768).
+    Small models know one size. Those of ``SEVERAL_SIZES`` and more are also good at up to 2.25 times their area, for
+    Stable Diffusion 768x768.
     """
     factor, own = config.vae.factor, config.sample_size
     area = width * height
-    largest = 2.25 * own**2 if own >= 512 else own**2
+    largest = 2.25 * own**2 if own >= SEVERAL_SIZES else own**2
     scale = 1.0
     if not own**2 <= area <= largest:
         scale = math.sqrt((largest if area > largest else own**2) / area)

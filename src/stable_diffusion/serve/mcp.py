@@ -11,10 +11,9 @@ from pydantic import Field
 
 from stable_diffusion.errors import InputError
 from stable_diffusion.runtime import version
-from stable_diffusion.serve.door import Models, asked
-from stable_diffusion.serve.job import Job
+from stable_diffusion.serve.door import Models
 from stable_diffusion.serve.jobs import Jobs
-from stable_diffusion.serve.replies import encoded, problem
+from stable_diffusion.serve.replies import encoded, job_of, problem
 
 MOST = 4
 """Pictures a call: each goes into the language model's context."""
@@ -61,17 +60,7 @@ def mcp_server(models: Models, jobs: Jobs) -> MCPServer:
         }
         try:
             served = models.named(model)
-            wanted = await asyncio.to_thread(asked, served, fields)
-            job = jobs.add(
-                Job(
-                    model=served.model,
-                    request=wanted.request,
-                    finish=wanted.finish,
-                    public=served.public,
-                    bytes=wanted.bytes,
-                    notes=wanted.notes,
-                )
-            )
+            job = jobs.add(await asyncio.to_thread(job_of, served, fields))
         except InputError as error:
             raise ToolError(str(error)) from error
         try:

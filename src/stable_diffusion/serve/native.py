@@ -27,6 +27,7 @@ from stable_diffusion.serve.jobs import MOST_WAITING, Jobs
 from stable_diffusion.serve.replies import (
     SILENCE,
     Stream,
+    address_of,
     data_uri,
     encoded,
     event,
@@ -118,7 +119,7 @@ async def _submitted(request: Request, live: bool = False) -> Job:
     served = server.models.named(body.pop("model", None))
     client, previews = body.pop("client", None), body.pop("previews", None)
     if not (isinstance(client, str) and CLIENT.fullmatch(client)):
-        client = request.client.host if request.client else ""
+        client = address_of(request)
     try:
         previews = typed(Annotated[int, within(0, 20)], 0 if previews is None else previews, "previews")
     except InputError as refused:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import re
 import secrets
@@ -26,10 +25,12 @@ from stable_diffusion.serve.openai_fields import Wanted, opened, read
 from stable_diffusion.serve.replies import (
     SILENCE,
     Stream,
+    address_of,
     encoded,
     event,
     finished,
     form_parts,
+    in_base64,
     json_body,
     problem,
     server_of,
@@ -113,7 +114,7 @@ async def _answer(
         served,
         fields,
         then=images.to_rgb if wanted.background == "opaque" else None,
-        client=request.client.host if request.client else "",
+        client=address_of(request),
         previews=wanted.partial_images if wanted.stream else 0,
     )
     headers = {"x-request-id": _request_id()}
@@ -180,7 +181,7 @@ def _notes(job: Job) -> dict[str, Any]:
 
 
 def _file(picture: Image.Image, wanted: Wanted) -> str:
-    return base64.b64encode(encoded(picture, wanted.output_format, wanted.output_compression)).decode()
+    return in_base64(picture, wanted.output_format, wanted.output_compression)
 
 
 def _url(request: Request, job: Job, index: int, wanted: Wanted) -> str:

@@ -183,7 +183,7 @@ def opened(image: bytes | str, mask: bytes | str | None) -> dict[str, Image.Imag
         return pictures
     given = images.with_alpha(read_picture(mask, "mask"))
     (width, height), sides = given.size, pictures["image"].size
-    if abs(width * sides[1] - height * sides[0]) > max(sides):  # a pixel of rounding, as in Request
+    if not images.same_shape((width, height), sides):
         raise Refused(
             f"the mask has {width}x{height} pixels and the image {sides[0]}x{sides[1]}: make them equal",
             field="mask",

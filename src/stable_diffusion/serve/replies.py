@@ -144,27 +144,32 @@ def _whole(value: Any) -> Any:
     return value
 
 
-async def submit(
-    request: Request,
+def address_of(request: Request) -> str:
+    """The address that a request came from."""
+    return request.client.host if request.client else ""
+
+
+def job_of(
     served: Served,
     fields: Mapping[str, Any],
     then: Callable[[Image.Image], Image.Image] | None = None,
     **settings: Any,
 ) -> Job:
-    """Puts the request of these fields into the queue; pictures are decoded in a thread of their own.
+    """The job of these fields, for the queue.
+
+    Its pictures are decoded here, for which other clients wait: ``await asyncio.to_thread(job_of, …)``.
 
     Args:
-        request: the HTTP request.
         served: the model.
         fields: of ``Request``, as ``door.asked`` takes them.
         then: what becomes of each picture at the size that was asked for.
         settings: of ``Job``: `client`, `live`, `previews`.
 
     Raises:
-        InputError: what ``asked`` refuses, or Busy.
+        InputError: what ``asked`` refuses.
     """
-    wanted = await asyncio.to_thread(asked, served, fields)
-    job = Job(
+    wanted = asked(served, fields)
+    return Job(
         model=served.model,
         request=wanted.request,
         finish=wanted.finish if then is None else lambda picture: then(wanted.finish(picture)),
@@ -173,7 +178,11 @@ async def submit(
         bytes=wanted.bytes,
         **settings,
     )
-    return server_of(request).jobs.add(job)
+
+
+async def submit(request: Request, served: Served, fields: Mapping[str, Any], **settings: Any) -> Job:
+    """Puts the job that ``job_of`` makes into the queue. Raises InputError where that does, and Busy."""
+    return server_of(request).jobs.add(await asyncio.to_thread(job_of, served, fields, **settings))
 
 
 async def finished(request: Request, job: Job) -> list[Image.Image]:
@@ -249,6 +258,11 @@ def encoded(picture: Image.Image, format: str = "png", quality: int = 90) -> byt
     return content.getvalue()
 
 
+def in_base64(picture: Image.Image, format: str = "png", quality: int = 90) -> str:
+    """The same as a text."""
+    return base64.b64encode(encoded(picture, format, quality)).decode()
+
+
 def data_uri(picture: Image.Image, format: str = "png", quality: int = 90) -> str:
     """The same as a text that stands where an address could."""
-    return f"data:image/{format};base64,{base64.b64encode(encoded(picture, format, quality)).decode()}"
+    return f"data:image/{format};base64,{in_base64(picture, format, quality)}"

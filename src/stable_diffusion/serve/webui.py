@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +17,15 @@ from stable_diffusion.generation.infotext import read_parameters
 from stable_diffusion.generation.metadata import parameters
 from stable_diffusion.serve.door import Refused, Served, read_picture
 from stable_diffusion.serve.job import Job
-from stable_diffusion.serve.replies import Server, encoded, finished, json_body, server_of, submit
+from stable_diffusion.serve.replies import (
+    Server,
+    address_of,
+    finished,
+    in_base64,
+    json_body,
+    server_of,
+    submit,
+)
 from stable_diffusion.serve.webui_fields import (
     CHOICE,
     ONLY_HIRES,
@@ -74,7 +81,7 @@ async def _draw(request: Request, *, with_images: bool) -> Response:
     ignored = unread(body, with_images=with_images)
     echo = {name: value for name, value in body.items() if name not in (*hidden, *ignored)}
     echo = json.loads(json.dumps(echo), parse_constant=lambda _: None)  # NaN, which the answer cannot hold
-    files = await asyncio.to_thread(lambda: [_base64(encoded(picture)) for picture in job.pictures])
+    files = await asyncio.to_thread(lambda: [in_base64(picture) for picture in job.pictures])
     names = ", ".join(name for name in ignored if name.replace(".", "").isidentifier() and name.isascii())
     info = json.dumps(_info(job, served, body))
     return JSONResponse(
@@ -150,7 +157,7 @@ async def progress(request: Request) -> Response:
         if request.query_params.get("skip_current_image", "").lower() not in ("1", "true"):
             job.previews = PREVIEWS
             if now.preview is not None:
-                image = _base64(await asyncio.to_thread(encoded, now.preview))
+                image = await asyncio.to_thread(in_base64, now.preview)
     told = {"current_image": image, "textinfo": said}
     return JSONResponse({"progress": share, "eta_relative": remaining, "state": _state(job), **told})
 
@@ -245,15 +252,11 @@ def _chosen(server: Server, client: str, name: Any = None) -> Served:
 
 
 def _client(request: Request) -> str:
-    return f"sdapi {request.client.host if request.client else ''}"
+    return f"sdapi {address_of(request)}"
 
 
 def _stamp(job: Job) -> str:
     return time.strftime("%Y%m%d%H%M%S", time.localtime(job.created))
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
 
 
 ROUTES: list[Route] = [

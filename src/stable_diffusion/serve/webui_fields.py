@@ -259,8 +259,9 @@ def _pictures(body: Mapping[str, Any], width: int | None, height: int | None) ->
 
 def _stretched(picture: Image.Image, width: int, height: int, by: Image.Resampling) -> Image.Image:
     """The picture in that shape, at that size where it had another."""
-    other = abs(picture.width * height - picture.height * width) > max(width, height)  # a pixel of rounding
-    return picture.resize((width, height), by) if other else picture
+    return (
+        picture if images.same_shape(picture.size, (width, height)) else picture.resize((width, height), by)
+    )
 
 
 def _count(body: Mapping[str, Any]) -> int:
