@@ -7,15 +7,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stable_diffusion.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-
+T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them; the second is at most 32 MB
 
 
@@ -96,6 +97,20 @@ def keep_freed_memory() -> bool:
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     return bool(mallopt and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, 32 << 20))
+
+
+def in_passing(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, done in a thread that ends with it."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="in passing", daemon=True).start()
+    return future.result()
 
 
 @contextmanager

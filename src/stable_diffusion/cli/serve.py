@@ -19,10 +19,11 @@ from stable_diffusion.cli.show import say, tell
 from stable_diffusion.errors import InputError, shown
 from stable_diffusion.generation.given import split_file
 from stable_diffusion.generation.request import parse
-from stable_diffusion.runtime import stop_signals
+from stable_diffusion.runtime import in_passing, stop_signals
 
 if TYPE_CHECKING:
     from stable_diffusion import DiffusionModel
+    from stable_diffusion.serve.door import Served
 
 NEEDED = ("starlette", "uvicorn", "python_multipart")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -148,10 +149,16 @@ def _address(socket_name: Sequence[Any]) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def loaded(
+def loaded(*named: Any) -> list[Served]:
+    """The models under their names, with what was named for them: `_loaded`."""
+    # OpenMP keeps threads for every thread that has computed, as long as that one lives, and where they are more than
+    # cores, all wait by sleeping: beside a main thread that has read a model, generating is a quarter slower.
+    return in_passing(lambda: _loaded(*named))
+
+
+def _loaded(
     paths: Sequence[str], lora: Sequence[str], embedding: Sequence[str], vae: str | None, device: str | None
-) -> list[Any]:
-    """The models under their names, with what was named for them."""
+) -> list[Served]:
     from stable_diffusion import Config, DiffusionModel
     from stable_diffusion.serve.door import Served
 

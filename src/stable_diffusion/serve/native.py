@@ -39,7 +39,7 @@ from stable_diffusion.serve.replies import (
 
 FORMATS = ("png", "jpeg", "webp")
 CLIENT = re.compile(r"[\w-]{1,64}", re.ASCII)
-LOOK_AGAIN = 1.0
+LOOK_AGAIN = 2.0
 """Seconds after which a job that waits is asked for its position."""
 
 
