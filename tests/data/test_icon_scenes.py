@@ -23,8 +23,18 @@ from stable_diffusion.data.icon_phrases import (
     with_adjectives,
 )
 from stable_diffusion.data.icon_plans import scenes
-from stable_diffusion.data.icon_scenes import COLOURS, POSITIONS, SCENE_SPLITS, Cast, Drawn, Scene, is_held
-from stable_diffusion.data.icon_sprites import ANCHORS, can_turn, compose, cut_out, ground, turned
+from stable_diffusion.data.icon_scenes import (
+    COLOURS,
+    POSITIONS,
+    SCENE_SPLITS,
+    Cast,
+    Drawn,
+    Part,
+    Place,
+    Scene,
+    is_held,
+)
+from stable_diffusion.data.icon_sprites import ANCHORS, can_turn, compose, ground, turned
 from stable_diffusion.images import to_rgb
 
 NAMES = (
@@ -162,13 +172,18 @@ def test_captions_say_what_is_there(planned: list[Scene]) -> None:
 def test_places_are_where_the_caption_says(planned: list[Scene]) -> None:
     for scene in planned:
         boxes = [place for part in scene.parts for place in part.places]
-        assert all(p.left >= 0 and p.top >= 0 and p.left + p.width <= 1.06 for p in boxes), scene
+        assert all(min(p.left, p.top) >= 0 and max(p.left, p.top) + p.side <= 1 for p in boxes), scene
         if scene.relation in POSITIONS:
             a, b = boxes
-            dx = (a.left + a.width / 2) - (b.left + b.width / 2)
-            dy = (a.top + a.height / 2) - (b.top + b.height / 2)
+            dx, dy = a.left - b.left, a.top - b.top
             away = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[scene.relation]
-            assert away > 0.3, scene
+            assert away == 0.5, scene
+
+
+def test_nearly_all_stand_on_the_grid_in_one_of_two_sizes(planned: list[Scene]) -> None:
+    places = [place for scene in planned for part in scene.parts for place in part.places]
+    grid = [p for p in places if p.side in (0.5, 1) and p.left % 0.125 == p.top % 0.125 == 0]
+    assert len(grid) > 0.97 * len(places)
 
 
 def sprite(colour: str = "orange") -> Image.Image:
@@ -206,10 +221,7 @@ def ground_of(colour: str) -> Any:
 def test_a_composed_scene_has_its_things_in_their_boxes(
     cast: Cast, planned: list[Scene], tmp_path: Path
 ) -> None:
-    cut = cut_out(sprite())
-    assert cut is not None
-    assert cut.size == (57, 49)
-    cut.save(tmp_path / "sprite.png")
+    sprite().save(tmp_path / "sprite.png")
     files = dict.fromkeys(NAMES, tmp_path / "sprite.png")
     for scene in random.Random(0).sample(planned, 60):
         picture, things = compose(scene, files, 128)
@@ -232,5 +244,28 @@ def test_a_composed_scene_has_its_things_in_their_boxes(
         assert not outside.any()
 
 
-def test_nothing_is_cut_out_of_an_empty_drawing() -> None:
-    assert cut_out(Image.new("RGBA", (8, 8))) is None
+@pytest.mark.parametrize("colour", [None, "blue"])
+def test_a_drawing_has_the_same_pixels_wherever_it_stands(colour: str | None, tmp_path: Path) -> None:
+    sprite().save(tmp_path / "sprite.png")
+
+    def drawn(place: Place) -> tuple[Any, Any]:
+        part = Part(object="fox", places=(place,), colour=colour)
+        scene = Scene(task="single", style="noto", parts=(part,), relation="next to")
+        picture, ((_, box),) = compose(scene, {"fox": tmp_path / "sprite.png"}, 128)
+        return np.asarray(picture), np.array(box)
+
+    first, box = drawn(Place(0, 0, 0.5))
+    for left, top in ((0.5, 0.25), (0.25, 0.5), (0.125, 0.375)):
+        x, y = round(128 * left), round(128 * top)
+        picture, moved = drawn(Place(left, top, 0.5))
+        assert (picture[y : y + 64, x : x + 64] == first[:64, :64]).all()
+        assert np.array_equal(moved - box, (x, y, 0, 0))
+
+
+def test_what_is_upright_touches_an_edge_of_its_place(tmp_path: Path) -> None:
+    sprite().save(tmp_path / "sprite.png")
+    places = Place(0.25, 0, 0.5, 1.0), Place(0.25, 0.5, 0.5, 0.0)
+    parts = tuple(Part(object="fox", places=(place,)) for place in places)
+    scene = Scene(task="position", style="noto", parts=parts, relation="on top of")
+    _, ((_, upper), (_, lower)) = compose(scene, {"fox": tmp_path / "sprite.png"}, 128)
+    assert (upper[1] + upper[3], lower[1]) == (64, 64)

@@ -529,7 +529,7 @@ def test_scenes_are_part_of_the_set(packages: Path, made: Path, tmp_path: Path) 
     out = tmp_path / "set"
     steps = make(out, packages, scenes=40)
     assert [step.what for step in steps if step.done == step.total] == [
-        *("drawing", "writing", "cutting out", "composing")
+        *("drawing", "writing", "drawing for scenes", "composing")
     ]
     plain = {name: data for name, data in content(out).items() if "scenes" not in name}
     assert {name for name in content(made) if name.endswith(".png")} <= plain.keys()

@@ -1,4 +1,9 @@
-"""Scenes planned from names and random numbers alone: what is sampled, and where it stands."""
+"""Scenes planned from names and random numbers alone: what is sampled, and where it stands.
+
+Things stand on a grid of eighths of the picture, and nearly all are drawn in full or at half size. A model of 16x16
+latents, which its network halves once, then sees one and the same small drawing wherever it stands: at any place and
+size it would have to learn each drawing anew for each (docs/training-log.md).
+"""
 
 from __future__ import annotations
 
@@ -51,20 +56,17 @@ Kind = Callable[[Cast, random.Random], Scene | None]
 
 
 def _small(cast: Cast, lots: random.Random) -> Scene | None:
-    side = _between(lots, 0.3, 0.45)
-    places = (_jittered(lots, Place(0, 0, 1, 1), side),)
-    return _scene(cast, lots, "single", [Part(object=cast.named(lots), places=places, size="small")])
+    part = Part(object=cast.named(lots), places=(_MIDDLE,), size="small")
+    return _scene(cast, lots, "single", [part])
 
 
 def _single(cast: Cast, lots: random.Random) -> Scene | None:
-    part = Part(object=cast.named(lots), places=(_jittered(lots, Place(0, 0, 1, 1), 0.9),))
-    scene = _scene(cast, lots, "single", [part])
+    scene = _scene(cast, lots, "single", [Part(object=cast.named(lots), places=(_WHOLE,))])
     return scene and replace(scene, ground=one_of(lots, COLOURS))
 
 
 def _coloured(cast: Cast, lots: random.Random) -> Scene | None:
-    place = _jittered(lots, Place(0, 0, 1, 1), _between(lots, 0.84, 0.96))
-    part = Part(object=cast.named(lots), places=(place,), colour=one_of(lots, COLOURS))
+    part = Part(object=cast.named(lots), places=(_WHOLE,), colour=one_of(lots, COLOURS))
     return _scene(cast, lots, "colour", [part])
 
 
@@ -80,55 +82,48 @@ def _counted_plainly(cast: Cast, lots: random.Random) -> Scene | None:
 
 
 def _two(cast: Cast, lots: random.Random) -> Scene | None:
-    a, b = ((place,) for place in _beside(lots))
+    a, b = ((place,) for place in _BESIDE)
     return _scene(cast, lots, "two", [_part(cast, lots, a), _part(cast, lots, b)])
 
 
 def _sized(cast: Cast, lots: random.Random) -> Scene | None:
     """A big thing and a small one, in either order."""
-    big, small = (
-        _jittered(lots, Place(0, 0, 0.66, 1), 0.62),
-        _jittered(lots, Place(0.66, 0.1, 0.34, 0.8), 0.31),
-    )
-    parts = [_part(cast, lots, (big,), size="big"), _part(cast, lots, (small,), size="small")]
-    if lots.random() < 0.5:  # what is said first stands on the left
-        parts = [
-            replace(one, places=tuple(p._replace(left=1 - p.left - p.width) for p in one.places))
-            for one in reversed(parts)
-        ]
+    sizes = [("big", 0.5, 0.25), ("small", 0.25, 0.375)]
+    if lots.random() < 0.5:
+        sizes.reverse()
+    parts = [
+        _part(cast, lots, (Place(left + (0.5 - side) / 2, top, side),), size=size)
+        for left, (size, side, top) in zip((0.0, 0.5), sizes, strict=True)
+    ]
     return _scene(cast, lots, "two", parts)
 
 
 def _positioned(cast: Cast, lots: random.Random) -> Scene | None:
     relation = one_of(lots, POSITIONS)
-    places = _beside(lots) if relation in POSITIONS[:2] else _stacked(lots)
+    places = _BESIDE if relation in POSITIONS[:2] else _STACKED
     a, b = places if relation in ("left of", "above") else places[::-1]
     return _scene(cast, lots, "position", [_part(cast, lots, (a,)), _part(cast, lots, (b,))], relation)
 
 
 def _on_top(cast: Cast, lots: random.Random) -> Scene | None:
-    middle, wide = _between(lots, 0.44, 0.56), _between(lots, 0.44, 0.54)
-    touch = _between(lots, 0.47, 0.53)
-    upper = Place(middle - wide / 2, 0.02, wide, touch - 0.01, 1.0)
-    lower = Place(0.14, touch - 0.03, 0.72, 0.98 - touch, 0.0)
+    upper, lower = (place._replace(upright=at) for place, at in zip(_STACKED, (1.0, 0.0), strict=True))
     parts = [_part(cast, lots, (upper,)), _part(cast, lots, (lower,))]
     return _scene(cast, lots, "position", parts, "on top of")
 
 
 def _wearing(cast: Cast, lots: random.Random) -> Scene | None:
-    hat = Part(object=one_of(lots, _HATS), places=(Place(0.25, 0.0, 0.5, _between(lots, 0.34, 0.4), 1.0),))
+    hat = Part(object=one_of(lots, _HATS), places=(Place(0.3125, 0.03, 0.375, 1.0),))
     heads = [name for name in cast.names if name in _HEADS]
-    head = Part(object=one_of(lots, heads or cast.names), places=(Place(0.14, 0.28, 0.72, 0.7, 0.0),))
+    head = Part(object=one_of(lots, heads or cast.names), places=(Place(0.25, 0.375, 0.5, 0.0),))
     return _scene(cast, lots, "position", [hat, head], "wearing")
 
 
 def _bound(cast: Cast, lots: random.Random) -> Scene | None:
     """Two things in two colours."""
-    places = _beside(lots)
     first, second = one_of(lots, COLOURS), one_of(lots, COLOURS)
     if first == second:
         return None
-    parts = [_part(cast, lots, (place,), colour=c) for place, c in zip(places, (first, second), strict=True)]
+    parts = [_part(cast, lots, (place,), colour=c) for place, c in zip(_BESIDE, (first, second), strict=True)]
     return _scene(cast, lots, "binding", parts)
 
 
@@ -162,9 +157,7 @@ def _many(cast: Cast, lots: random.Random) -> Scene | None:
     """Three or four different things; of three the first may stand between the others."""
     count = 3 + (lots.random() < 0.6)
     if count == 3 and lots.random() < 0.4:
-        y = [_between(lots, 0.0, 0.3) for _ in range(3)]
-        a, b, c = (Place(x, top, 0.36, 0.7) for x, top in zip((0.32, 0.0, 0.64), y, strict=True))
-        return _scene(cast, lots, "many", [_part(cast, lots, (place,)) for place in (a, b, c)], "between")
+        return _scene(cast, lots, "many", [_part(cast, lots, (place,)) for place in _TRIANGLES[0]], "between")
     return _scene(cast, lots, "many", [_part(cast, lots, (place,)) for place in _laid(lots, count)])
 
 
@@ -174,13 +167,13 @@ _KINDS: Mapping[Kind, float] = {
     _coloured: 0.13,
     _counted: 0.14,
     _two: 0.13,
-    _sized: 0.03,
+    _sized: 0.02,
     _positioned: 0.13,
     _on_top: 0.04,
     _wearing: 0.01,
     _bound_anywhere: 0.1,
     _grouped: 0.05,
-    _many: 0.22,
+    _many: 0.23,
 }
 """Shares of the scenes for training. Many different things teach most: what each looks like when it is small."""
 
@@ -240,49 +233,20 @@ def _grounded(scene: Scene, lots: random.Random) -> Scene | None:
     return None if is_lost else replace(scene, ground=None if ground == "white" else ground)
 
 
-# Where things stand.
+# Where things stand, in reading order.
 
-
-def _jittered(lots: random.Random, cell: Place, side: float) -> Place:
-    """A square, or what of it the cell holds, somewhere in the cell."""
-    width, height = min(side, cell.width), min(side, cell.height)
-    left, top = (
-        cell.left + (cell.width - width) * lots.random(),
-        cell.top + (cell.height - height) * lots.random(),
-    )
-    return Place(left, top, width, height)
-
-
-def _beside(lots: random.Random) -> list[Place]:
-    """Left and right; what is high may be higher than its half is wide."""
-    side = _between(lots, 0.44, 0.49)
-    return [
-        _jittered(lots, Place(left, 0.1, 0.5, 0.8), side)._replace(height=side * 1.2) for left in (0.0, 0.5)
-    ]
-
-
-def _stacked(lots: random.Random) -> list[Place]:
-    """Above and below."""
-    side = _between(lots, 0.44, 0.49)
-    upper, lower = (_jittered(lots, Place(0.1, top, 0.8, 0.5), side) for top in (0.0, 0.5))
-    return [p._replace(left=max(0.0, p.left - 0.1 * side), width=1.2 * side) for p in (upper, lower)]
+_WHOLE, _MIDDLE = Place(0, 0, 1), Place(0.25, 0.25, 0.5)
+_BESIDE = (Place(0, 0.25, 0.5), Place(0.5, 0.25, 0.5))
+_STACKED = (Place(0.25, 0, 0.5), Place(0.25, 0.5, 0.5))
+_CORNERS = tuple(Place(left, top, 0.5) for top in (0.0, 0.5) for left in (0.0, 0.5))
+_TRIANGLES = ((_STACKED[0], *_CORNERS[2:]), (*_CORNERS[:2], _STACKED[1]))
 
 
 def _laid(lots: random.Random, count: int) -> tuple[Place, ...]:
-    """Two to four places in reading order: beside each other, above each other, or in two rows."""
+    """Two to four places: beside each other, above each other, or in two rows."""
     if count == 2:
-        return tuple(_beside(lots) if lots.random() < 0.75 else _stacked(lots))
-    side = _between(lots, 0.44, 0.49)
-    if count == 3 and lots.random() < 0.2:
-        return tuple(_jittered(lots, Place(i / 3, 0.2, 1 / 3, 0.6), 0.33) for i in range(3))
-    cells = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)]
-    if count == 3:
-        cells = [(0.0, 0.0), (0.5, 0.0), (0.25, 0.5)] if lots.random() < 0.5 else [(0.25, 0.0), *cells[2:]]
-    return tuple(_jittered(lots, Place(x, y, 0.5, 0.5), side) for x, y in cells)
-
-
-def _between(lots: random.Random, low: float, high: float) -> float:
-    return low + (high - low) * lots.random()
+        return _BESIDE if lots.random() < 0.75 else _STACKED
+    return _CORNERS if count == 4 else one_of(lots, _TRIANGLES)
 
 
 def _weighted(lots: random.Random, shares: Mapping[Kind, float]) -> Kind:

@@ -44,14 +44,13 @@ class Drawn(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A box into which a drawing is fitted, in sides of the picture."""
+    """A square for a drawing with its margins, in sides of the picture."""
 
     left: float
     top: float
-    width: float
-    height: float
-    upright: float = 0.5
-    """Where in a box that is higher than the drawing: 0 at its top, 1 at its bottom."""
+    side: float
+    upright: float | None = None
+    """Where what is drawn stands in the square: 0 at its top, 1 at its bottom; None as it is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)

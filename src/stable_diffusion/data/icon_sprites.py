@@ -1,4 +1,4 @@
-"""Drawings with their transparency: cut out, turned to a colour, and put together to scenes."""
+"""Drawings with their transparency: turned to a colour, and put together to scenes."""
 
 from __future__ import annotations
 
@@ -44,12 +44,6 @@ class Region(NamedTuple):
     """Its mean."""
     hue: float | None
     """In degrees; None for a region without one."""
-
-
-def cut_out(drawing: Image.Image) -> Image.Image | None:
-    """The part of an RGBA picture that is not transparent; None where there is none."""
-    box = drawing.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
-    return None if box is None else drawing.crop(box)
 
 
 def can_turn(sprite: Image.Image) -> bool:
@@ -98,7 +92,7 @@ def compose(
 
     Args:
         scene: what to show.
-        files: the drawings, cut out, by object.
+        files: the drawings, squares with their margins, by object.
         size: side of the picture.
         alpha: whether it is RGBA where it has no ground, instead of on white.
     """
@@ -107,23 +101,25 @@ def compose(
     things: list[tuple[Part, Box]] = []
     for part in reversed(scene.parts):  # what is named first lies on top
         with Image.open(files[part.object]) as file:
-            sprite = file.convert("RGBA")
+            drawing = file.convert("RGBA")
         for place in part.places:
-            left, top, width, height = box = _fitted(sprite.size, place, size)
-            small = sprite.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-            picture.alpha_composite(small if part.colour is None else turned(small, part.colour), (left, top))
+            small, corner, box = _placed(drawing, place, size)
+            picture.alpha_composite(small if part.colour is None else turned(small, part.colour), corner)
             things.append((part, box))
     order = {id(part): number for number, part in enumerate(scene.parts)}
     return picture if clear else picture.convert("RGB"), sorted(things, key=lambda thing: order[id(thing[0])])
 
 
-def _fitted(sides: tuple[int, int], place: Place, size: int) -> Box:
-    """The largest box of a drawing's proportions in a place, within the picture."""
-    scale = min(place.width * size / sides[0], place.height * size / sides[1])
-    width, height = (max(1, min(size, round(side * scale))) for side in sides)
-    left = place.left * size + (place.width * size - width) / 2
-    top = place.top * size + (place.height * size - height) * place.upright
-    return min(max(0, round(left)), size - width), min(max(0, round(top)), size - height), width, height
+def _placed(drawing: Image.Image, place: Place, size: int) -> tuple[Image.Image, tuple[int, int], Box]:
+    """A drawing as large as its place, that place's corner, and the box of what is drawn."""
+    side = max(1, round(place.side * size))
+    small = drawing.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    shows = small.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0)
+    left, top, right, bottom = shows.getbbox() or (0, 0, side, side)
+    x, y = round(place.left * size), round(place.top * size)
+    if place.upright is not None:
+        y = max(0, y - top + round(place.upright * (side - (bottom - top))))
+    return small, (x, y), (x + left, y + top, right - left, bottom - top)
 
 
 def _region(pixels: Pixels, alpha: Pixels) -> Region:

@@ -1,4 +1,4 @@
-"""The scenes of the set of icons as files: cut out drawings, composed pictures, captions and what is where."""
+"""The scenes of the set of icons as files: large drawings, composed pictures, captions and what is where."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_diffusion.data.icon_captions import Thing, style_words
 from stable_diffusion.data.icon_packages import draw
 from stable_diffusion.data.icon_plans import scenes
 from stable_diffusion.data.icon_scenes import SCENE_SPLITS, Cast, Drawn, Scene
-from stable_diffusion.data.icon_sprites import Box, can_turn, compose, cut_out
+from stable_diffusion.data.icon_sprites import Box, can_turn, compose
 from stable_diffusion.data.item import Progress, ahead
 from stable_diffusion.data.made import Captioned, write_captions
 
@@ -57,23 +57,19 @@ def write_scenes(
     threads, files, cast = os.cpu_count() or 1, dict[tuple[str, str], Path](), list[Drawn]()
     workshop.mkdir()
 
-    def cut(numbered: tuple[int, Source]) -> tuple[Drawn, Path] | None:
+    def drawn_large(numbered: tuple[int, Source]) -> tuple[Drawn, Path]:
         number, (style, thing, source) = numbered
-        sprite, path = cut_out(draw(source, 2 * size)), workshop / f"{number}.png"
-        if sprite is None:
-            return None
-        sprite.save(path, "PNG", compress_level=1)
-        return Drawn(style, thing, can_turn(sprite)), path
+        drawing, path = draw(source, 2 * size), workshop / f"{number}.png"
+        drawing.save(path, "PNG", compress_level=1)
+        return Drawn(style, thing, can_turn(drawing)), path
 
     plain = [source for source in sources if source[1].tone is None]
-    for done, one in enumerate(ahead(cut, enumerate(plain), threads)):
+    for done, (drawn, path) in enumerate(ahead(drawn_large, enumerate(plain), threads)):
         if done % 50 == 0:
-            yield Progress("cutting out", done, len(plain))
-        if one is not None:
-            drawn, path = one
-            cast.append(drawn)
-            files.setdefault((drawn.style, drawn.thing.object), path)
-    yield Progress("cutting out", len(plain), len(plain))
+            yield Progress("drawing for scenes", done, len(plain))
+        cast.append(drawn)
+        files.setdefault((drawn.style, drawn.thing.object), path)
+    yield Progress("drawing for scenes", len(plain), len(plain))
 
     players = Cast(cast)
     total, done = sum(numbers(count).values()), 0

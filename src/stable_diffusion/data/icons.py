@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 _DESCRIPTION = "mini-stable-diffusion icons"
-_VERSION = 4  # grows with every change of pictures, captions, fields, splits or weights
+_VERSION = 5  # grows with every change of pictures, captions, fields, splits or weights
 
 
 def write_icons(
