@@ -315,7 +315,7 @@ def test_what_does_not_go_together_is_said_before_the_model_is_read(
     failures = []
     for arguments, message in [
         (("a", "--prompts", "empty.txt"), "give prompts in quotes or with --prompts, not both"),
-        (("--prompts", "empty.txt"), "empty.txt holds no prompts: write one a line"),
+        (("--prompts", "empty.txt"), "empty.txt holds no prompts: write one per line"),
         (("--prompts", "latin.txt"), "latin.txt is not text in UTF-8"),
         (("--prompts", "nowhere.txt"), "nowhere.txt does not exist"),
         (("--prompts", "folder"), "folder is not a file"),
@@ -326,7 +326,7 @@ def test_what_does_not_go_together_is_said_before_the_model_is_read(
         (("a", "--sweep", "guidance=1,,2"), "guidance must be a number, got ''"),
         (("a", "--sweep", "guidance=1,x"), "guidance must be a number, got 'x'"),
         (("a", "--sweep", "steps=1,2.5"), "steps must be a whole number, got '2.5'"),
-        (("a", "--sweep", "steps=1,0"), "num_inference_steps must be from 1 to 100000, got 0"),
+        (("a", "--sweep", "steps=1,0"), "--steps must be from 1 to 100000, got 0"),
         (("a", "--sweep", "seed=1," + "9" * 30), "seed must be from 0"),
         (("a", "--sweep", "sampler=ddim,eulr"), "unknown sampler 'eulr': did you mean 'euler'?"),
         (("a", "--sweep", "variance=small,huge"), "unknown variance 'huge'"),
@@ -344,14 +344,14 @@ def test_what_does_not_go_together_is_said_before_the_model_is_read(
         (("a", "--sweep", "seed=" + ",".join(map(str, range(101)))), "at most 100 pictures, got 101"),
         (("a", "--sweep", "seed=1,2", "size=8192"), f"and {MAX_PIXELS:,} are the most: ask for fewer"),
         (("a", "--sweep", "hires=4,2", "size=4096"), f"and {MAX_PIXELS:,} are the most: ask for fewer"),
-        (("a", "--sweep", "mix_strength=0.1,0.2"), "mix_strength needs the prompt to mix in"),
+        (("a", "--sweep", "mix_strength=0.1,0.2"), "--mix-strength needs the prompt to mix in"),
         (("a", "--sweep", "image=given.png,gone.png"), "gone.png does not exist"),
         (("a", "--sweep", "seed=1,2", "--interpolate", "b"), "give --sweep or --interpolate, not both"),
         (("a", "--progressive", "--interpolate-seed", 3), "give --interpolate or --progressive, not both"),
         (("a", "--frames", 3), "--frames goes with --interpolate or --interpolate-seed"),
         (("a", "--interpolate", "b", "--frames", 1), "--frames must be from 2 to 1000, got 1"),
         (("a", "--interpolate", "b", "--frames", 10**9), "--frames must be from 2 to 1000"),
-        (("a", "--interpolate-seed", -1), "variation_seed must be from 0"),
+        (("a", "--interpolate-seed", -1), "--variation-seed must be from 0"),
         (("a", "--interpolate", "b", "--output", "x.gif"), "'x.gif' with .png at the end"),
         (("a", "--output", "x.webp"), ".webp is for the frames of --interpolate"),
         (
@@ -360,7 +360,7 @@ def test_what_does_not_go_together_is_said_before_the_model_is_read(
         ),
         (("a", "--hires", 9), "hires must be from 1 to 4, got 9"),
         (("a", "--hires", 2, "--image", "given.png", "--mask", "given.png"), "does not go with mask_image"),
-        (("a", "--variation-strength", 2), "variation_strength must be from 0 to 1, got 2"),
+        (("a", "--variation-strength", 2), "--variation-strength must be from 0 to 1, got 2"),
         (("a", "--mix-strength", 0.5), "give mix_prompt as well"),
         (("a", "--image", "gone.png"), "gone.png does not exist"),
     ]:

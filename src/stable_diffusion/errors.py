@@ -60,5 +60,5 @@ def unknown_name(kind: str, name: object, choices: Iterable[str]) -> InputError:
     choices = sorted(choices)
     close = get_close_matches(name[:80], choices, n=1) if isinstance(name, str) else ()
     hint = f"did you mean {close[0]!r}? " if close else ""
-    accepted = f"choose one of {', '.join(choices)}" if choices else "there is none"
+    accepted = f"choose one of {', '.join(choices)}" if choices else "there are none here"
     return InputError(f"unknown {kind} {shown(name)}: {hint}{accepted}")

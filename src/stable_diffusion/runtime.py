@@ -7,16 +7,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from stable_diffusion.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them; the second is at most 32 MB
 
 
@@ -99,18 +98,21 @@ def keep_freed_memory() -> bool:
     return bool(mallopt and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, 32 << 20))
 
 
-def in_passing(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, done in a thread that ends with it."""
-    future: Future[T] = Future()
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute without threads of its own: for the parts of a process that lives on to do other things.
 
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
+    OpenMP keeps threads for every thread that has computed with several, as long as that one lives, and where all of
+    them are more than the cores, they wait by sleeping: another thread then computes a quarter slower.
+    """
+    import torch
 
-    threading.Thread(target=run, name="in passing", daemon=True).start()
-    return future.result()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

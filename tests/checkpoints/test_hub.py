@@ -154,7 +154,8 @@ def test_what_is_downloaded_opens_without_the_network(here: Path, monkeypatch: p
         (here / "here" / "owner").mkdir()  # which does not hide it
         assert hub.find("owner/tiny-sd") == folder and not asked
         with pytest.raises(
-            InputError, match=r"owner/tiny-ds does not exist: give a model folder; .* a folder here"
+            InputError,
+            match=r"owner/tiny-ds does not exist: give a model folder or a file of weights; .* a folder here",
         ):
             hub.find("owner/tiny-ds")
         assert not asked, "a path that is mistyped was sent to the hub"
@@ -209,7 +210,7 @@ def test_a_hub_that_gives_nothing_is_one_sentence_at_once(
     with place as url, hub_at(monkeypatch, url):
         began = time.monotonic()
         with pytest.raises(
-            InputError, match=r"^models/sd15 does not exist: give a model folder; .*\)$"
+            InputError, match=r"^models/sd15 does not exist: give a model folder or a file of weights; .*\)$"
         ) as error:
             DiffusionModel.from_pretrained("models/sd15")
         assert time.monotonic() - began < 5
@@ -221,7 +222,10 @@ def check_never_sent(path: str | Path, here: Path, monkeypatch: pytest.MonkeyPat
     with (
         server(handler) as url,
         hub_at(monkeypatch, url),
-        pytest.raises(InputError, match=f"^{re.escape(str(path))} does not exist: give a model folder$"),
+        pytest.raises(
+            InputError,
+            match=f"^{re.escape(f'{path} does not exist: give a model folder, a file of weights, or a hub name')}",
+        ),
     ):
         DiffusionModel.from_pretrained(path)
     assert not asked
@@ -281,7 +285,7 @@ def test_the_cache_is_enough_and_without_it_the_message_is_clear(tmp_path: Path)
     assert ran.returncode == 2
     (line,) = ran.stderr.strip().splitlines()
     assert line.startswith(
-        "minisd: owner/another does not exist: give a model folder; as a name of the Hugging"
+        "minisd: owner/another does not exist: give a model folder or a file of weights; as a name of the Hugging"
     )
     assert "not whole in the cache, and the network did not give it" in line
 

@@ -80,7 +80,8 @@ def found(
         return single_file.read(path, prediction_type=prediction_type, ema=ema)
     else:
         raise InputError(
-            f"{path} is not a model folder: it has neither config.json (ours) nor model_index.json (diffusers)"
+            f"{path} is not a model: give a folder that has config.json (ours) or model_index.json (diffusers), or a"
+            " file of weights (.safetensors, .ckpt)"
         )
     if prediction_type is None:
         return checkpoint

@@ -31,7 +31,9 @@ def find(path: str | Path, *, variant: str | None = None) -> Path:
     if exists(Path(path)):
         return Path(path)
     if not isinstance(path, str) or NAME.fullmatch(path) is None:
-        raise InputError(f"{path} does not exist: give a model folder")
+        raise InputError(
+            f"{path} does not exist: give a model folder, a file of weights, or a hub name (owner/name)"
+        )
     return fetch(path, variant=variant)
 
 
@@ -49,7 +51,7 @@ def fetch(name: str, *, variant: str | None = None) -> Path:
     Raises:
         InputError: neither cache nor network has it, or the package huggingface_hub is not installed.
     """
-    absent = f"{name} does not exist: give a model folder"
+    absent = f"{name} does not exist: give a model folder or a file of weights"
     try:
         from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
         from huggingface_hub.utils import HfHubHTTPError  # type: ignore[attr-defined]

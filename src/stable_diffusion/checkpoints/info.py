@@ -89,7 +89,7 @@ def _model(checkpoint: Checkpoint, form: str) -> Iterator[str]:
 
 def _version(config: ModelConfig) -> str:
     if misfit(config) is not None or config.schedule.kind != "scaled_linear":
-        return "of this project's own kind"
+        return "of this project alone"
     width = config.unet.cross_attention_dim
     name = long_name(width) if width in WIDTHS else f"of Stable Diffusion's kind, text width {width}"
     return name + ", inpainting" * config.reads_mask

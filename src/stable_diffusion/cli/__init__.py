@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    tell(f"minisd: note: {message}")
+    tell(f"minisd: note: {generate.in_options(str(message))}")
 
 
 def _prepare_streams() -> None:
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["--version"]:
             return say(f"minisd {version()}")
         _caught.clear()
-        with stop_signals(_stop):
+        with stop_signals(_stop), _no_alarm_after():
             with printing():
                 try:
                     command = parsed(COMMANDS, arguments)
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise
         say()
     except InputError as error:
-        tell(f"minisd: {printable(error.command)}")
+        tell(f"minisd: {printable(generate.in_options(error.command))}")
         raise SystemExit(2) from None
     except OSError as error:  # a place that cannot be read or written, a full disk
         if error.errno is None:
@@ -118,6 +119,16 @@ def _stop(number: int, frame: FrameType | None, waits: int = 100) -> None:
         return
     _caught.append(number)
     raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def _no_alarm_after() -> Iterator[None]:
+    """A stop that still waits for an import ends with the command."""
+    try:
+        yield
+    finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _in_import(frame: FrameType | None) -> bool:

@@ -111,7 +111,7 @@ def draw(model: DiffusionModel, request: Request, callback: Callable[[Step], obj
     seconds = time.perf_counter() - began
     for note in result.notes:
         warnings.warn(note, stacklevel=1)
-    tell(f"{steps} steps, {steps / seconds:.1f} steps a second")
+    tell(f"{steps} step{'s' * (steps != 1)}, {steps / seconds:.1f} a second")
     (picture,) = result.pictures
     return Drawn(picture, seconds, result.notes)
 

@@ -57,6 +57,16 @@ MORE = {
 """What the help adds to a field's sentence."""
 
 
+_FIELD = re.compile("(" + "|".join(name for name in FIELDS if "_" in name) + r")\b")
+
+
+def in_options(said: str) -> str:
+    """A sentence that begins with a field in the words of the command: num_inference_steps is --steps."""
+    if (name := _FIELD.match(said)) is None:
+        return said
+    return f"--{SHORT.get(name[0], name[0].replace('_', '-'))}{said[name.end() :]}"
+
+
 def _options() -> type:
     """The fields of a request as options: nothing given takes the model's own value."""
     options: list[Any] = []
@@ -105,7 +115,7 @@ def generate(
         device: cuda, mps or cpu. By default the first of these that is there.
         from_: A picture made here: make it again, with other settings where they are given. What it asks for is taken
             up to 2048 pixels a side and 150 steps; files that it names are read if they are here, after a note.
-        prompts: A file of prompts, one a line, or - for standard input; lines that begin with # are left out.
+        prompts: A file of prompts, one per line, or - for standard input; lines that begin with # are left out.
         json: Print a line of JSON for each file: path, seed, seconds, notes and settings.
         sweep: One sheet of pictures that differ in one to three settings, such as guidance=1,3,5 sampler=ddim,unipc;
             values that have commas in double quotes.
@@ -120,6 +130,10 @@ def generate(
     settings = {**_given(options), **_size(size)}
     if prompts is not None and prompt:
         raise InputError("give prompts in quotes or with --prompts, not both")
+    if len(prompt) > 2 and not any(" " in each for each in prompt):
+        warnings.warn(
+            f"{len(prompt)} prompts of one word each: put a prompt of several words in quotes", stacklevel=1
+        )
     if prompts is not None:
         prompt = read_prompts(prompts)
     if prompt:

@@ -27,5 +27,5 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
-        raise InputError(f"{name} holds no prompts: write one a line")
+        raise InputError(f"{name} holds no prompts: write one per line")
     return prompts

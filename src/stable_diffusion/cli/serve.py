@@ -19,7 +19,7 @@ from stable_diffusion.cli.show import say, tell
 from stable_diffusion.errors import InputError, shown
 from stable_diffusion.generation.given import split_file
 from stable_diffusion.generation.request import parse
-from stable_diffusion.runtime import in_passing, stop_signals
+from stable_diffusion.runtime import one_thread, stop_signals, watched
 
 if TYPE_CHECKING:
     from stable_diffusion import DiffusionModel
@@ -54,7 +54,7 @@ def serve(
     Args:
         model: Models that the page and programs choose among: folders, single files or hub names (owner/name). By
             default the model that the package carries.
-        host: Address to listen at. Another one than this machine's own needs a key.
+        host: Address to listen at. One that other machines can reach needs a key.
         port: Port to listen on; 0 takes a free one.
         api_key: What programs must know, as a Bearer token, and the page as a password. Other users of this machine
             see the words of a command: the environment variable MINISD_API_KEY takes the key too.
@@ -65,8 +65,8 @@ def serve(
         prompt_syntax: How the page and AUTOMATIC1111's interface read prompts: a1111 takes (word:1.3) for a weight,
             plain takes all for words.
         allow_origin: Another web site, such as https://example.org, whose pages may ask; may be repeated.
-        allow_host: Another name of this server, such as a proxy's; may be repeated. A proxy on this machine is then
-            believed which client it asks for.
+        allow_host: Another name of this server, such as a proxy's; may be repeated. What a proxy on this machine says
+            of its clients' addresses is then believed.
         open_: Open the page in a browser.
     """
     key = _key(api_key)
@@ -99,6 +99,8 @@ def serve(
         def ready() -> None:
             everywhere = " and at this machine's other addresses" if host in EVERYWHERE else ""
             say(f"minisd serves {', '.join(server.models.all)} at {address}{everywhere}")
+            if watched():
+                tell("minisd: Ctrl-C stops it")
             if open_:
                 import webbrowser
 
@@ -108,8 +110,11 @@ def serve(
         listener = Listener(application(server, rules), server.jobs, ready, proxied=bool(allow_host))
 
         def stop(number: int, _: object) -> None:
-            if listener.should_exit:  # asked twice
-                raise KeyboardInterrupt(number)
+            if (
+                listener.should_exit
+            ):  # asked twice: nothing is waited for, and nothing is on the disk to be tidied
+                tell("minisd: stopped")
+                os._exit(128 + number)
             listener.should_exit = True
 
         with stop_signals(stop):
@@ -149,11 +154,12 @@ def _address(socket_name: Sequence[Any]) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def loaded(*named: Any) -> list[Served]:
-    """The models under their names, with what was named for them: `_loaded`."""
-    # OpenMP keeps threads for every thread that has computed, as long as that one lives, and where they are more than
-    # cores, all wait by sleeping: beside a main thread that has read a model, generating is a quarter slower.
-    return in_passing(lambda: _loaded(*named))
+def loaded(
+    paths: Sequence[str], lora: Sequence[str], embedding: Sequence[str], vae: str | None, device: str | None
+) -> list[Served]:
+    """The models under their names, with what was named for them."""
+    with one_thread():  # it is another one that generates
+        return _loaded(paths, lora, embedding, vae, device)
 
 
 def _loaded(

@@ -179,8 +179,8 @@ def without_effect(parts: Parts, request: Request) -> Iterator[str]:
         yield "the prompt to mix in has no effect: mix_strength is 0"
     if request.hires > 1 and parts.config.sample_size < SEVERAL_SIZES:
         yield (
-            f"this model knows pictures of {parts.config.sample_size} pixels, and draws others badly: rather enlarge"
-            " its finished pictures than use hires"
+            f"this model knows pictures of {parts.config.sample_size} pixels alone, and hires makes others: enlarge"
+            " its finished pictures instead"
         )
 
 

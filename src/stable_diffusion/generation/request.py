@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -163,7 +163,7 @@ class Request:
         values |= _sampler(config.sampler if given.get("sampler") is None else SamplerConfig())
         for name, value in given.items():
             if name not in FIELDS:
-                raise _unknown(name)
+                raise unknown_field(name)
             if isinstance(value, Guidance):
                 values |= _guidance(value)
             elif isinstance(value, SamplerConfig):
@@ -333,7 +333,7 @@ def parse(data: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
         raise InputError(f"a request must be an object of settings, got {shown(data)}")
     for name, value in data.items():
         if name not in FIELDS or name == "latents":
-            raise _unknown(name)
+            raise unknown_field(name)
         if name == "lora":
             value = weights(value)
         elif name in PICTURES:
@@ -352,11 +352,12 @@ def random_seed() -> int:
     return int.from_bytes(os.urandom(4), "big")
 
 
-def _unknown(name: str) -> InputError:
+def unknown_field(name: str, among: Iterable[str] | None = None) -> InputError:
+    """The error for a name that no field of `among` has; by default of all that can be given as JSON."""
     for field_name, short in SHORT.items():
         if name == short:
             return InputError(f"unknown setting {name!r}: here it is called {field_name!r}")
-    return unknown_name("setting", name, FIELDS.keys() - {"latents"})
+    return unknown_name("setting", name, FIELDS.keys() - {"latents"} if among is None else among)
 
 
 def _guidance(guidance: Guidance) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from stable_diffusion.config import ModelConfig
 from stable_diffusion.errors import InputError, shown, unknown_name
 from stable_diffusion.generation.given import split_file
 from stable_diffusion.generation.pipeline import fitted
-from stable_diffusion.generation.request import FIELDS, LOADING, PICTURES, Request, parse
+from stable_diffusion.generation.request import (
+    FIELDS,
+    LOADING,
+    PICTURES,
+    Request,
+    parse,
+    unknown_field,
+)
 from stable_diffusion.generation.sizes import SEVERAL_SIZES
 from stable_diffusion.generation.strangers import LIMITS, check_stranger
 from stable_diffusion.model import DiffusionModel
@@ -147,6 +154,9 @@ def asked(served: Served, fields: Mapping[str, Any]) -> Asked:
             where it is known which.
     """
     values = {name: value for name, value in fields.items() if value is not None}
+    for name in values:
+        if name not in FIELDS:
+            raise Refused(str(unknown_field(name, SETTINGS)), field=name)
     for name in LOADING:
         if name in values:
             raise Refused(f"{name} is chosen when the server starts: leave it out", field=name)

@@ -89,7 +89,7 @@ class Guard:
                 return await _preflight(asked)(scope, receive, headed)
             keyless = scope["path"] in OPEN or scope["path"].startswith(SECRET)
             if not keyless and not self._knows_key(asked):
-                said = "this server wants its key: send Authorization: Bearer KEY, or the key as the password"
+                said = "this server needs its key: send Authorization: Bearer KEY, or the key as the password"
                 headers = {"WWW-Authenticate": 'Basic realm="minisd"'}
                 raise Refused(said, status=401, headers=headers)
             length = asked.get("content-length", "0")
@@ -104,7 +104,7 @@ class Guard:
         server = scope.get("server")
         here = server[0].removeprefix("::ffff:") if server else None
         if name not in self.rules.hosts and name != here:
-            raise Refused("this is no name of this server: start it with --allow-host and the name")
+            raise Refused("this server does not go by this name: start it with --allow-host and the name")
 
     def _check_origin(self, scope: Scope, asked: Headers, allowed: bool) -> None:
         """Refuses what a page from elsewhere makes a browser send; other programs send neither header."""

@@ -114,7 +114,7 @@ def bound(host: str, port: int) -> socket.socket:
         )[0]
     except (OSError, UnicodeError) as error:
         said = getattr(error, "strerror", None) or error
-        raise InputError(f"there is no address {host!r} here ({said}): give another --host") from None
+        raise InputError(f"this machine has no address {host!r} ({said}): give another --host") from None
     listening = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # on Windows it would let two programs have one port

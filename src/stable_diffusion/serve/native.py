@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.diffusion.names import SAMPLERS, SPACINGS
-from stable_diffusion.errors import InputError
+from stable_diffusion.errors import InputError, shown
 from stable_diffusion.fields import typed, within
 from stable_diffusion.generation.request import FIELDS
 from stable_diffusion.generation.strangers import LIMITS, LONGEST
@@ -159,7 +159,10 @@ async def picture(request: Request) -> Response:
     if format not in FORMATS:
         raise Refused(f"format must be one of {', '.join(FORMATS)}", field="format")
     if not re.fullmatch("[0-9]{1,3}", index) or int(index) >= len(pictures):
-        raise Refused("there is no such picture (yet)", status=404)
+        raise Refused(
+            f"the job has {len(pictures)} pictures so far, and none is {shown(index)}: numbers begin at 0",
+            status=404,
+        )
     content = await asyncio.to_thread(encoded, pictures[int(index)], format)
     # A job's picture never changes, and the job's id tells it to nobody else.
     headers = {"Cache-Control": "private, max-age=600, immutable"}

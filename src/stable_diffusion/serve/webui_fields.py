@@ -172,7 +172,9 @@ def check_only(body: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], bef
 def not_done(name: str, accepted: tuple[Any, ...]) -> Refused:
     """The error for a field that asks for what is not done here."""
     harmless = f", or send {json.dumps(accepted[0])}" if accepted else ""
-    return Refused(f"{name} asks for what is not done here: leave it out{harmless}", field=name)
+    return Refused(
+        f"{name} asks for something that this server does not do: leave it out{harmless}", field=name
+    )
 
 
 def sampler_of(name: str, field: str = "sampler_name") -> tuple[str, str | None]:
