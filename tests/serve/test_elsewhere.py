@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,9 @@ def tried(browser: Any, running: Running, origin: str) -> tuple[dict[str, Any], 
     try:
         page.goto(origin)
         said = page.evaluate(TRIES, [running.url, id])
+        end = time.monotonic() + PATIENCE
+        while not page.frames[1].url and time.monotonic() < end:  # it may still be on its way
+            page.wait_for_timeout(50)
         return said, page.frames[1].url
     finally:
         page.close()
